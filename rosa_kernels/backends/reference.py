@@ -1,0 +1,109 @@
+"""The oracle: every op in plain PyTorch, any device and floating dtype, readable before fast.
+
+16-bit and fp32 inputs are computed in fp32, float64 in float64; each result is rounded once, to its own dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rosa_kernels.dropout import keep_mask
+
+
+def unavailable_reason() -> str | None:
+    return None
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rows(crow: Tensor, nnz: int) -> Tensor:
+    return torch.arange(crow.shape[0] - 1, device=crow.device).repeat_interleave(crow.diff(), output_size=nnz)
+
+
+def _dense(values: Tensor, crow: Tensor, col: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """S (out_features, in_features)."""
+    S = torch.zeros(crow.shape[0] - 1, in_features, dtype=dtype, device=values.device)
+    S[_rows(crow, col.shape[0]), col.long()] = values.to(dtype)
+    return S
+
+
+def _dropout_factor(x2: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """(T, in_features): 1 / (1 - p) where kept, 0 where dropped."""
+    keep = keep_mask(seed, x2.shape[0], x2.shape[1], dropout_p)
+    scale = 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
+    return keep.to(x2.dtype) * scale
+
+
+def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    dtype = _compute_dtype(x)
+    x2 = x.reshape(-1, x.shape[-1]).to(dtype)
+    delta = None
+    if lora_A is not None:
+        x_hat = x2 if seed is None else x2 * _dropout_factor(x2, dropout_p, seed)
+        delta = scaling * ((x_hat @ lora_A.to(dtype).T) @ lora_B.to(dtype).T)
+    if values is not None:
+        sparse = x2 @ _dense(values, crow, col, x.shape[-1], dtype).T
+        delta = sparse if delta is None else delta + sparse
+    delta = delta.view(*x.shape[:-1], delta.shape[-1])
+    if weight is None:
+        return delta.to(x.dtype)
+    return (F.linear(x, weight, bias).to(dtype) + delta).to(x.dtype).contiguous()
+
+
+def rosa_linear_backward(
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
+):
+    need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
+    dtype = _compute_dtype(x)
+    G = dy.reshape(-1, dy.shape[-1]).to(dtype)
+    x2 = x.reshape(-1, x.shape[-1]).to(dtype)
+    empty = dy.new_empty(0)
+    dx = dweight = dbias = dA = dB = dvalues = empty
+    dx2 = torch.zeros_like(x2)
+    if lora_A is not None:
+        A, B = lora_A.to(dtype), lora_B.to(dtype)
+        factor = None if seed is None else _dropout_factor(x2, dropout_p, seed)
+        x_hat = x2 if factor is None else x2 * factor
+        dH = scaling * (G @ B)
+        if need_dA:
+            dA = (dH.T @ x_hat).to(lora_A.dtype)
+        if need_dB:
+            dB = (scaling * (G.T @ (x_hat @ A.T))).to(lora_B.dtype)
+        if need_dx:
+            dx2 += dH @ A if factor is None else (dH @ A) * factor
+    if values is not None:
+        if need_dx:
+            dx2 += G @ _dense(values, crow, col, x.shape[-1], dtype)
+        if need_dvalues:
+            dvalues = (G.T @ x2)[_rows(crow, col.shape[0]), col.long()].to(values.dtype)
+    if need_dx:
+        if weight is not None:
+            dx2 += G @ weight.to(dtype)
+        dx = dx2.view(x.shape).to(x.dtype)
+    if need_dweight:
+        dweight = (G.T @ x2).to(dy.dtype)
+    if need_dbias:
+        dbias = G.sum(0).to(dy.dtype)
+    return [dx, dweight, dbias, dA, dB, dvalues]
+
+
+def spmm(x, values, crow, col, structure):
+    dtype = _compute_dtype(x)
+    return (x.to(dtype) @ _dense(values, crow, col, x.shape[-1], dtype).T).to(x.dtype).contiguous()
+
+
+def sddmm(dy, x, crow, col, structure):
+    dtype = _compute_dtype(x)
+    dW = dy.reshape(-1, dy.shape[-1]).to(dtype).T @ x.reshape(-1, x.shape[-1]).to(dtype)
+    return dW[_rows(crow, col.shape[0]), col.long()].to(x.dtype)
+
+
+def csr_add(weight, values, crow, col):
+    dtype = _compute_dtype(weight)
+    return (weight.to(dtype) + _dense(values, crow, col, weight.shape[1], dtype)).to(weight.dtype).contiguous()

@@ -1,0 +1,70 @@
+"""Which backend serves a call, and why the others do not."""
+
+import contextlib
+import os
+
+import torch
+
+from rosa_kernels.backends import cpu, reference
+
+BACKENDS = {"cpu": cpu, "reference": reference}
+"""In the order that "auto" asks them; reference serves whatever is left."""
+
+_ENVIRONMENT = "ROSA_KERNELS_BACKEND"
+
+
+def _checked_name(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(('auto', *BACKENDS))}, got {name!r}")
+    return name
+
+
+_chosen = _checked_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Run the ops inside the ``with`` on one backend: "reference", "cpu" or "auto" (the default).
+
+    Holds for the whole process, backward threads included. A backend asked for by name never hands a call on: where it
+    cannot serve one, that call raises RuntimeError with the reason. The environment variable ROSA_KERNELS_BACKEND
+    sets the choice outside any ``with``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    global _chosen
+    before, _chosen = _chosen, _checked_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def available_backends() -> dict[str, str | None]:
+    """{backend name: None where it can run on this machine, else the reason why not}."""
+    return {name: module.unavailable_reason() for name, module in BACKENDS.items()}
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the backend serves tensors of this device and dtype, else the reason why not."""
+    module = BACKENDS[name]
+    return module.unavailable_reason() or module.refusal(device, dtype)
+
+
+def backend_for(tensor: torch.Tensor):
+    """The backend module that serves ops on this tensor (x, dy or weight: they share device and dtype)."""
+    device, dtype = tensor.device, tensor.dtype
+    if _chosen != "auto":
+        reason = refusal(_chosen, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend {_chosen!r} was asked for and cannot serve {dtype} on {device}: {reason}")
+        return BACKENDS[_chosen]
+    return next(module for name, module in BACKENDS.items() if refusal(name, device, dtype) is None)
+
+
+def without_autocast(device_type: str):
+    """Ops compute in the dtypes they are given: autocast has been applied to x and weight before."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,235 @@
+"""What a user calls: every argument check is here, and what passes is safe for any backend."""
+
+import torch
+from torch import Tensor
+
+from rosa_kernels import dropout
+from rosa_kernels.autograd import CSRAddFunction, RoSALinearFunction, SDDMMFunction, SpMMFunction
+from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern
+
+_ops = torch.ops.rosa_kernels
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    *, dropout_p: float = 0.0, training: bool = True,
+) -> Tensor:  # fmt: skip
+    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ (LoRA, arXiv 2106.09685, eq. 3).
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features), the dtype of x. Gets a gradient only where it requires one.
+        bias: (out_features,), the dtype of x, or None.
+        lora_A: (r, in_features), r >= 1, any floating dtype.
+        lora_B: (out_features, r), any floating dtype.
+        scaling: lora_alpha / r, usually.
+        dropout_p: chance in [0, 1] that an element of x is dropped on its way to lora_A, in training.
+
+    Returns:
+        (..., out_features) in x's dtype, accumulated in fp32 (float64 for float64).
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or range is not as above; the message names it.
+    """
+    return _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, None, None, dropout_p, training)
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, pattern: CSRPattern) -> Tensor:
+    """y = x Wᵀ + b + x Sᵀ, S the sparse delta of ``values`` (nnz,) at ``pattern``; arguments as in rosa_linear."""
+    return _rosa_linear(x, weight, bias, None, None, 1.0, values, pattern, 0.0, False)
+
+
+def rosa_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    values: Tensor, pattern: CSRPattern, *, dropout_p: float = 0.0, training: bool = True,
+) -> Tensor:  # fmt: skip
+    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ (RoSA, arXiv 2401.04679, section 3.2).
+
+    Args:
+        x, weight, bias, lora_A, lora_B, scaling, dropout_p, training: as in lora_linear. Dropout leaves S's path alone.
+        values: (nnz,), any floating dtype: the entries of S in the order of ``pattern``.
+        pattern: where they sit; its shape is that of weight.
+
+    Returns:
+        (..., out_features) in x's dtype. Gradients: each in its own tensor's dtype; once differentiable.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or range is not as above; the message names it.
+    """
+    return _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
+
+
+def rosa_delta(
+    x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float,
+    values: Tensor | None, pattern: CSRPattern | None, *, dropout_p: float = 0.0, training: bool = True,
+) -> Tensor:  # fmt: skip
+    """scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ: the adapter alone, for a base layer that computes its own part.
+
+    Either lora_A and lora_B, or values and pattern, may be None. Arguments, result and errors as in rosa_linear.
+    """
+    return _rosa_linear(x, None, None, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
+
+
+def spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
+    """x Sᵀ. x (..., in_features), values (nnz,) of any floating dtype -> (..., out_features) in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    _check_x(x, "x", pattern.shape[1])
+    _check_values(values, pattern, x.device)
+    if _wants_grad(x, values):
+        return SpMMFunction.apply(
+            x, values, pattern.crow_indices, pattern.col_indices, *pattern.transpose(), pattern.structure
+        )
+    return _ops.spmm(x, values, pattern.crow_indices, pattern.col_indices, pattern.structure)
+
+
+def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
+    """Σ_t dy[t, row_e] · x[t, col_e] for each entry e: dyᵀ x where the pattern is, nowhere else.
+
+    dy (..., out_features) and x (..., in_features) share leading sizes and dtype -> (nnz,) in that dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    _check_x(x, "x", pattern.shape[1])
+    _check_x(dy, "dy", pattern.shape[0])
+    _check_device("pattern", pattern.device, x.device)
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"dy: expected leading sizes {tuple(x.shape[:-1])} as x, got {tuple(dy.shape[:-1])}")
+    _check_like("dy", dy, x)
+    if _wants_grad(dy, x):
+        return SDDMMFunction.apply(
+            dy, x, pattern.crow_indices, pattern.col_indices, *pattern.transpose(), pattern.structure
+        )
+    return _ops.sddmm(dy, x, pattern.crow_indices, pattern.col_indices, pattern.structure)
+
+
+def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
+    """weight + S, a new tensor (out_features, in_features) in weight's dtype; weight is left as it is.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    _check_floating("weight", weight)
+    if tuple(weight.shape) != pattern.shape:
+        raise ValueError(f"weight: expected shape {pattern.shape} as the pattern, got {tuple(weight.shape)}")
+    _check_values(values, pattern, weight.device)
+    if _wants_grad(weight, values):
+        return CSRAddFunction.apply(
+            weight, values, pattern.crow_indices, pattern.col_indices, pattern.row_of_entry()
+        )
+    return _ops.csr_add(weight, values, pattern.crow_indices, pattern.col_indices)
+
+
+def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training):
+    x, weight, bias = _autocast(x, weight, bias)
+    out_features = _check_base(x, weight, bias, lora_B, pattern)
+    in_features = x.shape[-1]
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A and lora_B: expected both or neither")
+    if (values is None) != (pattern is None):
+        raise ValueError("values and pattern: expected both or neither")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
+    if lora_A is not None:
+        _check_lora(lora_A, lora_B, in_features, out_features, x.device)
+    seed = None
+    if training and dropout_p > 0 and lora_A is not None:
+        seed = dropout.new_seed(x.device)
+    crow = col = None
+    structure = UNSTRUCTURED
+    if pattern is not None:
+        if pattern.shape != (out_features, in_features):
+            raise ValueError(f"pattern: expected shape {(out_features, in_features)}, got {pattern.shape}")
+        _check_values(values, pattern, x.device)
+        crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
+    scaling, dropout_p = float(scaling), float(dropout_p)
+    if _wants_grad(x, weight, bias, lora_A, lora_B, values):
+        transposed = (None, None, None) if pattern is None else pattern.transpose()
+        return RoSALinearFunction.apply(
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, *transposed, structure, dropout_p, seed
+        )
+    return _ops.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _autocast(x: Tensor, *parameters: Tensor | None):
+    """x, weight and bias as torch.nn.functional.linear sees them under torch.autocast; adapters keep their dtype."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, *parameters
+    target = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor):
+        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(target) if eligible else tensor
+
+    return cast(x), *(cast(p) for p in parameters)
+
+
+def _check_base(x, weight, bias, lora_B, pattern) -> int:
+    """Checks x, weight and bias; returns out_features."""
+    if weight is None:
+        if lora_B is None and pattern is None:
+            raise ValueError("rosa_delta: expected lora_A and lora_B, or values and pattern, or both")
+        _check_floating("x", x)
+        if x.dim() < 1:
+            raise ValueError("x: expected shape (..., in_features), got a 0-D tensor")
+        return lora_B.shape[0] if lora_B is not None else pattern.shape[0]
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    _check_x(x, "x", in_features)
+    _check_like("weight", weight, x)
+    if bias is not None:
+        if tuple(bias.shape) != (out_features,):
+            raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
+        _check_like("bias", bias, x)
+    return out_features
+
+
+def _check_lora(lora_A, lora_B, in_features, out_features, device) -> None:
+    if lora_A.dim() != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != in_features:
+        raise ValueError(f"lora_A: expected shape (r, {in_features}) with r >= 1, got {tuple(lora_A.shape)}")
+    expected = (out_features, lora_A.shape[0])
+    if tuple(lora_B.shape) != expected:
+        raise ValueError(f"lora_B: expected shape {expected}, got {tuple(lora_B.shape)}")
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_floating(name, tensor)
+        _check_device(name, tensor.device, device)
+
+
+def _check_values(values: Tensor, pattern: CSRPattern, device) -> None:
+    if values.dim() != 1 or values.shape[0] != pattern.nnz:
+        raise ValueError(f"values: expected shape ({pattern.nnz},), got {tuple(values.shape)}")
+    _check_floating("values", values)
+    _check_device("values", values.device, device)
+    _check_device("pattern", pattern.device, device)
+
+
+def _check_x(x: Tensor, name: str, features: int) -> None:
+    _check_floating(name, x)
+    if x.dim() < 1 or x.shape[-1] != features:
+        raise ValueError(f"{name}: expected shape (..., {features}), got {tuple(x.shape)}")
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise ValueError(f"{name}: expected dtype {x.dtype} as x, got {tensor.dtype}")
+    _check_device(name, tensor.device, x.device)
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
+        raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def _check_device(name: str, got: torch.device, expected: torch.device) -> None:
+    if got != expected:
+        raise ValueError(f"{name}: expected on {expected} as x, got {got}")

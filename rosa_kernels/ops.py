@@ -1,0 +1,84 @@
+"""torch.ops.rosa_kernels.*: every op's schema, its fake for tracing, and its call into the backend that serves it.
+
+Ops are flat: tensors, numbers, no autograd (that is autograd.py), no checks (those are functional.py's). The pattern arrives
+as its index tensors and one of pattern.STRUCTURES as an int; a seed is given exactly when dropout is on.
+"""
+
+import torch
+
+from rosa_kernels import dispatch
+
+_SCHEMAS = {
+    "rosa_linear": (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
+        "Tensor? crow, Tensor? col, int structure, float dropout_p, Tensor? seed) -> Tensor"
+    ),
+    # needs: dx, dweight, dbias, dlora_A, dlora_B, dvalues; an empty tensor comes back where false
+    "rosa_linear_backward": (
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
+        "Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, Tensor? permutation, int structure, float dropout_p, "
+        "Tensor? seed, bool[6] needs) -> Tensor[]"
+    ),
+    "spmm": "(Tensor x, Tensor values, Tensor crow, Tensor col, int structure) -> Tensor",
+    "sddmm": "(Tensor dy, Tensor x, Tensor crow, Tensor col, int structure) -> Tensor",
+    "csr_add": "(Tensor weight, Tensor values, Tensor crow, Tensor col) -> Tensor",
+}
+
+_library = torch.library.Library("rosa_kernels", "DEF")
+
+
+def _implementation(name: str):
+    def call(*args):
+        subject = args[0]
+        with dispatch.without_autocast(subject.device.type):
+            return getattr(dispatch.backend_for(subject), name)(*args)
+
+    return call
+
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rosa_kernels::rosa_linear", lib=_library)
+def _(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    out_features = lora_B.shape[0] if lora_B is not None else crow.shape[0] - 1
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("rosa_kernels::rosa_linear_backward", lib=_library)
+def _(
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
+):
+    out_features, in_features = dy.shape[-1], x.shape[-1]
+    sources = (x, dy, dy, lora_A, lora_B, values)
+    shapes = (
+        x.shape,
+        (out_features, in_features),
+        (out_features,),
+        lora_A is not None and lora_A.shape,
+        lora_B is not None and lora_B.shape,
+        values is not None and values.shape,
+    )
+    return [
+        source.new_empty(shape) if need else dy.new_empty(0) for need, source, shape in zip(needs, sources, shapes)
+    ]
+
+
+@torch.library.register_fake("rosa_kernels::spmm", lib=_library)
+def _(x, values, crow, col, structure):
+    return x.new_empty((*x.shape[:-1], crow.shape[0] - 1))
+
+
+@torch.library.register_fake("rosa_kernels::sddmm", lib=_library)
+def _(dy, x, crow, col, structure):
+    return x.new_empty(col.shape)
+
+
+@torch.library.register_fake("rosa_kernels::csr_add", lib=_library)
+def _(weight, values, crow, col):
+    return weight.new_empty(weight.shape)
+
+
+OP_NAMES: tuple[str, ...] = tuple(_SCHEMAS)

@@ -1,0 +1,253 @@
+"""CSRPattern: where a sparse delta S (out_features, in_features) may be non-zero."""
+
+import operator
+
+import torch
+from torch import Tensor
+
+UNSTRUCTURED, ROW, COLUMN, BLOCK = range(4)
+STRUCTURES = ("unstructured", "row", "column", "block")
+
+
+class CSRPattern:
+    """The fixed sparsity pattern of S in compressed sparse row form; the values live elsewhere.
+
+    Entry e of a value vector (nnz,) sits at row i and column ``col_indices[e]`` where
+    ``crow_indices[i] <= e < crow_indices[i + 1]``. A value may be zero: the pattern keeps its place.
+
+    Args:
+        crow_indices: (out_features + 1,) integers, the first 0, the last nnz, never falling.
+        col_indices: (nnz,) integers in [0, in_features), rising within each row without repeats.
+        shape: (out_features, in_features) of S.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]):
+        shape = _checked_shape(shape)
+        _check_indices(crow_indices, col_indices, shape)
+        self._assign(crow_indices.to(torch.int32), col_indices.to(torch.int32), shape)
+        self.structure = _detect_structure(self.crow_indices, self.col_indices, shape)
+
+    def _assign(self, crow_indices, col_indices, shape, structure=UNSTRUCTURED, transposed=None):
+        self.shape = shape
+        self.crow_indices = crow_indices
+        self.col_indices = col_indices
+        self.structure = structure
+        self._transposed = transposed
+
+    @classmethod
+    def _trusted(cls, crow_indices, col_indices, shape, structure, transposed=None) -> "CSRPattern":
+        """A pattern from tensors that an earlier pattern checked: no validation, no synchronisation."""
+        pattern = cls.__new__(cls)
+        pattern._assign(crow_indices, col_indices, shape, structure, transposed)
+        return pattern
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "CSRPattern":
+        """The true entries of a bool mask (out_features, in_features)."""
+        if mask.dtype != torch.bool or mask.dim() != 2:
+            raise ValueError(f"mask: expected a 2-D bool tensor, got {_describe(mask)}")
+        crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
+        torch.cumsum(mask.sum(1), 0, out=crow[1:])
+        return cls(crow, mask.nonzero()[:, 1], tuple(mask.shape))
+
+    @classmethod
+    def from_rows(cls, rows: Tensor, shape: tuple[int, int]) -> "CSRPattern":
+        """Whole rows of S. rows: (n,) distinct row indices, in any order."""
+        shape = _checked_shape(shape)
+        chosen = _chosen(rows, "rows", shape[0])
+        crow = torch.zeros(shape[0] + 1, dtype=torch.int64, device=chosen.device)
+        torch.cumsum(chosen * shape[1], 0, out=crow[1:])
+        count = int(chosen.sum())
+        return cls(crow, torch.arange(shape[1], device=chosen.device).repeat(count), shape)
+
+    @classmethod
+    def from_columns(cls, cols: Tensor, shape: tuple[int, int]) -> "CSRPattern":
+        """Whole columns of S. cols: (n,) distinct column indices, in any order."""
+        shape = _checked_shape(shape)
+        sorted_cols = _chosen(cols, "cols", shape[1]).nonzero()[:, 0]
+        crow = torch.arange(shape[0] + 1, device=sorted_cols.device) * sorted_cols.numel()
+        return cls(crow, sorted_cols.repeat(shape[0]), shape)
+
+    @classmethod
+    def from_blocks(cls, block_mask: Tensor, block_size: int, shape: tuple[int, int]) -> "CSRPattern":
+        """Square blocks of S; those on the lower and right edges are cut to fit.
+
+        block_mask: (ceil(out_features / block_size), ceil(in_features / block_size)) bools.
+        """
+        out_features, in_features = shape = _checked_shape(shape)
+        block_size = operator.index(block_size)
+        if block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {block_size}")
+        grid = (-(-out_features // block_size), -(-in_features // block_size))
+        if block_mask.dtype != torch.bool or tuple(block_mask.shape) != grid:
+            raise ValueError(f"block_mask: expected a bool tensor of shape {grid}, got {_describe(block_mask)}")
+        mask = block_mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
+        pattern = cls.from_mask(mask[:out_features, :in_features])
+        if pattern.structure == UNSTRUCTURED:
+            pattern.structure = BLOCK
+        return pattern
+
+    @classmethod
+    def random(cls, shape: tuple[int, int], density: float, seed: int) -> "CSRPattern":
+        """round(density * out_features * in_features) entries chosen uniformly, the same for the same seed."""
+        shape = _checked_shape(shape)
+        if not 0 <= density <= 1:
+            raise ValueError(f"density: expected a number in [0, 1], got {density}")
+        size = shape[0] * shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(size, generator=generator)[: round(density * size)].sort().values
+        return cls(*_csr_from_flat(chosen, shape), shape)
+
+    @property
+    def nnz(self) -> int:
+        return self.col_indices.shape[0]
+
+    @property
+    def density(self) -> float:
+        return self.nnz / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.col_indices.device
+
+    def row_of_entry(self) -> Tensor:
+        """(nnz,) int64: the row of each entry."""
+        rows = torch.arange(self.shape[0], device=self.device)
+        return rows.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
+
+    def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The CSC view (ccol_indices, row_indices, permutation), int32, made once.
+
+        Entry k of column order is entry ``permutation[k]`` of row order, so ``values[permutation]`` are the values
+        of Sᵀ in CSR form. Made from the indices alone: explicit zeros keep their place.
+        """
+        if self._transposed is None:
+            columns = self.col_indices.long()
+            permutation = torch.argsort(columns, stable=True)
+            counts = torch.zeros(self.shape[1] + 1, dtype=torch.int64, device=self.device)
+            counts[1:] = torch.bincount(columns, minlength=self.shape[1])
+            self._transposed = (
+                counts.cumsum(0).to(torch.int32),
+                self.row_of_entry()[permutation].to(torch.int32),
+                permutation.to(torch.int32),
+            )
+        return self._transposed
+
+    def to_mask(self) -> Tensor:
+        """(out_features, in_features) bool."""
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        mask[self.row_of_entry(), self.col_indices.long()] = True
+        return mask
+
+    def to(self, device) -> "CSRPattern":
+        """The same pattern on another device; itself where it already is there."""
+        if torch.device(device) == self.device:
+            return self
+        moved = None if self._transposed is None else tuple(t.to(device) for t in self._transposed)
+        return CSRPattern._trusted(
+            self.crow_indices.to(device), self.col_indices.to(device), self.shape, self.structure, moved
+        )
+
+    def __eq__(self, other) -> bool:
+        return (
+            isinstance(other, CSRPattern)
+            and self.shape == other.shape
+            and torch.equal(self.crow_indices, other.crow_indices)
+            and torch.equal(self.col_indices, other.col_indices)
+        )
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return (
+            f"CSRPattern(shape={self.shape}, nnz={self.nnz}, density={self.density:.4g}, "
+            f"structure={STRUCTURES[self.structure]!r}, device={str(self.device)!r})"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _checked_shape(shape) -> tuple[int, int]:
+    shape = tuple(operator.index(n) for n in shape)
+    if len(shape) != 2 or not all(0 <= n < 2**31 for n in shape):
+        raise ValueError(f"shape: expected (out_features, in_features), each below 2**31, got {shape}")
+    return shape
+
+
+def _chosen(indices, name: str, size: int) -> Tensor:
+    """(size,) bools, true at the given distinct indices."""
+    indices = torch.as_tensor(indices)
+    if indices.numel() == 0:
+        indices = indices.long()
+    if indices.dim() != 1 or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"{name}: expected a 1-D integer tensor, got {_describe(indices)}")
+    if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < size):
+        raise ValueError(f"{name}: expected indices in [0, {size}), got {int(indices.min())} to {int(indices.max())}")
+    counts = torch.bincount(indices.long(), minlength=size)
+    if indices.numel() and int(counts.max()) > 1:
+        raise ValueError(f"{name}: expected distinct indices, got {int(counts.argmax())} more than once")
+    return counts.bool()
+
+
+def _csr_from_flat(flat: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Sorted flat positions row * in_features + column -> (crow_indices, col_indices), int64."""
+    in_features = max(1, shape[1])
+    crow = torch.zeros(shape[0] + 1, dtype=torch.int64, device=flat.device)
+    torch.cumsum(torch.bincount(flat // in_features, minlength=shape[0]), 0, out=crow[1:])
+    return crow, flat % in_features
+
+
+def _check_indices(crow: Tensor, col: Tensor, shape: tuple[int, int]) -> None:
+    for name, indices in (("crow_indices", crow), ("col_indices", col)):
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(indices).__name__}")
+        if indices.dim() != 1 or indices.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
+            raise ValueError(f"{name}: expected a 1-D integer tensor, got {_describe(indices)}")
+    if crow.device != col.device:
+        raise ValueError(f"col_indices: expected on {crow.device} as crow_indices, got {col.device}")
+    if crow.numel() != shape[0] + 1:
+        raise ValueError(f"crow_indices: expected out_features + 1 = {shape[0] + 1} entries, got {crow.numel()}")
+    if col.numel() >= 2**31:
+        raise ValueError(f"col_indices: expected fewer than 2**31 entries, got {col.numel()}")
+    crow, col = crow.long(), col.long()
+    first, last, nnz = int(crow[0]), int(crow[-1]), col.numel()
+    if first != 0 or last != nnz:
+        raise ValueError(f"crow_indices: expected to start at 0 and end at nnz = {nnz}, got {first} and {last}")
+    counts = crow.diff()
+    if bool((counts < 0).any()):
+        raise ValueError(f"crow_indices: expected never to fall, got a fall at row {int((counts < 0).nonzero()[0])}")
+    if nnz == 0:
+        return
+    if not (0 <= int(col.min()) and int(col.max()) < shape[1]):
+        raise ValueError(
+            f"col_indices: expected values in [0, in_features = {shape[1]}), got {int(col.min())} to {int(col.max())}"
+        )
+    rows = torch.arange(shape[0], device=crow.device).repeat_interleave(counts, output_size=nnz)
+    steps = (rows * shape[1] + col).diff()
+    if bool((steps <= 0).any()):
+        entry = int((steps <= 0).nonzero()[0]) + 1
+        fault = "a duplicate" if int(steps[entry - 1]) == 0 else "an unsorted index"
+        raise ValueError(
+            f"col_indices: expected to rise within each row, got {fault} at entry {entry} "
+            f"(row {int(rows[entry])}, column {int(col[entry])})"
+        )
+
+
+def _detect_structure(crow: Tensor, col: Tensor, shape: tuple[int, int]) -> int:
+    """ROW where each row is full or empty, COLUMN where all rows have the same columns, else UNSTRUCTURED."""
+    out_features, in_features = shape
+    nnz = col.numel()
+    if nnz == 0:
+        return UNSTRUCTURED
+    counts = crow.diff()
+    if bool(((counts == 0) | (counts == in_features)).all()):
+        return ROW
+    width = nnz // out_features
+    if bool((counts == width).all()) and bool((col.view(out_features, width) == col[:width]).all()):
+        return COLUMN
+    return UNSTRUCTURED
