@@ -1,0 +1,209 @@
+"""LoRAConfig and RoSAConfig: which layers of a model get an adapter, and of what size."""
+
+import math
+import numbers
+import re
+from dataclasses import asdict, dataclass, fields
+
+from rosa_kernels.pattern import STRUCTURES
+
+MASK_METHODS = ("gradient", "fisher", "snip", "magnitude", "random")
+MASK_SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What add_adapters adds: scaling · B A (arXiv 2106.09685) on each target.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732).
+        lora_dropout: chance in [0, 1] that an input element is dropped on the low-rank path, in training.
+        target_modules: a list of names, each a module's full name or its last dotted part or parts; or a regular
+            expression that matches full names; or "all-linear": every nn.Linear, the output head included unless
+            modules_to_save or exclude_modules names it. An nn.Embedding is a target only by name or expression.
+        exclude_modules: a list of names or a regular expression; what matches is no target.
+        modules_to_save: names of modules that train whole, a new classification head for example.
+        rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha of the targets whose full name, or the
+            end of it after a dot, matches}; the first match counts.
+
+    Raises:
+        ValueError: a number is out of its range, or an expression does not compile.
+        TypeError: a field has the wrong Python type.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+    smallest_r = 1
+
+    def __post_init__(self):
+        check_integer("r", self.r, self.smallest_r)
+        check_number("lora_alpha", self.lora_alpha)
+        check_fraction("lora_dropout", self.lora_dropout)
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"use_rslora: expected True or False, got {self.use_rslora!r}")
+        for name in ("target_modules", "exclude_modules"):
+            self._normalise_names(name)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save: expected a list of names, got the string {self.modules_to_save!r}")
+        self._normalise_names("modules_to_save")
+        if not self.target_modules:
+            raise ValueError("target_modules: expected at least one name")
+        self._check_pattern("rank_pattern", lambda key, r: check_integer(key, r, self.smallest_r))
+        self._check_pattern("alpha_pattern", check_number)
+
+    def _normalise_names(self, field: str) -> None:
+        names = getattr(self, field)
+        if isinstance(names, str):
+            check_expression(field, names)
+            return
+        names = () if names is None else tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+        for name in names:
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"{field}: expected names, got {name!r}")
+        object.__setattr__(self, field, names)
+
+    def _check_pattern(self, field: str, check_value) -> None:
+        pattern = getattr(self, field)
+        if pattern is None:
+            return
+        if not isinstance(pattern, dict):
+            raise TypeError(f"{field}: expected a dict, got {type(pattern).__name__}")
+        for key, value in pattern.items():
+            check_expression(field, key)
+            check_value(f"{field}[{key!r}]", value)
+
+    def r_of(self, name: str) -> int:
+        return self._override(self.rank_pattern, name, self.r)
+
+    def lora_alpha_of(self, name: str) -> float:
+        return self._override(self.alpha_pattern, name, self.lora_alpha)
+
+    @staticmethod
+    def _override(pattern: dict | None, name: str, default):
+        matches = (value for key, value in (pattern or {}).items() if matches_end(key, name))
+        return next(matches, default)
+
+    def to_dict(self) -> dict:
+        """Plain Python for JSON; config_from_dict reads it."""
+        return {"adapter_type": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RoSAConfig(LoRAConfig):
+    """What add_adapters adds: scaling · B A + S (arXiv 2401.04679), S sparse; the fields of LoRAConfig and these.
+
+    Args:
+        r: rank, at least 0; 0 makes the adapter sparse only.
+        density: share in [0, 1] of each weight's entries that S holds; 0 makes it LoRA only.
+        density_pattern: {name or regular expression: density}, as rank_pattern.
+        structure: "unstructured", "row", "column" or "block": S consists of single entries, whole rows, whole columns or
+            squares. On an nn.Embedding S always consists of whole rows, one a token.
+        block_size: side of a square.
+        mask: the score by which select_masks picks the entries: the loss gradient's magnitude ("gradient"), its mean
+            square ("fisher"), |gradient · weight| ("snip", arXiv 1810.02340), |weight| ("magnitude") or chance
+            ("random").
+        mask_scope: "layer": each layer gets its own density; "global": single entries of all linear layers compete, the
+            total staying the same.
+        warmup_steps: steps of LoRA alone that a training loop takes before it calls select_masks.
+        mask_batches: how many batches select_masks reads at most.
+    """
+
+    density: float = 0.01
+    density_pattern: dict[str, float] | None = None
+    structure: str = "unstructured"
+    block_size: int = 16
+    mask: str = "gradient"
+    mask_scope: str = "layer"
+    warmup_steps: int = 64
+    mask_batches: int = 8
+
+    smallest_r = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fraction("density", self.density)
+        self._check_pattern("density_pattern", check_fraction)
+        check_choice("structure", self.structure, STRUCTURES)
+        check_integer("block_size", self.block_size, 1)
+        check_choice("mask", self.mask, MASK_METHODS)
+        check_choice("mask_scope", self.mask_scope, MASK_SCOPES)
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        check_integer("mask_batches", self.mask_batches, 1)
+        if self.mask_scope == "global" and self.structure != "unstructured":
+            raise ValueError(
+                f"mask_scope: expected 'layer' with structure {self.structure!r}; 'global' compares single entries"
+            )
+
+    def density_of(self, name: str) -> float:
+        return self._override(self.density_pattern, name, self.density)
+
+
+def config_from_dict(fields_by_name: dict) -> LoRAConfig:
+    """The config that to_dict wrote.
+
+    Raises:
+        ValueError: an unknown adapter_type or field, a missing field, or a value that the config refuses.
+    """
+    given = dict(fields_by_name)
+    kinds = {kind.__name__: kind for kind in (LoRAConfig, RoSAConfig)}
+    adapter_type = given.pop("adapter_type", None)
+    check_choice("adapter_type", adapter_type, tuple(kinds))
+    kind = kinds[adapter_type]
+    expected = {field.name for field in fields(kind)}
+    if set(given) != expected:
+        raise ValueError(
+            f"{adapter_type}: missing fields {sorted(expected - set(given))}, unknown {sorted(set(given) - expected)}"
+        )
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{adapter_type}: {error}") from error
+
+
+def matches_end(expression: str, name: str) -> bool:
+    """Whether the expression matches the whole of a dotted name, or what follows one of its dots."""
+    return re.fullmatch(rf"(?:.*\.)?(?:{expression})", name) is not None
+
+
+def check_expression(argument: str, expression: str) -> None:
+    if not isinstance(expression, str):
+        raise TypeError(f"{argument}: expected a string, got {expression!r}")
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{argument}: {expression!r} is not a regular expression: {error}") from error
+
+
+def check_integer(argument: str, value, smallest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{argument}: expected an integer, got {value!r}")
+    if value < smallest:
+        raise ValueError(f"{argument}: expected at least {smallest}, got {value}")
+
+
+def check_number(argument: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{argument}: expected a finite number, got {value}")
+
+
+def check_fraction(argument: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument}: expected a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{argument}: expected a number in [0, 1], got {value}")
+
+
+def check_choice(argument: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,98 @@
+"""nn.Embedding with a low-rank adapter, an adapter of whole token rows, or both; plain PyTorch on every device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rosa_kernels.nn.layer import AdapterLayer
+from rosa_kernels.pattern import ROW, CSRPattern
+
+
+class RoSAEmbedding(AdapterLayer):
+    """y[t] = W[ids[t]] + scaling · B A[:, ids[t]] + S[ids[t]], W frozen, S non-zero on whole token rows.
+
+    The row of ``padding_idx`` gets no adapter, as it gets no gradient.
+
+    Args:
+        base_layer: an nn.Embedding (num_embeddings, embedding_dim) without max_norm.
+        r: rank, at least 0. ``lora_embedding_A.default`` is (r, num_embeddings), zero at first,
+            ``lora_embedding_B.default`` (embedding_dim, r), as PEFT has them.
+        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+        density: share of the token rows in use, one at least: ``values.default`` has rows · embedding_dim entries.
+        pattern: which rows, known from the start: a CSRPattern of whole rows, (num_embeddings, embedding_dim).
+
+    Raises:
+        ValueError: a number out of range, a pattern of something else than whole rows, max_norm.
+        TypeError: base_layer is not exactly an nn.Embedding: what a subclass adds could be lost.
+    """
+
+    def __init__(
+        self, base_layer: nn.Embedding, r: int, lora_alpha: float, density: float = 0.01,
+        pattern: CSRPattern | None = None, *, use_rslora: bool = False, adapter_name: str = "default",
+    ):  # fmt: skip
+        if type(base_layer) is not nn.Embedding:
+            raise TypeError(f"base_layer: expected exactly an nn.Embedding, got {type(base_layer).__name__}")
+        if base_layer.max_norm is not None:
+            raise ValueError("base_layer: expected max_norm=None; it rewrites the frozen weight at every look-up")
+        super().__init__(base_layer, r, lora_alpha, 0.0, density, pattern, "row", 1, use_rslora, adapter_name)
+
+    def _add_low_rank(self, factory: dict) -> None:
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+        vocabulary, dim = self.weight_shape
+        self.lora_embedding_A[self.adapter_name] = nn.Parameter(torch.zeros(self.r, vocabulary, **factory))
+        self.lora_embedding_B[self.adapter_name] = nn.Parameter(torch.randn(dim, self.r, **factory))
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.base_layer.num_embeddings, self.base_layer.embedding_dim
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.base_layer.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.base_layer.embedding_dim
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.base_layer.padding_idx
+
+    def place_pattern(self, pattern: CSRPattern) -> None:
+        if pattern.nnz and pattern.structure != ROW:
+            raise ValueError(f"pattern: expected whole rows, got {pattern}")
+        padding = self.padding_idx
+        if padding is not None and pattern.crow_indices[padding] != pattern.crow_indices[padding + 1]:
+            raise ValueError(f"pattern: expected no row for padding_idx {padding}")
+        super().place_pattern(pattern)
+
+    def _lora_delta(self, dtype: torch.dtype) -> Tensor | None:
+        if not self.r:
+            return None
+        A, B = self.lora_embedding_A[self.adapter_name], self.lora_embedding_B[self.adapter_name]
+        return self.scaling * (A.to(dtype).T @ B.to(dtype).T)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integer ids (...) -> (..., embedding_dim) in the base weight's dtype."""
+        y = self.base_layer(ids)
+        if self.merged or not self.adapter_enabled:
+            return y
+        delta = self._low_rank(ids) if self.r else None
+        if self.masks_selected and self.sparse_values.shape[0]:
+            rows = self._token_rows(ids)
+            delta = rows if delta is None else delta + rows
+        return y if delta is None else (y + delta).to(y.dtype)
+
+    def _low_rank(self, ids: Tensor) -> Tensor:
+        A, B = self.lora_embedding_A[self.adapter_name], self.lora_embedding_B[self.adapter_name]
+        return self.scaling * F.linear(F.embedding(ids, A.T, self.padding_idx), B)
+
+    def _token_rows(self, ids: Tensor) -> Tensor:
+        """S[ids] (..., embedding_dim), zero for tokens without a row of their own."""
+        dim = self.embedding_dim
+        crow = self.patterns[self.adapter_name].crow_indices
+        first_entry = crow[ids]
+        has_row = crow[ids + 1] > first_entry
+        slot = torch.where(has_row, first_entry // dim, 0)
+        rows = F.embedding(slot, self.sparse_values.view(-1, dim))
+        return torch.where(has_row[..., None], rows, 0.0)

@@ -1,0 +1,265 @@
+"""AdapterLayer: what every layer with an adapter does, whatever its base layer computes."""
+
+import math
+import sys
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from rosa_kernels.config import check_choice, check_fraction, check_integer, check_number
+from rosa_kernels.functional import csr_add
+from rosa_kernels.nn.pattern_buffers import PatternBuffers
+from rosa_kernels.pattern import STRUCTURES, CSRPattern
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+
+
+class AdapterLayer(nn.Module):
+    """A frozen ``base_layer`` and beside it scaling · B A, a sparse S, or both, kept under one adapter name.
+
+    Parameters: ``lora_A.<name>`` and ``lora_B.<name>`` where r > 0, ``values.<name>`` (nnz,) where there is an S. The
+    values exist from the start, so that an optimiser holds them, but take no part before a pattern is placed. Adapters
+    have the base weight's dtype, float32 where that is narrower. A new adapter adds exactly zero.
+
+    Subclasses say what the factors are called and define ``forward``.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout: float, density: float,
+        pattern: CSRPattern | None, structure: str, block_size: int, use_rslora: bool, adapter_name: str,
+    ):  # fmt: skip
+        super().__init__()
+        check_integer("r", r, 0)
+        check_number("lora_alpha", lora_alpha)
+        check_fraction("lora_dropout", lora_dropout)
+        check_fraction("density", density)
+        check_choice("structure", structure, STRUCTURES)
+        check_integer("block_size", block_size, 1)
+        check_adapter_name(adapter_name)
+        _check_base(base_layer)
+        self.base_layer = base_layer.requires_grad_(False)
+        self.adapter_name = adapter_name
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
+        self.density = density if pattern is None else pattern.density
+        self.structure = structure
+        self.block_size = block_size
+        self.merged = False
+        self.adapter_enabled = True
+        self.register_parameter("unmerged_weight", None)
+        self._add_sparse(pattern)
+        if r:
+            self._add_low_rank({"dtype": self._adapter_dtype(), "device": base_layer.weight.device})
+        elif not self.has_sparse:
+            raise ValueError("r and density: both are 0, so that there would be no adapter")
+        self.register_state_dict_post_hook(_with_unmerged_weight)
+
+    def _add_low_rank(self, factory: dict) -> None:
+        """Create the factors with the given dtype and device."""
+        raise NotImplementedError
+
+    def _add_sparse(self, pattern: CSRPattern | None) -> None:
+        self.values = nn.ParameterDict()
+        self.patterns = nn.ModuleDict()
+        entries = self.unit_budget * self.entries_a_unit if pattern is None else pattern.nnz
+        if pattern is None and self.density == 0:
+            return
+        device = self.base_layer.weight.device
+        block_size = self.block_size if self.structure == "block" else None
+        self.patterns[self.adapter_name] = PatternBuffers(self.weight_shape, block_size, device)
+        self.values[self.adapter_name] = nn.Parameter(torch.zeros(entries, dtype=self._adapter_dtype(), device=device))
+        if pattern is not None:
+            self.place_pattern(pattern)
+
+    def _adapter_dtype(self) -> torch.dtype:
+        dtype = self.base_layer.weight.dtype
+        return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+    # What the base layer is
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(out_features, in_features), the shape of S."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def base_is_plain(self) -> bool:
+        """Whether the base is a stock module around an ordinary strided tensor that nothing watches."""
+        base = self.base_layer
+        weight = base.weight
+        hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        stock = type(base) is nn.Linear or type(base) is nn.Embedding
+        return stock and not hooks and type(weight) in _PLAIN_TENSORS and weight.layout is torch.strided
+
+    # The sparse part
+
+    @property
+    def has_sparse(self) -> bool:
+        return len(self.patterns) > 0
+
+    @property
+    def masks_selected(self) -> bool:
+        return self.has_sparse and self.patterns[self.adapter_name].selected
+
+    @property
+    def sparse_values(self) -> nn.Parameter:
+        """(nnz,): the entries of S."""
+        return self.values[self.adapter_name]
+
+    @property
+    def entries_a_unit(self) -> int:
+        """Entries in a row, column or block, whichever S consists of; 1 where unstructured."""
+        out_features, in_features = self.weight_shape
+        return {"unstructured": 1, "row": in_features, "column": out_features, "block": self.block_size**2}[
+            self.structure
+        ]
+
+    @property
+    def unit_grid(self) -> tuple[int, int]:
+        """How many units S has room for, down and across."""
+        out_features, in_features = self.weight_shape
+        size = self.block_size
+        blocks = (-(-out_features // size), -(-in_features // size))
+        return {
+            "unstructured": (out_features, in_features),
+            "row": (out_features, 1),
+            "column": (1, in_features),
+            "block": blocks,
+        }[self.structure]
+
+    @property
+    def unit_budget(self) -> int:
+        """How many entries, rows, columns or blocks the density buys; at least one row, column or block."""
+        down, across = self.unit_grid
+        budget = round(self.density * down * across)
+        return max(1, budget) if self.structure != "unstructured" and self.density else budget
+
+    def sparse_pattern(self) -> CSRPattern | None:
+        """The pattern of S, None until one is placed."""
+        return self.patterns[self.adapter_name].pattern() if self.masks_selected else None
+
+    def place_pattern(self, pattern: CSRPattern) -> None:
+        """Let S live at ``pattern``, its values zero; the Parameter stays the same object, resized where nnz differs."""
+        if not self.has_sparse:
+            raise ValueError("pattern: expected a layer with a density above 0")
+        self.patterns[self.adapter_name].place(pattern)
+        values = self.sparse_values
+        if values.shape[0] != pattern.nnz:
+            values.data = values.data.new_zeros(pattern.nnz)
+        else:
+            values.data.zero_()
+
+    # Merging
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """scaling · B A + S as a dense (out_features, in_features) tensor, float32 (float64 over a float64 base)."""
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        delta = self._lora_delta(dtype)
+        if delta is None:
+            delta = torch.zeros(self.weight_shape, dtype=dtype, device=self.weight.device)
+        pattern = self.sparse_pattern()
+        return delta if pattern is None else csr_add(delta, self.sparse_values.to(dtype), pattern)
+
+    def _lora_delta(self, dtype: torch.dtype) -> Tensor | None:
+        """scaling · B A in the given dtype, None without a low-rank part."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put weight + delta_weight(), rounded once, in the base weight's place, for inference.
+
+        The weight itself is set aside untouched, and a module that shares it keeps seeing it. While merged the layer is
+        its base layer alone, its adapter does not train, and state_dict() holds what it would unmerged.
+
+        Raises:
+            RuntimeError: the base weight is quantised or otherwise no ordinary tensor.
+        """
+        if self.merged:
+            warnings.warn("merge: already merged, nothing changes", stacklevel=3)
+            return
+        weight = self.weight
+        if type(weight) not in _PLAIN_TENSORS or not weight.is_floating_point():
+            raise RuntimeError(f"merge: expected an ordinary floating-point base weight, got {_kind(weight)}")
+        delta = self.delta_weight()
+        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        self.unmerged_weight = weight
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("unmerge: not merged, nothing changes", stacklevel=2)
+            return
+        self.base_layer.weight = self.unmerged_weight
+        self.unmerged_weight = None
+        self.merged = False
+
+    def train(self, mode: bool = True):
+        if mode and self.merged:
+            warnings.warn("train: the adapter is merged and will not train; unmerge it first", stacklevel=2)
+        return super().train(mode)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        if self.merged:
+            raise RuntimeError(f"load_state_dict: {prefix[:-1] or 'the layer'} is merged; unmerge it first")
+        values = state_dict.get(f"{prefix}values.{self.adapter_name}")
+        col = state_dict.get(f"{prefix}patterns.{self.adapter_name}.col_indices")
+        if self.has_sparse and values is not None and col is not None and values.shape == col.shape:
+            if values.shape != self.sparse_values.shape:  # masks chosen over all layers together
+                self.sparse_values.data = self.sparse_values.data.new_zeros(values.shape)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"]
+        if self.has_sparse:
+            parts.append(f"density={self.density:.4g}, structure={self.structure!r}")
+        return ", ".join(parts + ["merged"] * self.merged)
+
+
+def _with_unmerged_weight(layer: AdapterLayer, state_dict: dict, prefix: str, local_metadata) -> None:
+    """State-dict hook: a merged layer writes its base weight as it is unmerged."""
+    if layer.merged:
+        state_dict[prefix + "base_layer.weight"] = state_dict.pop(prefix + "unmerged_weight")
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is a torch.distributed DTensor, without importing that package for those who do not use it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def check_adapter_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected a string, got {name!r}")
+    if not name or "." in name or hasattr(nn.ParameterDict(), name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter_name: expected a name without dots that is no attribute of a module, got {name!r}")
+
+
+def _check_base(base_layer: nn.Module) -> None:
+    if isinstance(base_layer, AdapterLayer):
+        raise TypeError(f"base_layer: expected a layer without an adapter, got {type(base_layer).__name__}")
+    weight = base_layer.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError("base_layer: expected an initialised weight; run the lazy module once before adding adapters")
+    if is_dtensor(weight):
+        raise ValueError(
+            "base_layer: expected a whole weight, got a DTensor; add adapters before fully_shard or a tensor-parallel plan"
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{type(tensor).__name__} of {tensor.dtype}"
