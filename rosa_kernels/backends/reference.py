@@ -3,10 +3,13 @@
 16-bit and fp32 inputs are computed in fp32, float64 in float64; each result is rounded once, to its own dtype.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.dropout import keep_mask
 
 
@@ -20,6 +23,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, features); the leading sizes are multiplied out, as reshape(-1, ...) cannot where features is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)
 
 
 def _rows(crow: Tensor, nnz: int) -> Tensor:
@@ -42,7 +50,7 @@ def _dropout_factor(x2: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
     dtype = _compute_dtype(x)
-    x2 = x.reshape(-1, x.shape[-1]).to(dtype)
+    x2 = _flat(x, dtype)
     delta = None
     if lora_A is not None:
         x_hat = x2 if seed is None else x2 * _dropout_factor(x2, dropout_p, seed)
@@ -61,11 +69,11 @@ def rosa_linear_backward(
 ):
     need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
     dtype = _compute_dtype(x)
-    G = dy.reshape(-1, dy.shape[-1]).to(dtype)
-    x2 = x.reshape(-1, x.shape[-1]).to(dtype)
+    G = _flat(dy, dtype)
+    x2 = _flat(x, dtype)
     empty = dy.new_empty(0)
     dx = dweight = dbias = dA = dB = dvalues = empty
-    dx2 = torch.zeros_like(x2)
+    dx2 = torch.zeros(x2.shape, dtype=dtype, device=x.device)  # contiguous, whatever x is
     if lora_A is not None:
         A, B = lora_A.to(dtype), lora_B.to(dtype)
         factor = None if seed is None else _dropout_factor(x2, dropout_p, seed)
@@ -100,7 +108,7 @@ def spmm(x, values, crow, col, structure):
 
 def sddmm(dy, x, crow, col, structure):
     dtype = _compute_dtype(x)
-    dW = dy.reshape(-1, dy.shape[-1]).to(dtype).T @ x.reshape(-1, x.shape[-1]).to(dtype)
+    dW = _flat(dy, dtype).T @ _flat(x, dtype)
     return dW[_rows(crow, col.shape[0]), col.long()].to(x.dtype)
 
 

@@ -1,0 +1,172 @@
+"""Every op, forward and gradients, against dense float64 within the bounds of oracle.py; inputs are left as they were."""
+
+import pytest
+import torch
+from cases import CSR_ADD_CASES, LINEAR_CASES, SDDMM_CASES, SPMM_CASES, LinearCase, make_inputs
+from oracle import UNIT_ROUNDOFF, Expected, check, compute_roundoff, expected_linear, naive_linear
+from philox import keep_mask, seed_drawn_after
+
+import rosa_kernels as rk
+
+SEED = 1234
+
+
+def by_id(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
+
+
+def linear(case, inputs, tensors):
+    """The public function that a case is about, on the given tensors."""
+    t = {name: tensors.get(name) for name in inputs.DIFFERENTIABLE}
+    adapter = t["lora_A"], t["lora_B"], case.scaling
+    if not case.base:
+        return rk.rosa_delta(t["x"], *adapter, t["values"], inputs.pattern, dropout_p=case.dropout_p)
+    if inputs.pattern is None:
+        return rk.lora_linear(t["x"], t["weight"], t["bias"], *adapter, dropout_p=case.dropout_p)
+    if not case.r:
+        return rk.sparse_linear(t["x"], t["weight"], t["bias"], t["values"], inputs.pattern)
+    return rk.rosa_linear(
+        t["x"], t["weight"], t["bias"], *adapter, t["values"], inputs.pattern, dropout_p=case.dropout_p
+    )
+
+
+def bits(tensors):
+    """Copies whose equality is equality of bits."""
+    return {name: t.detach().clone().contiguous().view(torch.uint8) for name, t in tensors.items()}
+
+
+def run_linear(case, inputs):
+    """y and the gradients of all inputs, after checking that no input changed."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors().items()}
+    everything = inputs.tensors() | {"dy": inputs.dy}
+    before = bits(everything)
+    torch.manual_seed(SEED)
+    y = linear(case, inputs, leaves)
+    gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+    for name, copy in bits(everything).items():
+        assert torch.equal(copy, before[name]), f"{name} was modified"
+    return {"y": y, **dict(zip(leaves, gradients))}
+
+
+def check_linear(case, dtype):
+    inputs = make_inputs(case, dtype)
+    keep = None
+    if case.dropout_p:
+        keep = keep_mask(seed_drawn_after(SEED), case.tokens, case.in_features, case.dropout_p)
+    expected = expected_linear(case, inputs, keep)
+    got = run_linear(case, inputs)
+    assert got.keys() == expected.keys()
+    for name, result in got.items():
+        check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
+
+
+@by_id(LINEAR_CASES)
+def test_linear(backend, dtype, case):
+    check_linear(case, dtype)
+
+
+@by_id(LINEAR_CASES)
+def test_linear_without_grad_gives_the_same_numbers(backend, dtype, case):
+    inputs = make_inputs(case, dtype)
+    torch.manual_seed(SEED)
+    with torch.no_grad():
+        y = linear(case, inputs, inputs.tensors())
+    keep = keep_mask(seed_drawn_after(SEED), case.tokens, case.in_features, case.dropout_p) if case.dropout_p else None
+    check("y", y, expected_linear(case, inputs, keep)["y"], inputs.x)
+
+
+@by_id([LinearCase((t,), 130, 100, 16, p) for t in (10, 90) for p in ("random", "rows", "columns")])
+@pytest.mark.parametrize("adapters", [None, torch.float32], ids=["same", "fp32 adapters"])
+def test_errors_are_no_worse_than_naive_pytorchs(backend, dtype, case, adapters):
+    """Twice the naive way's error, one rounding of the result and a few roundoffs of the sums, in Frobenius norm."""
+    inputs = make_inputs(LinearCase(**vars(case) | {"lora_dtype": adapters, "values_dtype": adapters}), dtype)
+    expected = expected_linear(case, inputs)
+    got = run_linear(case, inputs)
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors().items()}
+    y = naive_linear(case, leaves, inputs.pattern)
+    naive = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.dy)))}
+    for name, result in got.items():
+        exact = expected[name].value
+        allowed = 2 * (naive[name].double() - exact).norm()
+        allowed += (UNIT_ROUNDOFF[result.dtype] + 8 * compute_roundoff(dtype)) * exact.norm()
+        assert (result.double() - exact).norm() <= allowed, name
+
+
+def sparse_inputs(case, dtype):
+    inputs = make_inputs(case.as_linear(), dtype)
+    return inputs, expected_linear(LinearCase(**vars(case.as_linear()) | {"base": False}), _without_base(inputs))
+
+
+def _without_base(inputs):
+    return type(inputs)(**{**vars(inputs), "weight": None, "bias": None})
+
+
+@by_id(SPMM_CASES)
+def test_spmm(backend, dtype, case):
+    inputs, expected = sparse_inputs(case, dtype)
+    x, values = inputs.x.detach().requires_grad_(), inputs.values.detach().requires_grad_()
+    y = rk.spmm(x, values, inputs.pattern)
+    dx, dvalues = torch.autograd.grad(y, (x, values), inputs.dy)
+    check("y", y, expected["y"], inputs.x)
+    check("dx", dx, expected["x"], inputs.x)
+    # The gradient of the values is an sddmm in x's dtype, rounded once more to theirs.
+    rounded = UNIT_ROUNDOFF[dtype] * expected["values"].value.abs()
+    check("dvalues", dvalues, Expected(expected["values"].value, expected["values"].bound + 1.01 * rounded), inputs.values)
+    with torch.no_grad():
+        assert torch.equal(rk.spmm(inputs.x, inputs.values, inputs.pattern), y)
+
+
+@by_id([case for case in SDDMM_CASES if case.values_dtype is None])
+def test_sddmm(backend, dtype, case):
+    inputs, expected = sparse_inputs(case, dtype)
+    dy, x = inputs.dy.detach().requires_grad_(), inputs.x.detach().requires_grad_()
+    result = rk.sddmm(dy, x, inputs.pattern)
+    check("sddmm", result, expected["values"], inputs.x)
+    # With the values as the gradient of the result, its gradients are spmm's y and dx.
+    ddy, dx = torch.autograd.grad(result, (dy, x), inputs.values)
+    check("ddy", ddy, expected["y"], inputs.x)
+    check("dx", dx, expected["x"], inputs.x)
+    with torch.no_grad():
+        assert torch.equal(rk.sddmm(inputs.dy, inputs.x, inputs.pattern), result)
+
+
+@by_id(CSR_ADD_CASES)
+def test_csr_add(backend, dtype, case):
+    inputs = make_inputs(case.as_linear(), dtype)
+    weight, values = inputs.weight.detach().requires_grad_(), inputs.values.detach().requires_grad_()
+    before = bits({"weight": weight})["weight"]
+    total = rk.csr_add(weight, values, inputs.pattern)
+    rows, cols = inputs.pattern.to_mask().nonzero(as_tuple=True)
+    # One addition an entry in fp32 (float64) and one rounding; an entry that S leaves alone keeps its bits.
+    expected = inputs.weight.double().index_put((rows, cols), inputs.values.double(), accumulate=True)
+    bound = torch.zeros_like(expected)
+    sums = inputs.weight.double().abs()[rows, cols] + inputs.values.double().abs()
+    bound[rows, cols] = 2 * compute_roundoff(dtype) * sums + UNIT_ROUNDOFF[dtype] * expected[rows, cols].abs()
+    check("weight + S", total, Expected(expected, bound), inputs.weight)
+    assert total.data_ptr() != weight.data_ptr() and torch.equal(bits({"weight": weight})["weight"], before)
+    upstream = torch.randn(inputs.pattern.shape).to(dtype)
+    dweight, dvalues = torch.autograd.grad(total, (weight, values), upstream)
+    assert torch.equal(dweight, upstream)
+    assert dvalues.dtype == inputs.values.dtype and torch.equal(dvalues, upstream[rows, cols].to(dvalues.dtype))
+
+
+@pytest.mark.parametrize("tokens", [6, 66])
+def test_a_fresh_adapter_changes_no_bit(backend, dtype, tokens):
+    """lora_B = 0 and values = 0, as at injection: y is F.linear's, bit for bit."""
+    inputs = make_inputs(LinearCase((tokens,), 66, 35, zero_values="all"), dtype)
+    y = rk.rosa_linear(
+        inputs.x, inputs.weight, inputs.bias, inputs.lora_A, torch.zeros_like(inputs.lora_B), 2.0, inputs.values, inputs.pattern
+    )
+    assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("pattern", ["random", "rows", "columns"])
+@pytest.mark.parametrize("tokens", [7, 500])
+def test_repeated_runs_give_the_same_bits(backend, dtype, tokens, pattern, dropout_p):
+    case = LinearCase((tokens,), 130, 100, 16, pattern, dropout_p=dropout_p)
+    inputs = make_inputs(case, dtype)
+    first = run_linear(case, inputs)
+    for _ in range(3):
+        for name, again in run_linear(case, inputs).items():
+            assert torch.equal(again, first[name]), name
