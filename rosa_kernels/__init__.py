@@ -11,6 +11,7 @@ from rosa_kernels.adapters import (
     trainable_parameters,
     unmerge_adapters,
 )
+from rosa_kernels.checkpoint import load_adapters, save_adapters
 from rosa_kernels.config import LoRAConfig, RoSAConfig
 from rosa_kernels.dispatch import available_backends, use_backend
 from rosa_kernels.functional import csr_add, lora_linear, rosa_delta, rosa_linear, sddmm, sparse_linear, spmm
@@ -26,6 +27,7 @@ __all__ = [
     "available_backends",
     "csr_add",
     "disable_adapters",
+    "load_adapters",
     "lora_linear",
     "merge_adapters",
     "merge_and_unload",
@@ -33,6 +35,7 @@ __all__ = [
     "print_trainable_parameters",
     "rosa_delta",
     "rosa_linear",
+    "save_adapters",
     "sddmm",
     "select_masks",
     "sparse_linear",

@@ -57,6 +57,7 @@ class LoRAConfig:
         self._normalise_names("modules_to_save")
         if not self.target_modules:
             raise ValueError("target_modules: expected at least one name")
+        self._normalise_numbers()
         self._check_pattern("rank_pattern", lambda key, r: check_integer(key, r, self.smallest_r))
         self._check_pattern("alpha_pattern", check_number)
 
@@ -70,6 +71,14 @@ class LoRAConfig:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"{field}: expected names, got {name!r}")
         object.__setattr__(self, field, names)
+
+    def _normalise_numbers(self) -> None:
+        """NumPy's numbers become Python's, so that the config goes into JSON."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                value = {key: _plain_number(number) for key, number in value.items()}
+            object.__setattr__(self, field.name, _plain_number(value))
 
     def _check_pattern(self, field: str, check_value) -> None:
         pattern = getattr(self, field)
@@ -167,6 +176,12 @@ def config_from_dict(fields_by_name: dict) -> LoRAConfig:
         return kind(**given)
     except TypeError as error:
         raise ValueError(f"{adapter_type}: {error}") from error
+
+
+def _plain_number(value):
+    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def matches_end(expression: str, name: str) -> bool:

@@ -26,6 +26,8 @@ class RoSAEmbedding(AdapterLayer):
         TypeError: base_layer is not exactly an nn.Embedding: what a subclass adds could be lost.
     """
 
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+
     def __init__(
         self, base_layer: nn.Embedding, r: int, lora_alpha: float, density: float = 0.01,
         pattern: CSRPattern | None = None, *, use_rslora: bool = False, adapter_name: str = "default",
@@ -36,11 +38,9 @@ class RoSAEmbedding(AdapterLayer):
             raise ValueError("base_layer: expected max_norm=None; it rewrites the frozen weight at every look-up")
         super().__init__(base_layer, r, lora_alpha, 0.0, density, pattern, "row", 1, use_rslora, adapter_name)
 
-    def _add_low_rank(self, factory: dict) -> None:
-        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+    def _new_factors(self, factory: dict) -> tuple[Tensor, Tensor]:
         vocabulary, dim = self.weight_shape
-        self.lora_embedding_A[self.adapter_name] = nn.Parameter(torch.zeros(self.r, vocabulary, **factory))
-        self.lora_embedding_B[self.adapter_name] = nn.Parameter(torch.randn(dim, self.r, **factory))
+        return torch.zeros(self.r, vocabulary, **factory), torch.randn(dim, self.r, **factory)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -66,11 +66,9 @@ class RoSAEmbedding(AdapterLayer):
             raise ValueError(f"pattern: expected no row for padding_idx {padding}")
         super().place_pattern(pattern)
 
-    def _lora_delta(self, dtype: torch.dtype) -> Tensor | None:
-        if not self.r:
-            return None
-        A, B = self.lora_embedding_A[self.adapter_name], self.lora_embedding_B[self.adapter_name]
-        return self.scaling * (A.to(dtype).T @ B.to(dtype).T)
+    def _factor_product(self, dtype: torch.dtype) -> Tensor:
+        A, B = self.low_rank_factors()
+        return A.to(dtype).T @ B.to(dtype).T
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids (...) -> (..., embedding_dim) in the base weight's dtype."""
@@ -84,7 +82,7 @@ class RoSAEmbedding(AdapterLayer):
         return y if delta is None else (y + delta).to(y.dtype)
 
     def _low_rank(self, ids: Tensor) -> Tensor:
-        A, B = self.lora_embedding_A[self.adapter_name], self.lora_embedding_B[self.adapter_name]
+        A, B = self.low_rank_factors()
         return self.scaling * F.linear(F.embedding(ids, A.T, self.padding_idx), B)
 
     def _token_rows(self, ids: Tensor) -> Tensor:

@@ -53,14 +53,29 @@ class AdapterLayer(nn.Module):
         self.register_parameter("unmerged_weight", None)
         self._add_sparse(pattern)
         if r:
-            self._add_low_rank({"dtype": self._adapter_dtype(), "device": base_layer.weight.device})
+            self._add_low_rank()
         elif not self.has_sparse:
             raise ValueError("r and density: both are 0, so that there would be no adapter")
         self.register_state_dict_post_hook(_with_unmerged_weight)
 
-    def _add_low_rank(self, factory: dict) -> None:
-        """Create the factors with the given dtype and device."""
+    factor_names: tuple[str, str]
+    """The ParameterDicts that hold A and B."""
+
+    def _new_factors(self, factory: dict) -> tuple[Tensor, Tensor]:
+        """A and B of the given dtype and device, their product zero."""
         raise NotImplementedError
+
+    def _add_low_rank(self) -> None:
+        factors = self._new_factors({"dtype": self._adapter_dtype(), "device": self.base_layer.weight.device})
+        for name, factor in zip(self.factor_names, factors):
+            setattr(self, name, nn.ParameterDict({self.adapter_name: nn.Parameter(factor)}))
+
+    def low_rank_factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """A and B, None where r is 0."""
+        if not self.r:
+            return None
+        name_A, name_B = self.factor_names
+        return getattr(self, name_A)[self.adapter_name], getattr(self, name_B)[self.adapter_name]
 
     def _add_sparse(self, pattern: CSRPattern | None) -> None:
         self.values = nn.ParameterDict()
@@ -151,11 +166,19 @@ class AdapterLayer(nn.Module):
         if not self.has_sparse:
             raise ValueError("pattern: expected a layer with a density above 0")
         self.patterns[self.adapter_name].place(pattern)
+        self._reset_values(pattern.nnz)
+
+    def clear_pattern(self) -> None:
+        """Back to a layer whose mask nobody has chosen."""
+        self.patterns[self.adapter_name].clear()
+        self._reset_values(self.unit_budget * self.entries_a_unit)
+
+    def _reset_values(self, entries: int) -> None:
         values = self.sparse_values
-        if values.shape[0] != pattern.nnz:
-            values.data = values.data.new_zeros(pattern.nnz)
-        else:
+        if values.shape[0] == entries:
             values.data.zero_()
+        else:
+            values.data = values.data.new_zeros(entries)
 
     # Merging
 
@@ -163,14 +186,15 @@ class AdapterLayer(nn.Module):
     def delta_weight(self) -> Tensor:
         """scaling · B A + S as a dense (out_features, in_features) tensor, float32 (float64 over a float64 base)."""
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        delta = self._lora_delta(dtype)
-        if delta is None:
+        if self.r:
+            delta = self.scaling * self._factor_product(dtype)
+        else:
             delta = torch.zeros(self.weight_shape, dtype=dtype, device=self.weight.device)
         pattern = self.sparse_pattern()
         return delta if pattern is None else csr_add(delta, self.sparse_values.to(dtype), pattern)
 
-    def _lora_delta(self, dtype: torch.dtype) -> Tensor | None:
-        """scaling · B A in the given dtype, None without a low-rank part."""
+    def _factor_product(self, dtype: torch.dtype) -> Tensor:
+        """The low-rank product (out_features, in_features), unscaled, computed in the given dtype."""
         raise NotImplementedError
 
     @torch.no_grad()

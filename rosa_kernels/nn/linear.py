@@ -17,18 +17,18 @@ class _AdaptedLinear(AdapterLayer):
     A plain nn.Linear takes the fused ops. Any other base (quantised, tensor subclass, hooked) computes its own part.
     """
 
+    factor_names = ("lora_A", "lora_B")
+
     def __init__(self, base_layer: nn.Module, *settings):
         if not isinstance(base_layer, nn.Module) or not hasattr(base_layer, "in_features"):
             raise TypeError(f"base_layer: expected an nn.Linear or a module like it, got {type(base_layer).__name__}")
         super().__init__(base_layer, *settings)
 
-    def _add_low_rank(self, factory: dict) -> None:
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+    def _new_factors(self, factory: dict) -> tuple[Tensor, Tensor]:
         out_features, in_features = self.weight_shape
-        lora_A = nn.Parameter(torch.empty(self.r, in_features, **factory))
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        self.lora_A[self.adapter_name] = lora_A
-        self.lora_B[self.adapter_name] = nn.Parameter(torch.zeros(out_features, self.r, **factory))
+        lora_A = torch.empty(self.r, in_features, **factory)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))  # as nn.Linear initialises its weight
+        return lora_A, torch.zeros(out_features, self.r, **factory)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -46,23 +46,18 @@ class _AdaptedLinear(AdapterLayer):
     def out_features(self) -> int:
         return self.base_layer.out_features
 
-    def _lora_delta(self, dtype: torch.dtype) -> Tensor | None:
-        if not self.r:
-            return None
-        lora_A, lora_B = self.lora_A[self.adapter_name], self.lora_B[self.adapter_name]
-        return self.scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
+    def _factor_product(self, dtype: torch.dtype) -> Tensor:
+        lora_A, lora_B = self.low_rank_factors()
+        return lora_B.to(dtype) @ lora_A.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        base, name = self.base_layer, self.adapter_name
+        base = self.base_layer
         pattern = self.sparse_pattern()
         if self.merged or not self.adapter_enabled or not (self.r or pattern is not None):
             return base(x)
-        lora_A = lora_B = values = None
-        if self.r:
-            lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-        if pattern is not None:
-            values = self.values[name]
+        lora_A, lora_B = self.low_rank_factors() or (None, None)
+        values = None if pattern is None else self.sparse_values
         dropout = {"dropout_p": self.lora_dropout, "training": self.training}
         if not self.base_is_plain:
             y = base(x)

@@ -1,7 +1,7 @@
 """A CSRPattern as the buffers of a module, so that .to(), state_dict and deepcopy carry it along."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rosa_kernels.pattern import BLOCK, UNSTRUCTURED, CSRPattern
 
@@ -43,6 +43,8 @@ class PatternBuffers(nn.Module):
             raise ValueError(f"pattern: expected shape {self.shape}, got {pattern.shape}")
         pattern = pattern.to(self.crow_indices.device)
         self.structure = pattern.structure
+        if self.structure == UNSTRUCTURED and self._consists_of_blocks(pattern):
+            self.structure = BLOCK
         self.crow_indices, self.col_indices = pattern.crow_indices, pattern.col_indices
         self.ccol_indices, self.row_indices, self.permutation = pattern.transpose()
 
@@ -51,16 +53,19 @@ class PatternBuffers(nn.Module):
         transposed = (self.ccol_indices, self.row_indices, self.permutation)
         return CSRPattern._trusted(self.crow_indices, self.col_indices, self.shape, self.structure, transposed)
 
-    def validated(self, crow_indices: Tensor, col_indices: Tensor) -> CSRPattern:
-        """The pattern of indices from outside. Raises ValueError as CSRPattern does."""
-        pattern = CSRPattern(crow_indices, col_indices, self.shape)
-        if self.block_size is not None and pattern.structure == UNSTRUCTURED:
-            size = self.block_size
-            grid = torch.zeros(-(-self.shape[0] // size), -(-self.shape[1] // size), dtype=torch.bool)
-            grid[pattern.row_of_entry().cpu() // size, pattern.col_indices.cpu().long() // size] = True
-            if CSRPattern.from_blocks(grid, size, self.shape) == pattern.to("cpu"):
-                pattern.structure = BLOCK
-        return pattern
+    def clear(self) -> None:
+        """Forget the pattern: nobody has chosen one."""
+        for name in (*self._PERSISTENT, *self._TRANSPOSED):
+            setattr(self, name, torch.empty(0, dtype=torch.int32, device=self.crow_indices.device))
+        self.structure = UNSTRUCTURED
+
+    def _consists_of_blocks(self, pattern: CSRPattern) -> bool:
+        if self.block_size is None:
+            return False
+        size = self.block_size
+        blocks = torch.zeros(-(-self.shape[0] // size), -(-self.shape[1] // size), dtype=torch.bool)
+        blocks[pattern.row_of_entry().cpu() // size, pattern.col_indices.cpu().long() // size] = True
+        return CSRPattern.from_blocks(blocks, size, self.shape) == pattern.to("cpu")
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -70,19 +75,15 @@ class PatternBuffers(nn.Module):
             missing_keys.extend(prefix + name for name in absent)
             return
         crow, col = (state_dict[prefix + name] for name in self._PERSISTENT)
-        device = col.device if self.crow_indices.is_meta else self.crow_indices.device
+        if self.crow_indices.is_meta:
+            self.to_empty(device=col.device)
         if crow.numel() == 0 and col.numel() == 0:
-            for name in (*self._PERSISTENT, *self._TRANSPOSED):
-                setattr(self, name, torch.empty(0, dtype=torch.int32, device=device))
+            self.clear()
             return
         try:
-            pattern = self.validated(crow.clone(), col.clone())
+            self.place(CSRPattern(crow.clone(), col.clone(), self.shape))
         except ValueError as error:
             error_msgs.append(f"{prefix[:-1]}: {error}")
-            return
-        if self.crow_indices.is_meta:
-            self.crow_indices = self.crow_indices.new_empty(0, device=device)
-        self.place(pattern)
 
     def extra_repr(self) -> str:
         return repr(self.pattern()) if self.selected else f"shape={self.shape}, not selected"
