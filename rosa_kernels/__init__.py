@@ -17,6 +17,7 @@ from rosa_kernels.dispatch import available_backends, use_backend
 from rosa_kernels.functional import csr_add, lora_linear, rosa_delta, rosa_linear, sddmm, sparse_linear, spmm
 from rosa_kernels.masks import select_masks
 from rosa_kernels.pattern import CSRPattern
+from rosa_kernels.peft import from_peft, to_peft
 
 from rosa_kernels.version import __version__
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "available_backends",
     "csr_add",
     "disable_adapters",
+    "from_peft",
     "load_adapters",
     "lora_linear",
     "merge_adapters",
@@ -40,6 +42,7 @@ __all__ = [
     "select_masks",
     "sparse_linear",
     "spmm",
+    "to_peft",
     "trainable_parameters",
     "unmerge_adapters",
     "use_backend",

@@ -26,7 +26,7 @@ def new_seed(device: torch.device) -> Tensor:
 def keep_mask(seed: Tensor, tokens: int, in_features: int, p: float) -> Tensor:
     """(tokens, in_features) bool: the elements that dropout with probability p keeps."""
     words = _philox(seed, tokens, -(-in_features // 4))
-    return words.reshape(tokens, -1)[:, :in_features] >= drop_threshold(p)
+    return words.flatten(1)[:, :in_features] >= drop_threshold(p)
 
 
 def _philox(seed: Tensor, tokens: int, groups: int) -> Tensor:

@@ -1,0 +1,27 @@
+// Included once by each kernels_*.cpp, after its simd header: the kernels compiled for that instruction set.
+#pragma once
+#include "backward.h"
+#include "few_tokens.h"
+#include "merge.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+template <class T>
+void forward_typed(const Forward& f) {
+  if (f.tokens <= FEW_TOKENS)
+    forward_few<T>(f);
+  else
+    forward_blocks<T>(f);
+}
+
+inline void forward(const Forward& f) {
+  f.dtype == Dtype::float32 ? forward_typed<float>(f) : forward_typed<uint16_t>(f);
+}
+inline void backward(const Backward& b) {
+  b.dtype == Dtype::float32 ? backward_blocks<float>(b) : backward_blocks<uint16_t>(b);
+}
+inline void merge(const Merge& m) { m.dtype == Dtype::float32 ? merge_rows<float>(m) : merge_rows<uint16_t>(m); }
+
+}  // namespace ROSA_ISA
+}  // namespace rosa

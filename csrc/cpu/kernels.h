@@ -1,0 +1,92 @@
+// The CPU kernels' interface: plain structs in, one table of functions per instruction set. No torch types here.
+#pragma once
+#include <cstdint>
+
+namespace rosa {
+
+constexpr int64_t TOKENS = 64;  // tokens a block: 64 tokens of one feature fill four AVX-512 registers
+
+enum class Dtype { float32, bfloat16 };
+
+// Row-major, unit column stride; stride counts elements.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// scaling · B A; A (r, in_features) and B (out_features, r) contiguous. r = 0: none.
+struct LowRank {
+  int64_t r = 0;
+  const float* A = nullptr;
+  const float* B = nullptr;
+  float scaling = 0;
+};
+
+// Philox dropout on the low-rank path's input; see rosa_kernels/dropout.py.
+struct Dropout {
+  bool on = false;
+  uint64_t seed = 0;
+  uint64_t threshold = 0;  // random words below it are dropped; 2^32 drops all
+  float scale = 1;         // 1 / (1 - p), and 0 for p = 1
+};
+
+enum class Structure { unstructured, row, column, block };  // as in rosa_kernels/pattern.py
+
+// S (out_features, in_features) in CSR form; values null: none.
+struct Csr {
+  const int32_t* crow = nullptr;
+  const int32_t* col = nullptr;
+  const float* values = nullptr;
+  int64_t nnz = 0;
+  Structure structure = Structure::unstructured;
+};
+
+// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ
+struct Forward {
+  Dtype dtype;
+  int64_t tokens, in_features, out_features;
+  Matrix y, x;
+  LowRank low_rank;
+  Dropout dropout;
+  Csr sparse;
+};
+
+// Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,).
+struct Backward {
+  Dtype dtype;
+  int64_t tokens, in_features, out_features;
+  Matrix dx, dy, x;
+  LowRank low_rank;
+  Dropout dropout;
+  Csr sparse;
+  const int32_t *ccol, *row, *permutation;  // the CSC view, for dx
+  float *dA, *dB, *dvalues;
+};
+
+// out (out_features, in_features) = weight + scaling · B A + S. bfloat16 takes S alone.
+struct Merge {
+  Dtype dtype;
+  int64_t in_features, out_features;
+  Matrix out, weight;
+  LowRank low_rank;
+  Csr sparse;
+};
+
+struct Kernels {
+  const char* instruction_set;
+  void (*forward)(const Forward&);
+  void (*backward)(const Backward&);
+  void (*merge)(const Merge&);
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+// Runs body(context, slot) for every slot in [0, slots), on PyTorch's intra-op threads.
+void run_slots(int64_t slots, void (*body)(void*, int64_t), void* context);
+int64_t thread_count();
+
+}  // namespace rosa

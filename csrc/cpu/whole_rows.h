@@ -1,0 +1,42 @@
+// Patterns of whole rows or whole columns: a small dense matrix between gathered or scattered rows, so that their products are the
+// dense ones of the low-rank path. A column pattern of S is a row pattern of Sᵀ.
+#pragma once
+#include "products.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+// How many whole rows of this length S has; 0 for other structures.
+inline int64_t whole_row_count(const Csr& s, int64_t length) {
+  return s.values && s.structure == Structure::row ? s.nnz / length : 0;
+}
+
+// out[i] += products[n] for each row i of [first, first + rows) that is the n-th of S's whole rows.
+inline void scatter_rows(const Csr& s, int64_t length, int64_t first, int64_t rows, const float* products, float* out) {
+  for (int64_t i = first; i < first + rows; ++i) {
+    if (s.crow[i] == s.crow[i + 1]) continue;
+    const float* from = products + s.crow[i] / length * TOKENS;
+    float* to = out + (i - first) * TOKENS;
+    for (int64_t t = 0; t < TOKENS; t += LANES) store(to + t, add(load(to + t), load(from + t)));
+  }
+}
+
+// The features of one side that a row or column pattern touches: rows of dy, or columns of x.
+inline void touched_features(const Csr& s, int64_t out_features, int64_t count, int32_t* touched) {
+  if (s.structure == Structure::column) {
+    std::memcpy(touched, s.col, sizeof(int32_t) * count);
+    return;
+  }
+  for (int64_t i = 0; i < out_features; ++i)
+    if (s.crow[i] != s.crow[i + 1]) *touched++ = (int32_t)i;
+}
+
+// gathered (count rounded up to GROUP, TOKENS) = packed[touched], then zeros.
+inline void gather_rows(const int32_t* touched, int64_t count, const float* packed, float* gathered) {
+  for (int64_t n = 0; n < count; ++n)
+    std::memcpy(gathered + n * TOKENS, packed + touched[n] * TOKENS, sizeof(float) * TOKENS);
+  std::memset(gathered + count * TOKENS, 0, sizeof(float) * (rounded_up(count, GROUP) - count) * TOKENS);
+}
+
+}  // namespace ROSA_ISA
+}  // namespace rosa

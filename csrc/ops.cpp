@@ -1,0 +1,188 @@
+// torch.ops.rosa_kernels_cpu.*: the CPU kernels behind PyTorch's stable ABI, one binary for every torch from 2.10 on. Arguments come
+// checked from rosa_kernels/functional.py and laid out by rosa_kernels/backends/cpu.py; the checks here are assertions.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace rosa {
+
+void run_slots(int64_t slots, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) body(context, slot);
+  });
+}
+
+int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+const std::vector<const Kernels*>& supported_kernels() {
+  static const std::vector<const Kernels*> supported = [] {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      found.push_back(&kernels_avx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
+#endif
+    found.push_back(&kernels_portable);
+    return found;
+  }();
+  return supported;
+}
+
+// The best instruction set of this processor, or the one that ROSA_KERNELS_CPU names.
+const Kernels& kernels() {
+  static const Kernels* chosen = [] {
+    const char* wish = std::getenv("ROSA_KERNELS_CPU");
+    if (!wish || !*wish) return supported_kernels().front();
+    for (const Kernels* k : supported_kernels())
+      if (std::strcmp(wish, k->instruction_set) == 0) return k;
+    STD_TORCH_CHECK(false, "ROSA_KERNELS_CPU=", wish, ": expected one of avx512, avx2, portable that this processor has");
+    return (const Kernels*)nullptr;
+  }();
+  return *chosen;
+}
+
+std::string instruction_set() { return kernels().instruction_set; }
+
+std::string build_info() {
+  std::string compiler = "C++ compiler " __VERSION__ ", kernels for";
+  for (const Kernels* k : supported_kernels()) compiler += std::string(" ") + k->instruction_set;
+  return compiler;
+}
+
+Dtype dtype_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, "float32 or bfloat16");
+  return t.scalar_type() == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
+}
+
+Matrix matrix_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), "a matrix of unit column stride");
+  return {t.data_ptr(), t.stride(0)};
+}
+
+const float* floats_of(const OptionalTensor& t) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous(), "contiguous float32");
+  return static_cast<const float*>(t->data_ptr());
+}
+
+const int32_t* ints_of(const OptionalTensor& t) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous(), "contiguous int32");
+  return static_cast<const int32_t*>(t->data_ptr());
+}
+
+LowRank low_rank_of(const OptionalTensor& A, const OptionalTensor& B, double scaling) {
+  if (!A) return {};
+  return {A->size(0), floats_of(A), floats_of(B), static_cast<float>(scaling)};
+}
+
+// An empty S counts as none: its value pointer may be null.
+Csr csr_of(const OptionalTensor& values, const OptionalTensor& crow, const OptionalTensor& col, int64_t structure) {
+  if (!values || values->numel() == 0) return {};
+  return {ints_of(crow), ints_of(col), floats_of(values), values->numel(), static_cast<Structure>(structure)};
+}
+
+Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) {
+  if (!seed) return {};
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "one int64 seed");
+  return {true, *static_cast<const uint64_t*>(seed->data_ptr()), static_cast<uint64_t>(threshold),
+          static_cast<float>(scale)};
+}
+
+void forward(Tensor y, const Tensor x, const OptionalTensor A, const OptionalTensor B, double scaling,
+             const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t structure,
+             const OptionalTensor seed, int64_t threshold, double scale) {
+  Forward f{};
+  f.dtype = dtype_of(x);
+  f.tokens = x.size(0);
+  f.in_features = x.size(1);
+  f.out_features = y.size(1);
+  f.y = matrix_of(y);
+  f.x = matrix_of(x);
+  f.low_rank = low_rank_of(A, B, scaling);
+  f.dropout = dropout_of(seed, threshold, scale);
+  f.sparse = csr_of(values, crow, col, structure);
+  kernels().forward(f);
+}
+
+void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTensor dB, const OptionalTensor dvalues,
+              const Tensor dy, const Tensor x, const OptionalTensor A, const OptionalTensor B, double scaling,
+              const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col,
+              const OptionalTensor ccol, const OptionalTensor row, const OptionalTensor permutation, int64_t structure,
+              const OptionalTensor seed, int64_t threshold, double scale) {
+  Backward b{};
+  b.dtype = dtype_of(x);
+  b.tokens = x.size(0);
+  b.in_features = x.size(1);
+  b.out_features = dy.size(1);
+  if (dx) b.dx = matrix_of(*dx);
+  b.dy = matrix_of(dy);
+  b.x = matrix_of(x);
+  b.low_rank = low_rank_of(A, B, scaling);
+  b.dropout = dropout_of(seed, threshold, scale);
+  b.sparse = csr_of(values, crow, col, structure);
+  b.ccol = ints_of(ccol);
+  b.row = ints_of(row);
+  b.permutation = ints_of(permutation);
+  b.dA = const_cast<float*>(floats_of(dA));
+  b.dB = const_cast<float*>(floats_of(dB));
+  b.dvalues = b.sparse.values ? const_cast<float*>(floats_of(dvalues)) : nullptr;
+  kernels().backward(b);
+}
+
+void merge(Tensor out, const Tensor weight, const OptionalTensor A, const OptionalTensor B, double scaling,
+           const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col) {
+  Merge m{};
+  m.dtype = dtype_of(weight);
+  m.in_features = weight.size(1);
+  m.out_features = weight.size(0);
+  m.out = matrix_of(out);
+  m.weight = matrix_of(weight);
+  m.low_rank = low_rank_of(A, B, scaling);
+  m.sparse = csr_of(values, crow, col, 0);
+  STD_TORCH_CHECK(m.low_rank.r == 0 || m.dtype == Dtype::float32, "a low-rank delta is merged in float32 alone");
+  kernels().merge(m);
+}
+
+}  // namespace
+}  // namespace rosa
+
+STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
+  m.def(
+      "forward(Tensor(a!) y, Tensor x, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
+      "Tensor? col, int structure, Tensor? seed, int threshold, float scale) -> ()");
+  m.def(
+      "backward(Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!)? dvalues, Tensor dy, Tensor x, Tensor? lora_A, "
+      "Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, "
+      "Tensor? permutation, int structure, Tensor? seed, int threshold, float scale) -> ()");
+  m.def(
+      "merge(Tensor(a!) out, Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
+      "Tensor? col) -> ()");
+  m.def("instruction_set() -> str");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("forward", TORCH_BOX(&rosa::forward));
+  m.impl("backward", TORCH_BOX(&rosa::backward));
+  m.impl("merge", TORCH_BOX(&rosa::merge));
+  m.impl("instruction_set", TORCH_BOX(&rosa::instruction_set));
+  m.impl("build_info", TORCH_BOX(&rosa::build_info));
+}
