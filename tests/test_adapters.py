@@ -1,0 +1,367 @@
+"""add_adapters: which modules it finds, what it freezes, what it refuses, and taking adapters out again."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rosa_kernels as rk
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.query, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.ff = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        x = x + self.query(x).sigmoid() * self.value(x)
+        return x + self.ff(x)
+
+
+class Classifier(nn.Module):
+    def __init__(self, width=16, vocabulary=20, classes=3):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x.mean(1)))
+
+
+IDS = torch.arange(40).view(4, 10) % 20
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapted(model):
+    return [name for name, module in model.named_modules() if isinstance(module, rk.nn.AdapterLayer)]
+
+
+def train(model, steps=3):
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(IDS), torch.tensor([0, 1, 2, 0])).backward()
+        optimiser.step()
+
+
+ALL = ["blocks.0.query", "blocks.0.value", "blocks.0.ff.0", "blocks.0.ff.2"]
+ALL += [name.replace("0", "1", 1) for name in ALL]
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({}, [*ALL, "head"]),
+        ({"modules_to_save": ["head"]}, ALL),
+        ({"exclude_modules": ["ff.0", "head", "blocks.1.value"]}, [n for n in ALL if n[-4:] != "ff.0" and n != "blocks.1.value"]),
+        ({"exclude_modules": r".*\.ff\.\d|head"}, [name for name in ALL if "ff" not in name]),
+        ({"target_modules": ["query"]}, ["blocks.0.query", "blocks.1.query"]),
+        ({"target_modules": ("blocks.1.query", "ff.2")}, ["blocks.0.ff.2", "blocks.1.query", "blocks.1.ff.2"]),
+        ({"target_modules": r"blocks\.0\.(query|value)"}, ["blocks.0.query", "blocks.0.value"]),
+        ({"target_modules": r"embedding|head|blocks"}, ["embedding", "head"]),
+        ({"target_modules": ["embedding", "head"]}, ["embedding", "head"]),
+    ],
+)  # fmt: skip
+def test_targets(fields, expected):
+    model = rk.add_adapters(Classifier(), rk.LoRAConfig(r=2, **fields))
+    assert adapted(model) == expected
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"target_modules": ["query", "valeu"]}, "target_modules: no module is called 'valeu'; near it: value"),
+        ({"target_modules": ["blocks.0.kvery"]}, "near it: blocks.0.query"),
+        ({"target_modules": ["uery"]}, "'uery'"),  # not a dotted part
+        ({"target_modules": "query"}, r"\['query'\] would match the ends"),
+        ({"target_modules": r"blocks\.7\..*"}, "matches no module"),
+        ({"target_modules": "blocks|norm"}, "leaves no nn.Linear"),
+        ({"target_modules": ["norm"]}, "norm is a LayerNorm"),
+        ({"target_modules": ["query"], "exclude_modules": ["kwery"]}, "exclude_modules: no module is called 'kwery'"),
+        ({"target_modules": ["query"], "exclude_modules": ["query"]}, "leaves no"),
+        ({"modules_to_save": ["haed"]}, "modules_to_save: no module is called 'haed'; near it: head"),
+        ({"target_modules": ["head"], "modules_to_save": ["head"]}, "inside modules_to_save"),
+        ({"rank_pattern": {"kwery": 4}}, "rank_pattern: 'kwery'"),
+        ({"alpha_pattern": {"norm": 4}}, "alpha_pattern: 'norm'"),
+    ],
+)
+def test_what_matches_nothing_is_named_and_the_model_left_alone(fields, text):
+    model = Classifier()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=text):
+        rk.add_adapters(model, rk.LoRAConfig(**fields))
+    assert not adapted(model) and trainable(model) == set(dict(model.named_parameters()))
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in state)
+
+
+def test_exactly_the_adapters_and_the_head_train():
+    model = rk.add_adapters(
+        Classifier(), rk.RoSAConfig(r=2, density=0.1, target_modules=["query", "embedding"], modules_to_save=["head"])
+    )
+    expected = {"head.weight", "head.bias", "embedding.values.default"}
+    expected |= {f"embedding.lora_embedding_{factor}.default" for factor in "AB"}
+    expected |= {f"blocks.{i}.query.{kind}.default" for i in (0, 1) for kind in ("lora_A", "lora_B", "values")}
+    assert trainable(model) == expected
+    base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    head = model.head.weight.clone()
+    train(model)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in base.items())
+    assert not torch.equal(model.head.weight, head), "a frozen head is the quietest of failures"
+
+
+@pytest.mark.parametrize("config", [rk.LoRAConfig(r=2), rk.RoSAConfig(r=2, target_modules=["query", "embedding"])])
+def test_a_fresh_adapter_changes_no_bit(backend, config):
+    model = Classifier()
+    y = model(IDS)
+    assert torch.equal(rk.add_adapters(model, config)(IDS), y)
+
+
+def test_patterns_override_per_layer():
+    config = rk.RoSAConfig(
+        r=2, lora_alpha=4, density=0.1, modules_to_save=["head"],
+        rank_pattern={"query": 5, r"blocks\.1\.ff\.\d": 0}, alpha_pattern={"query": 10},
+        density_pattern={"value": 0, "blocks.0.query": 0.5},
+    )  # fmt: skip
+    model = rk.add_adapters(Classifier(), config)
+    first, second = model.blocks
+    assert (first.query.r, first.query.scaling, first.value.r, first.value.scaling) == (5, 2, 2, 2)
+    assert second.ff[0].r == 0 and not hasattr(second.ff[0], "lora_A") and second.ff[0].has_sparse
+    assert not first.value.has_sparse and first.query.sparse_values.numel() == 128 and second.query.sparse_values.numel() == 26
+
+
+def test_an_embedding_can_be_row_sparse_beside_lora_on_the_rest():
+    config = rk.RoSAConfig(
+        r=2, density=0, density_pattern={"embedding": 0.2}, rank_pattern={"embedding": 0},
+        target_modules=["embedding", "query"],
+    )  # fmt: skip
+    model = rk.add_adapters(Classifier(), config)
+    assert trainable(model) == {"embedding.values.default"} | {
+        f"blocks.{i}.query.lora_{factor}.default" for i in (0, 1) for factor in "AB"
+    }
+
+
+@pytest.mark.parametrize(
+    "kind, fields, error, text",
+    [
+        (rk.LoRAConfig, {"r": 0}, ValueError, "r: expected at least 1"),
+        (rk.RoSAConfig, {"r": -1}, ValueError, "r: expected at least 0"),
+        (rk.LoRAConfig, {"r": "8"}, TypeError, "r: expected an integer"),
+        (rk.LoRAConfig, {"lora_dropout": 1.1}, ValueError, "lora_dropout"),
+        (rk.LoRAConfig, {"rank_pattern": {"a": 0}}, ValueError, "rank_pattern"),
+        (rk.LoRAConfig, {"target_modules": "("}, ValueError, "regular expression"),
+        (rk.LoRAConfig, {"target_modules": []}, ValueError, "at least one"),
+        (rk.LoRAConfig, {"modules_to_save": "head"}, TypeError, "list of names"),
+        (rk.LoRAConfig, {"use_rslora": 1}, TypeError, "use_rslora"),
+        (rk.RoSAConfig, {"density": -0.1}, ValueError, "density"),
+        (rk.RoSAConfig, {"structure": "tile"}, ValueError, "structure"),
+        (rk.RoSAConfig, {"mask": "best"}, ValueError, "mask"),
+        (rk.RoSAConfig, {"mask_scope": "model"}, ValueError, "mask_scope"),
+        (rk.RoSAConfig, {"mask_scope": "global", "structure": "row"}, ValueError, "mask_scope"),
+        (rk.RoSAConfig, {"mask_batches": 0}, ValueError, "mask_batches"),
+        (rk.RoSAConfig, {"block_size": 0}, ValueError, "block_size"),
+    ],
+)
+def test_configs_refuse(kind, fields, error, text):
+    with pytest.raises(error, match=text):
+        kind(**fields)
+
+
+# What cannot be adapted
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_modules": ["out_proj"]}])
+def test_linears_that_a_parent_reads_are_refused(fields):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "ff": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="attention.out_proj cannot be adapted: MultiheadAttention reads its weight"):
+        rk.add_adapters(model, rk.LoRAConfig(**fields))
+    rk.add_adapters(model, rk.LoRAConfig(exclude_modules=["out_proj"]))
+    assert adapted(model) == ["ff"]
+
+
+def test_the_encoder_layer_with_a_fast_path_is_refused():
+    with pytest.raises(ValueError, match="linear1 cannot be adapted: TransformerEncoderLayer"):
+        rk.add_adapters(nn.Sequential(nn.TransformerEncoderLayer(8, 2)), rk.LoRAConfig(target_modules=["linear1"]))
+
+
+def test_a_second_adapter_is_refused():
+    model = rk.add_adapters(Classifier(), rk.LoRAConfig(r=2))
+    for name in ("default", "other"):
+        with pytest.raises(ValueError, match="already carries adapters"):
+            rk.add_adapters(model, rk.LoRAConfig(r=2), name)
+
+
+def test_a_bare_layer_is_refused():
+    with pytest.raises(ValueError, match="rosa_kernels.nn"):
+        rk.add_adapters(nn.Linear(2, 2), rk.LoRAConfig())
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_and_wrapped_models_are_refused(one_process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(ValueError, match="DDP or FSDP"):
+        rk.add_adapters(nn.parallel.DistributedDataParallel(Classifier()), rk.LoRAConfig())
+    with pytest.raises(ValueError, match="DDP or FSDP"):
+        rk.add_adapters(fully_shard(Classifier(), mesh=mesh), rk.LoRAConfig())
+    model = Classifier()
+    model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh))
+    with pytest.raises(ValueError, match="head: base_layer: expected a whole weight, got a DTensor"):
+        rk.add_adapters(model, rk.LoRAConfig())
+    assert model.blocks[0].query.weight.requires_grad, "a refused model is left as it was"
+
+
+# Shared modules and weights
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.again = self.first
+        self.table = nn.Embedding(20, 8)
+        self.out = nn.Linear(8, 20, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, ids):
+        return self.out(self.again(self.first(self.table(ids))))
+
+
+def test_a_module_with_two_names_gets_one_adapter():
+    model = rk.add_adapters(Shared(), rk.LoRAConfig(r=2, target_modules=["again"]))
+    assert model.first is model.again and isinstance(model.first, rk.nn.LoRALinear)
+    rk.merge_and_unload(model)
+    assert model.first is model.again and type(model.first) is nn.Linear
+
+
+def test_excluding_one_of_two_names_excludes_the_module():
+    model = rk.add_adapters(Shared(), rk.LoRAConfig(r=2, exclude_modules=["again"]))
+    assert adapted(model) == ["out"]
+
+
+def test_tied_weights_keep_one_owner_unadapted():
+    model = rk.add_adapters(Shared(), rk.LoRAConfig(r=2, target_modules=["out"]))
+    with torch.no_grad():
+        model.out.lora_B["default"].normal_()
+    table, y = model.table(IDS).clone(), model(IDS)
+    rk.merge_adapters(model)
+    assert torch.equal(model.table(IDS), table)
+    torch.testing.assert_close(model(IDS), y)
+    rk.unmerge_adapters(model)
+    assert model.out.weight is model.table.weight and torch.equal(model(IDS), y)
+
+
+# Counting, merging, disabling
+
+
+def test_counts(capsys):
+    model = rk.add_adapters(Classifier(), rk.LoRAConfig(r=2, target_modules=["query"]))
+    base = sum(p.numel() for p in Classifier().parameters())
+    expected = {"trainable": 128, "total": base + 128, "percent": 100 * 128 / (base + 128)}
+    assert rk.trainable_parameters(model) == expected
+    rk.merge_adapters(model)
+    assert rk.trainable_parameters(model) == expected
+    rk.print_trainable_parameters(model)
+    assert f"128 of {base + 128:,}" in capsys.readouterr().out
+
+
+@pytest.fixture(params=[rk.LoRAConfig(r=2), rk.RoSAConfig(r=2, density=0.1, mask="random", target_modules=["embedding", "ff.0"])])
+def trained(request):
+    model = rk.add_adapters(Classifier(), request.param)
+    if isinstance(request.param, rk.RoSAConfig):
+        rk.select_masks(model)
+    train(model)
+    return model
+
+
+def test_merging_a_model(backend, trained):
+    y = trained(IDS)
+    state = copy.deepcopy(trained.state_dict())
+    rk.merge_adapters(trained)
+    torch.testing.assert_close(trained(IDS), y)
+    rk.merge_adapters(trained)
+    assert all(torch.equal(value, state[key]) for key, value in trained.state_dict().items())
+    rk.unmerge_adapters(trained)
+    assert torch.equal(trained(IDS), y)
+
+
+def test_merge_and_unload(trained):
+    y = trained(IDS)
+    plain = rk.merge_and_unload(copy.deepcopy(trained))
+    assert not adapted(plain) and set(plain.state_dict()) == set(Classifier().state_dict())
+    torch.testing.assert_close(plain(IDS), y)
+    rk.add_adapters(plain, rk.LoRAConfig(r=2))  # and again
+    with pytest.raises(ValueError, match="no adapters"):
+        rk.merge_adapters(Classifier())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabling(trained, merged):
+    base = Classifier()
+    base.load_state_dict({k.replace("base_layer.", ""): v for k, v in trained.state_dict().items() if "default" not in k})
+    if merged:
+        rk.merge_adapters(trained)
+    y = trained(IDS)
+    with pytest.raises(ZeroDivisionError), rk.disable_adapters(trained):
+        assert torch.equal(trained(IDS), base(IDS))
+        1 / 0
+    assert torch.equal(trained(IDS), y) and not torch.equal(y, base(IDS))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_train(trained, reentrant):
+    def gradients(run):
+        trained.zero_grad()
+        x = trained.embedding(IDS)
+        x = x if x.requires_grad else x.detach().requires_grad_()  # enable_input_require_grads
+        for block in trained.blocks:
+            x = run(block, x)
+        x.square().sum().backward()
+        return {name: p.grad.clone() for name, p in trained.blocks.named_parameters() if p.requires_grad}
+
+    expected = gradients(lambda block, x: block(x))
+    found = gradients(lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
+    assert expected and all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_compiled_model_equals_eager(trained):
+    compiled = torch.compile(trained, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(IDS), trained(IDS))
+
+
+def test_adapters_go_into_a_compiled_model():
+    model = Classifier()
+    compiled = torch.compile(model, backend="aot_eager")
+    rk.add_adapters(compiled, rk.LoRAConfig(r=2, target_modules=["blocks.0.query"]))
+    assert adapted(model) == ["blocks.0.query"]
+    with torch.no_grad():
+        model.blocks[0].query.lora_B["default"].normal_()
+    torch.testing.assert_close(compiled(IDS), model(IDS))
+
+
+def test_copies_and_dtypes(trained):
+    y = trained(IDS)
+    duplicate = copy.deepcopy(trained)
+    assert torch.equal(duplicate(IDS), y)
+    duplicate.to(torch.bfloat16)
+    torch.testing.assert_close(duplicate(IDS).float(), y, rtol=0.1, atol=0.1)
+    assert torch.equal(trained(IDS), y)
