@@ -1,0 +1,114 @@
+"""Which backend serves a call: by name, by environment, by choice, and what a refusal says."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import CPU
+
+import rosa_kernels as rk
+from rosa_kernels import dispatch
+
+PATTERN = rk.CSRPattern.random((5, 6), 0.4, seed=0)
+
+
+def spmm(dtype=torch.float32):
+    return rk.spmm(torch.randn(3, 6, dtype=dtype), torch.randn(PATTERN.nnz, dtype=dtype), PATTERN)
+
+
+@pytest.fixture
+def served_by(monkeypatch):
+    """The names of the backends that spmm and sddmm calls reach, in order."""
+    calls = []
+
+    def record(name, function):
+        def recording(*args):
+            calls.append(name)
+            return function(*args)
+
+        return recording
+
+    for name, module in dispatch.BACKENDS.items():
+        for op in ("spmm", "sddmm"):
+            if hasattr(module, op):
+                monkeypatch.setattr(module, op, record(name, getattr(module, op)))
+    return calls
+
+
+def test_available_backends_says_why_not():
+    reasons = rk.available_backends()
+    assert {"reference", "cpu"} <= reasons.keys() and reasons["reference"] is None
+    assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values())
+
+
+def test_the_named_backend_serves(backend, served_by):
+    spmm()
+    assert served_by == [backend]
+
+
+def test_auto_prefers_kernels_and_falls_to_the_reference_only_for_what_they_refuse(served_by):
+    with rk.use_backend("auto"):
+        spmm()
+        spmm(torch.float64)
+    fastest = "cpu" if rk.available_backends()["cpu"] is None else "reference"
+    assert served_by == [fastest, "reference"]
+
+
+def test_the_cpu_backend_serves_its_promised_dtypes():
+    if rk.available_backends()["cpu"] is not None:
+        pytest.skip(f"backend cpu: {rk.available_backends()['cpu']}")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert dispatch.refusal("cpu", CPU, dtype) is None
+    assert dispatch.refusal("cpu", CPU, torch.float64) and dispatch.refusal("cpu", torch.device("meta"), torch.float32)
+
+
+def test_a_named_backend_never_hands_a_call_on():
+    with rk.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for and cannot serve .*: .+"):
+        spmm(torch.float64)
+
+
+def test_use_backend_nests_and_is_undone_by_an_error(served_by):
+    with rk.use_backend("auto"):
+        with rk.use_backend("reference"):
+            with rk.use_backend("auto"):
+                pass
+            spmm()
+        with pytest.raises(KeyError), rk.use_backend("reference"):
+            raise KeyError
+        assert dispatch._chosen == "auto"
+    assert served_by == ["reference"]
+
+
+def test_the_choice_holds_in_other_threads_and_in_the_backward(backend, served_by):
+    x = torch.randn(3, 6, requires_grad=True)
+    values = torch.randn(PATTERN.nnz, requires_grad=True)
+    rk.spmm(x, values, PATTERN).sum().backward()
+    thread = threading.Thread(target=spmm)
+    thread.start()
+    thread.join()
+    assert len(served_by) == 4 and set(served_by) == {backend}
+
+
+def test_unknown_names():
+    for name in ("cuda-graphs", "", "CPU", None):
+        with pytest.raises(ValueError, match="use_backend.*reference"), rk.use_backend(name):
+            pass
+
+
+def in_a_new_process(code, backend):
+    environment = os.environ | {"ROSA_KERNELS_BACKEND": backend}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_environment_variable():
+    run = in_a_new_process("import rosa_kernels.dispatch as d; print(d._chosen)", "reference")
+    assert run.stdout.strip() == "reference", run.stderr
+
+
+def test_environment_variable_with_an_unknown_name():
+    run = in_a_new_process("import rosa_kernels", "fastest")
+    assert run.returncode == 1 and "ValueError: ROSA_KERNELS_BACKEND: expected one of" in run.stderr
+    assert "'fastest'" in run.stderr
