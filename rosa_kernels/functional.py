@@ -77,6 +77,9 @@ def spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
+    _check_type("x", x, Tensor)
+    _check_type("values", values, Tensor)
+    _check_type("pattern", pattern, CSRPattern)
     _check_x(x, "x", pattern.shape[1])
     _check_values(values, pattern, x.device)
     if _wants_grad(x, values):
@@ -94,6 +97,9 @@ def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
+    _check_type("dy", dy, Tensor)
+    _check_type("x", x, Tensor)
+    _check_type("pattern", pattern, CSRPattern)
     _check_x(x, "x", pattern.shape[1])
     _check_x(dy, "dy", pattern.shape[0])
     _check_device("pattern", pattern.device, x.device)
@@ -113,6 +119,9 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
+    _check_type("weight", weight, Tensor)
+    _check_type("values", values, Tensor)
+    _check_type("pattern", pattern, CSRPattern)
     _check_floating("weight", weight)
     if tuple(weight.shape) != pattern.shape:
         raise ValueError(f"weight: expected shape {pattern.shape} as the pattern, got {tuple(weight.shape)}")
@@ -125,6 +134,12 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
 
 
 def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training):
+    _check_type("x", x, Tensor)
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B), ("values", values)):
+        if tensor is not None:
+            _check_type(name, tensor, Tensor)
+    if pattern is not None:
+        _check_type("pattern", pattern, CSRPattern)
     x, weight, bias = _autocast(x, weight, bias)
     out_features = _check_base(x, weight, bias, lora_B, pattern)
     in_features = x.shape[-1]
@@ -223,6 +238,11 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
         raise ValueError(f"{name}: expected dtype {x.dtype} as x, got {tensor.dtype}")
     _check_device(name, tensor.device, x.device)
+
+
+def _check_type(name: str, value, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -47,6 +47,8 @@ class CSRPattern:
     @classmethod
     def from_mask(cls, mask: Tensor) -> "CSRPattern":
         """The true entries of a bool mask (out_features, in_features)."""
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a Tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"mask: expected a 2-D bool tensor, got {_describe(mask)}")
         crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)

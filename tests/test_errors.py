@@ -189,26 +189,37 @@ def test_pattern(fault):
 
 
 TYPE_FAULTS = {
-    "crow list": lambda: rk.CSRPattern([0, 1, 1], ints(0), (2, 3)),
+    "crow list": ("crow_indices", lambda: rk.CSRPattern([0, 1, 1], ints(0), (2, 3))),
+    "mask list": ("mask", lambda: rk.CSRPattern.from_mask([[True]])),
+    "x list": ("x", lambda: rk.rosa_linear(**good(x=[[1.0] * I]))),
+    "x None": ("x", lambda: rk.rosa_linear(**good(x=None))),
+    "weight array": ("weight", lambda: rk.rosa_linear(**good(weight=torch.randn(O, I).numpy()))),
+    "lora_A number": ("lora_A", lambda: rk.rosa_linear(**good(lora_A=1.0))),
+    "pattern mask": ("pattern", lambda: rk.rosa_linear(**good(pattern=PATTERN.to_mask()))),
+    "spmm pattern mask": ("pattern", lambda: rk.spmm(torch.randn(T, I), torch.randn(NNZ), PATTERN.to_mask())),
+    "sddmm dy None": ("dy", lambda: rk.sddmm(None, torch.randn(T, I), PATTERN)),
+    "csr_add values list": ("values", lambda: rk.csr_add(torch.randn(O, I), [0.0] * NNZ, PATTERN)),
+}
+NUMBER_FAULTS = {
     "shape of floats": lambda: rk.CSRPattern.random((2.0, 3), 0.5, 0),
     "block_size float": lambda: rk.CSRPattern.from_blocks(torch.ones(1, 2).bool(), 2.0, (2, 3)),
-    "mask list": lambda: rk.CSRPattern.from_mask([[True]]),
-    "x list": lambda: rk.rosa_linear(**good(x=[[1.0] * I])),
-    "weight array": lambda: rk.rosa_linear(**good(weight=torch.randn(O, I).numpy())),
-    "lora_A number": lambda: rk.rosa_linear(**good(lora_A=1.0)),
-    "pattern mask": lambda: rk.rosa_linear(**good(pattern=PATTERN.to_mask())),
     "scaling string": lambda: rk.rosa_linear(**good(scaling="big")),
     "scaling None": lambda: rk.rosa_linear(**good(scaling=None)),
     "dropout_p string": lambda: rk.rosa_linear(**good(dropout_p="0.1")),
-    "spmm pattern mask": lambda: rk.spmm(torch.randn(T, I), torch.randn(NNZ), PATTERN.to_mask()),
-    "csr_add values list": lambda: rk.csr_add(torch.randn(O, I), [0.0] * NNZ, PATTERN),
 }
 
 
 @pytest.mark.parametrize("fault", TYPE_FAULTS)
 def test_wrong_python_types(fault):
+    argument, call = TYPE_FAULTS[fault]
+    with pytest.raises(TypeError, match=rf"^{argument}: expected a "):
+        call()
+
+
+@pytest.mark.parametrize("fault", NUMBER_FAULTS)
+def test_what_is_no_number(fault):
     with pytest.raises((TypeError, ValueError)):
-        TYPE_FAULTS[fault]()
+        NUMBER_FAULTS[fault]()
 
 
 def test_a_gradient_may_be_wrong_in_no_way_that_crashes(backend):
