@@ -1,0 +1,83 @@
+"""The base model: trained once for each configuration and data, then found again under runs/."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+
+import training
+import transformer
+from data import EncodedReviews, train_tokenizer
+from sources import Sources
+from storage import save_classifier, write_json
+from training import TrainingSettings, train
+from transformer import ClassifierConfig, ReviewClassifier
+
+FACTS = "base.json"
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """All that decides the base's weights."""
+
+    sources: Sources
+    config: ClassifierConfig  # its vocabulary is an upper limit: a small training set has fewer tokens
+    settings: TrainingSettings
+
+    def key(self) -> str:
+        """16 hexadecimal digits that change with the data, the configuration, the training code and PyTorch."""
+        described = {
+            "data": [p.describe() for p in (self.sources.base_train, self.sources.base_validation, self.sources.train)],
+            "config": self.config.to_dict(),
+            "settings": asdict(self.settings),
+            "threads": torch.get_num_threads(),
+            "code": [Path(module.__file__).read_text() for module in (transformer, training)],
+            "versions": [torch.__version__, tokenizers.__version__],
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def trained_base(recipe: BaseRecipe, runs: Path, device: torch.device | str = "cpu") -> Path:
+    """The directory runs/base-KEY with the trained base; trains it first where there is none.
+
+    It appears there whole: what an interrupted training leaves has another name and is never read.
+    """
+    directory = runs / f"base-{recipe.key()}"
+    if directory.is_dir():
+        print(f"base: found in {directory}", file=sys.stderr)
+        return directory
+    model, tokenizer, facts = _train_base(recipe, device)
+    partial = runs / f".{directory.name}-{os.getpid()}"
+    save_classifier(partial, model, tokenizer)
+    write_json(partial / FACTS, facts)
+    try:
+        os.rename(partial, directory)
+    except OSError:
+        if not directory.is_dir():
+            raise
+        shutil.rmtree(partial)  # another process was faster; the same recipe gives the same base
+    return directory
+
+
+def base_facts(directory: Path) -> dict:
+    return json.loads((directory / FACTS).read_text())
+
+
+def _train_base(recipe: BaseRecipe, device: torch.device | str):
+    sources, settings = recipe.sources, recipe.settings
+    tokenizer = train_tokenizer(sources.training_texts(), recipe.config.vocabulary)
+    max_tokens = recipe.config.max_tokens
+    train_set = EncodedReviews(sources.base_train, tokenizer, max_tokens)
+    validation_set = EncodedReviews(sources.base_validation, tokenizer, max_tokens)
+    torch.manual_seed(settings.seed)
+    config = ClassifierConfig(**{**recipe.config.to_dict(), "vocabulary": tokenizer.get_vocab_size()})
+    model = ReviewClassifier(config).to(device)
+    run = train(model, train_set, validation_set, settings, "base")
+    return model, tokenizer, {"reviews": len(train_set), **asdict(run)}
+

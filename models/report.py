@@ -1,0 +1,77 @@
+"""report.json: what was trained on what, how well it did, and what it cost."""
+
+import argparse
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sources import Sources, file_sha256
+from training import TrainingRun, accuracy, macro_f1
+
+COSTS = ("seconds", "base_seconds", "reviews_per_second", "peak_memory_mib")  # differ from run to run; the rest does not
+
+
+def make_report(
+    options: argparse.Namespace,
+    sources: Sources,
+    base: dict,
+    base_confusion: Tensor,
+    run: TrainingRun | None,
+    confusion: Tensor,
+    parameters: dict,
+    seconds: float,
+) -> dict:
+    """Plain Python for JSON.
+
+    base: base_facts of the base; run: None where nothing was adapted; parameters: rk.trainable_parameters of the adapted
+    model; seconds: the whole process, a base found under runs/ not trained again.
+    """
+    return {
+        "adapter": options.adapter,
+        "base_accuracy": accuracy(base_confusion),
+        "accuracy": accuracy(confusion),
+        "macro_f1": macro_f1(confusion),
+        "confusion_matrix": confusion.tolist(),
+        "test_reviews": int(confusion.sum()),
+        "validation_accuracy": run.validation_accuracy if run else base["validation_accuracy"],
+        "best_epoch": run.best_epoch if run else base["best_epoch"],
+        "trainable_parameters": parameters["trainable"],
+        "total_parameters": parameters["total"],
+        "seconds": seconds,
+        "base_seconds": base["seconds"],
+        "reviews_per_second": run.reviews_per_second if run else base["reviews_per_second"],
+        "peak_memory_mib": peak_memory_mib(),
+        "seed": options.seed,
+        "threads": options.threads,
+        "options": {name: _plain(value) for name, value in vars(options).items() if name not in ("out", "runs")},
+        "versions": versions(),
+        "data": [
+            {
+                "file": file.path.name,
+                "sha256": file_sha256(file.path),
+                "records": file.records,
+                "malformed": file.malformed,
+            }
+            for file in sources.files()
+        ],
+    }
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "tokenizers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process had resident, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _plain(value):
+    return str(value) if isinstance(value, (Path, torch.device)) else value
