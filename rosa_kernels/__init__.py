@@ -18,8 +18,8 @@ from rosa_kernels.functional import csr_add, lora_linear, rosa_delta, rosa_linea
 from rosa_kernels.masks import select_masks
 from rosa_kernels.pattern import CSRPattern
 from rosa_kernels.peft import from_peft, to_peft
-
 from rosa_kernels.version import __version__
+
 __all__ = [
     "CSRPattern",
     "LoRAConfig",

@@ -54,17 +54,20 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def backend_for(tensor: torch.Tensor):
     """The backend module that serves ops on this tensor (x, dy or weight: they share device and dtype)."""
-    device, dtype = tensor.device, tensor.dtype
-    if _chosen != "auto":
-        reason = refusal(_chosen, device, dtype)
-        if reason is not None:
-            raise RuntimeError(f"backend {_chosen!r} was asked for and cannot serve {dtype} on {device}: {reason}")
-        return BACKENDS[_chosen]
-    return next(module for name, module in BACKENDS.items() if refusal(name, device, dtype) is None)
+    key = _chosen, tensor.device.type, tensor.dtype
+    module = _served.get(key)
+    if module is None:
+        module = _served[key] = _find_backend(tensor.device, tensor.dtype)
+    return module
 
 
-def without_autocast(device_type: str):
-    """Ops compute in the dtypes they are given: autocast has been applied to x and weight before."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+_served = {}
+
+
+def _find_backend(device: torch.device, dtype: torch.dtype):
+    if _chosen == "auto":
+        return next(module for name, module in BACKENDS.items() if refusal(name, device, dtype) is None)
+    reason = refusal(_chosen, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {_chosen!r} was asked for and cannot serve {dtype} on {device}: {reason}")
+    return BACKENDS[_chosen]

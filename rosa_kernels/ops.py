@@ -29,9 +29,12 @@ _library = torch.library.Library("rosa_kernels", "DEF")
 
 def _implementation(name: str):
     def call(*args):
-        subject = args[0]
-        with dispatch.without_autocast(subject.device.type):
-            return getattr(dispatch.backend_for(subject), name)(*args)
+        device_type = args[0].device.type
+        serve = getattr(dispatch.backend_for(args[0]), name)
+        if torch.is_autocast_enabled(device_type):  # applied to x and weight before; ops keep the dtypes they are given
+            with torch.autocast(device_type, enabled=False):
+                return serve(*args)
+        return serve(*args)
 
     return call
 

@@ -60,7 +60,6 @@ def rosa_linear_backward(
 ):
     need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
     dy2, x2 = _matrix(dy), _matrix(x)
-    nothing = dy.new_empty(0)
     A, B, scaling = _low_rank(lora_A, lora_B, scaling)
     values_fp32 = _floats(values)
     dx2 = None
@@ -80,12 +79,12 @@ def rosa_linear_backward(
             *_dropout(dropout_p, seed),
         )  # fmt: skip
     return [
-        dx2.view(x.shape) if need_dx else nothing,
-        dy2.T @ x2 if need_dweight else nothing,
-        dy2.sum(0) if need_dbias else nothing,
-        dA.to(lora_A.dtype) if need_dA else nothing,
-        dB.to(lora_B.dtype) if need_dB else nothing,
-        dvalues.to(values.dtype) if need_dvalues else nothing,
+        dx2.view(x.shape) if need_dx else dy.new_empty(0),
+        dy2.T @ x2 if need_dweight else dy.new_empty(0),
+        dy2.sum(0) if need_dbias else dy.new_empty(0),
+        dA.to(lora_A.dtype) if need_dA else dy.new_empty(0),
+        dB.to(lora_B.dtype) if need_dB else dy.new_empty(0),
+        dvalues.to(values.dtype) if need_dvalues else dy.new_empty(0),
     ]
 
 
@@ -126,11 +125,14 @@ def _add_forward(y, x, low_rank, values, crow, col, structure, dropout_p, seed) 
 def _matrix(tensor):
     """as_matrix with unit column stride and rows that do not overlap, as the kernels read it."""
     matrix = as_matrix(tensor)
-    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+    row_stride, column_stride = matrix.stride()
+    return matrix if column_stride == 1 and row_stride >= matrix.shape[1] else matrix.contiguous()
 
 
 def _floats(tensor):
-    return None if tensor is None else tensor.float().contiguous()
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
 
 
 def _low_rank(lora_A, lora_B, scaling):
@@ -139,4 +141,6 @@ def _low_rank(lora_A, lora_B, scaling):
 
 def _dropout(dropout_p, seed):
     """(seed, threshold, scale) as the kernels take them."""
+    if seed is None:
+        return None, 0, 1.0
     return seed, drop_threshold(dropout_p), 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)

@@ -1,0 +1,45 @@
+"""python -m rosa_kernels: what runs where on this machine, and what would be needed for the rest."""
+
+import platform
+
+import torch
+
+import rosa_kernels
+from rosa_kernels import dispatch
+from rosa_kernels.backends import cpu
+from rosa_kernels.ops import OP_NAMES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found.append(torch.device("cuda"))
+    return found
+
+
+def service_table() -> str:
+    """A row a device and dtype: the backend that "auto" gives the ops there."""
+    lines = [f"{'device':<8}{'dtype':<10}{'backend':<11}ops"]
+    for device in devices():
+        for dtype in DTYPES:
+            name = next(n for n in dispatch.BACKENDS if dispatch.refusal(n, device, dtype) is None)
+            ops = [op for op in OP_NAMES if hasattr(dispatch.BACKENDS[name], op)]
+            lines.append(f"{device.type:<8}{str(dtype).removeprefix('torch.'):<10}{name:<11}{' '.join(ops)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(f"rosa_kernels {rosa_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"threads: {torch.get_num_threads()}\n\nbackends")
+    for name, reason in dispatch.available_backends().items():
+        print(f"  {name:<10} {'ready' if reason is None else 'not available: ' + reason}")
+    if cpu.unavailable_reason() is None:
+        print(f"  cpu kernels: {cpu.instruction_set()} in use; {cpu.build_info()}")
+    print("\nwith backend \"auto\"")
+    print(service_table())
+
+
+if __name__ == "__main__":
+    main()
