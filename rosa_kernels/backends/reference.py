@@ -71,8 +71,8 @@ def rosa_linear_backward(
     dtype = _compute_dtype(x)
     G = _flat(dy, dtype)
     x2 = _flat(x, dtype)
-    empty = dy.new_empty(0)
-    dx = dweight = dbias = dA = dB = dvalues = empty
+    # Each its own: outputs of an op must not alias one another.
+    dx, dweight, dbias, dA, dB, dvalues = (dy.new_empty(0) for _ in needs)
     dx2 = torch.zeros(x2.shape, dtype=dtype, device=x.device)  # contiguous, whatever x is
     if lora_A is not None:
         A, B = lora_A.to(dtype), lora_B.to(dtype)
