@@ -27,9 +27,10 @@ class AdapterRecord:
 def add_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
     """Put an adapter beside every module that the config targets, in place, and freeze the rest.
 
-    Afterwards exactly the adapters and the modules of config.modules_to_save require gradients. The latter train
-    where they are, without a copy, so disable_adapters does not bring their first state back. A module that several names
-    lead to gets one adapter, active under every name; of two modules that share a weight each gets its own.
+    Afterwards exactly the adapters and the modules of config.modules_to_save require gradients. The latter train where
+    they are, without a copy: disable_adapters does not bring their first state back, and a weight that they share with
+    another module trains there too. A module that several names lead to gets one adapter, active under every name; of
+    two modules that share a weight each gets its own.
 
     Args:
         model: any nn.Module with targets below it; not yet in DDP, FSDP or DTensor form.
@@ -101,7 +102,7 @@ def wrapped_for_data_parallel(model: nn.Module) -> bool:
 
 def _check_model(model: nn.Module) -> None:
     if isinstance(model, (nn.Linear, nn.Embedding)):
-        raise ValueError("model: is itself a layer that cannot be replaced in place; wrap it by rosa_kernels.nn instead")
+        raise ValueError("model: is itself a layer and cannot be replaced in place; wrap it by rosa_kernels.nn instead")
     if adapter_layers(model):
         raise ValueError("model: already carries adapters; merge_and_unload them first, one adapter fits a model")
     if wrapped_for_data_parallel(model):
@@ -118,17 +119,24 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
-def adapter_record(model: nn.Module) -> tuple[nn.Module, AdapterRecord]:
+def adapted_root(model: nn.Module) -> tuple[nn.Module, AdapterRecord | None]:
     """The module that add_adapters was given, found again inside any wrapper, and what was done to it.
 
-    Raises:
-        ValueError: add_adapters has not been there.
+    Where layers were put in by hand, the model itself and None.
     """
     for module in model.modules():
         record = module.__dict__.get(_RECORD)
         if record is not None:
             return module, record
-    raise ValueError("model: has no adapters; call add_adapters first")
+    return uncompiled(model), None
+
+
+def adapter_record(model: nn.Module) -> tuple[nn.Module, AdapterRecord]:
+    """As adapted_root. Raises ValueError where add_adapters has not been."""
+    root, record = adapted_root(model)
+    if record is None:
+        raise ValueError("model: has no adapters; call add_adapters first")
+    return root, record
 
 
 def _layers(model: nn.Module) -> list[AdapterLayer]:
@@ -139,7 +147,7 @@ def _layers(model: nn.Module) -> list[AdapterLayer]:
 
 
 def trainable_parameters(model: nn.Module) -> dict:
-    """{"trainable": entries that require gradients, "total": all entries, adapters included, "percent": their ratio}."""
+    """{"trainable": entries that require gradients, "total": all, adapters included, "percent": 100 · the ratio}."""
     set_aside = {id(layer.unmerged_weight) for layer in adapter_layers(model).values() if layer.merged}
     parameters = [p for p in model.parameters() if id(p) not in set_aside]
     total = sum(p.numel() for p in parameters)

@@ -2,9 +2,9 @@
 
 adapter_model.safetensors holds, for each adapted layer, ``<layer>.lora_A`` and ``.lora_B`` (``.lora_embedding_A`` and
 ``_B``), and where a mask is chosen ``.values`` with ``.rows``, ``.columns`` or ``.crow_indices`` and ``.col_indices``
-(int32); further the state of every module in modules_to_save. Its metadata holds the config too, so that this one file is
-a whole checkpoint at every moment. adapter_config.json is the same config to read and edit; it counts where its digest
-is the model file's, and not where a crash between the two files left an older one.
+(int32); further the state of every module in modules_to_save. Its metadata holds the config too, so that this one file
+is a whole checkpoint at every moment. adapter_config.json is the same config to read and edit; it counts where its
+digest is the model file's, and not where a crash between the two files left an older one.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ _UNSELECTED = "unselected"
 def save_adapters(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the adapters and the modules of modules_to_save, nothing of the frozen base.
 
-    The same adapters give the same bytes. Merged adapters are written as they are unmerged, masks not chosen yet as such.
+    The same adapters give the same bytes. Merged adapters are written as they are unmerged, masks not chosen as such.
 
     Args:
         model: after add_adapters, in a wrapper or not; not sharded by FSDP.
@@ -63,8 +63,8 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Give the model the adapters that save_adapters wrote; its outputs are then those of the saved one, bit for bit.
 
     Args:
-        model: the base model without adapters, which are added as add_adapters does; or one that carries adapters of the
-            same config, whose Parameters are then filled in place.
+        model: the base model without adapters, which are added as add_adapters does; or one that carries adapters of
+            the same config, whose Parameters are then filled in place.
         directory: with adapter_config.json and adapter_model.safetensors.
 
     Returns:
@@ -76,7 +76,8 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             model is then as it was.
     """
     tensors, metadata = read_tensors(directory)
-    written = _parsed(metadata.get(_METADATA_KEY), os.path.join(directory, MODEL_FILE))
+    model_path = os.path.join(directory, MODEL_FILE)
+    written = _parsed(metadata.get(_METADATA_KEY), model_path)
     readable = _described(read_config(directory), os.path.join(directory, CONFIG_FILE))
     config = readable.config if readable.digest == written.digest else written.config
     encoded = dict(tensors)
@@ -84,7 +85,7 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 
     def check_digest():
         if _digest(written.as_hashed, tensors) != written.digest:
-            raise ValueError(f"{os.path.join(directory, MODEL_FILE)}: is damaged: its digest is not that of its contents")
+            raise ValueError(f"{model_path}: is damaged: its digest is not that of its contents")
 
     return restore_adapters(model, config, written.adapter_name, encoded, patterns, last_check=check_digest)
 
@@ -92,7 +93,7 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 def low_rank_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
     """The low-rank factors under the names of their ParameterDicts; empty where r is 0."""
     factors = layer.low_rank_factors()
-    return {} if factors is None else dict(zip(layer.factor_names, factors))
+    return {} if factors is None else dict(zip(layer.factor_names, factors, strict=True))
 
 
 def saved_module_tensors(root: nn.Module, module_names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -114,8 +114,8 @@ class RoSAConfig(LoRAConfig):
         r: rank, at least 0; 0 makes the adapter sparse only.
         density: share in [0, 1] of each weight's entries that S holds; 0 makes it LoRA only.
         density_pattern: {name or regular expression: density}, as rank_pattern.
-        structure: "unstructured", "row", "column" or "block": S consists of single entries, whole rows, whole columns or
-            squares. On an nn.Embedding S always consists of whole rows, one a token.
+        structure: "unstructured", "row", "column" or "block": S consists of single entries, whole rows, whole columns
+            or squares. On an nn.Embedding S always consists of whole rows, one a token.
         block_size: side of a square.
         mask: the score by which select_masks picks the entries: the loss gradient's magnitude ("gradient"), its mean
             square ("fisher"), |gradient · weight| ("snip", arXiv 1810.02340), |weight| ("magnitude") or chance

@@ -1,4 +1,4 @@
-"""adapter_config.json and adapter_model.safetensors: written so that no crash leaves half a file, read with suspicion."""
+"""adapter_config.json and adapter_model.safetensors: no crash leaves half a file, and what is read is suspected."""
 
 import json
 import os
@@ -12,7 +12,9 @@ CONFIG_FILE = "adapter_config.json"
 MODEL_FILE = "adapter_model.safetensors"
 
 
-def write_pair(directory: str | os.PathLike, config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_pair(
+    directory: str | os.PathLike, config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
     """Write both files, each whole or not at all: first the model, then the config.
 
     A run that is killed leaves the old pair, or the new model beside the old config, never a part of a file under its

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosa_kernels.adapters import adapter_layers, adapter_record, wrapped_for_data_parallel
+from rosa_kernels.adapters import adapted_root, adapter_layers, wrapped_for_data_parallel
 from rosa_kernels.config import RoSAConfig
 from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
 from rosa_kernels.pattern import CSRPattern
@@ -26,13 +26,15 @@ def select_masks(
 ) -> dict[str, CSRPattern]:
     """Choose where each sparse part lives, in the midst of training: the next forward uses it.
 
-    Scores come from the gradient of the loss to each whole base weight, averaged in float32 over the batches (see
+    Scores come from the gradient of the loss to each whole base weight, summed in float32 over the batches (see
     RoSAConfig.mask); each layer takes exactly the entries, rows, columns or blocks with the highest scores that its
     density buys, the first ones among equals. No ``.grad`` changes and the base stays frozen; the values are the same
     Parameters as before, at zero, so an optimiser that was built before goes on. Forward passes run in the model's
-    current mode. Takes one gradient and one float32 sum of each adapted weight in memory.
+    current mode, not under reentrant checkpointing, which torch.autograd.grad cannot enter. Takes one gradient and one
+    float32 sum of each adapted weight in memory.
 
-    Under torch.distributed every rank calls it, and all choose the same from the average of their scores.
+    Under torch.distributed every rank calls it, and all choose the same from the sum of their scores. Until then
+    DistributedDataParallel needs find_unused_parameters=True, as the values take no part.
 
     Args:
         model: with adapters, merged or FSDP-sharded nowhere.
@@ -49,8 +51,9 @@ def select_masks(
         ValueError: nothing to choose, no batches, a loss that does not depend on an adapted layer, scores that are not
             finite, a model whose values cannot be resized any more. No layer is then changed.
     """
-    layers = _layers_to_select(model)
-    config = config or _config_of(model)
+    root, record = adapted_root(model)
+    layers = _layers_to_select(root)
+    config = config or (record.config if record else RoSAConfig())
     if config.mask in _NEEDS_BATCHES:
         if batches is None or loss_fn is None:
             raise ValueError(f"batches and loss_fn: the mask {config.mask!r} needs both")
@@ -87,21 +90,14 @@ def _layers_to_select(model: nn.Module) -> dict[str, AdapterLayer]:
     return layers
 
 
-def _config_of(model: nn.Module) -> RoSAConfig:
-    if any("rosa_adapters" in module.__dict__ for module in model.modules()):
-        return adapter_record(model)[1].config
-    return RoSAConfig()
-
-
 def _gradient_statistics(model, layers, config, batches, loss_fn) -> dict[str, Tensor]:
-    """{name: (out_features, in_features) float32}: the mean gradient, its mean square, or mean gradient · weight."""
+    """{name: (out_features, in_features) float32}: the sum of gradients, of their squares, or sum · weight."""
     sums = {name: torch.zeros(layer.weight_shape, device=layer.weight.device) for name, layer in layers.items()}
     reached = set()
     count = 0
     for batch in itertools.islice(batches, config.mask_batches):
         for name, gradient in _base_gradients(model, layers, batch, loss_fn).items():
-            gradient = gradient.float()
-            sums[name] += gradient.square() if config.mask == "fisher" else gradient
+            sums[name] += gradient.float().square() if config.mask == "fisher" else gradient
             reached.add(name)
         count += 1
     if count == 0:
@@ -109,10 +105,9 @@ def _gradient_statistics(model, layers, config, batches, loss_fn) -> dict[str, T
     unreached = [name for name in layers if name not in reached]
     if unreached:
         raise ValueError(f"loss_fn: the loss does not depend on {', '.join(unreached)}, so no mask can be scored there")
-    for name, total in sums.items():
-        total /= count
-        if config.mask == "snip":
-            total *= layers[name].weight.detach().float()
+    if config.mask == "snip":
+        for name, layer in layers.items():
+            sums[name] *= layer.weight.detach().float()
     return sums
 
 
@@ -126,7 +121,7 @@ def _base_gradients(model, layers, batch, loss_fn) -> dict[str, Tensor]:
         if not loss.requires_grad:
             raise ValueError("loss_fn: expected a loss that depends on the model's adapted layers, got a constant")
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    found = {name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None}
+    found = {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
     return {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in found.items()}
 
 
@@ -149,7 +144,7 @@ def _weights_as_leaves(layers: dict[str, AdapterLayer]):
 
 def _scores(layer: AdapterLayer, statistic: Tensor) -> Tensor:
     """(down, across) of layer.unit_grid: the sum of |statistic| over each entry, row, column or block."""
-    statistic = _mean_over_ranks(statistic.to(layer.weight.device)).abs_()
+    statistic = _sum_over_ranks(statistic.to(layer.weight.device)).abs_()
     if layer.structure == "row":
         return statistic.sum(1, keepdim=True)
     if layer.structure == "column":
@@ -162,12 +157,11 @@ def _scores(layer: AdapterLayer, statistic: Tensor) -> Tensor:
     return statistic
 
 
-def _mean_over_ranks(statistic: Tensor) -> Tensor:
-    """A tensor that may be written to: the average over all ranks of torch.distributed, where there are any."""
+def _sum_over_ranks(statistic: Tensor) -> Tensor:
+    """A tensor that may be written to: the sum over all ranks of torch.distributed, the same bits on each."""
     statistic = statistic.clone()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(statistic)
-        statistic /= torch.distributed.get_world_size()
     return statistic
 
 
@@ -178,7 +172,8 @@ def _best(layers: dict[str, AdapterLayer], scores: dict[str, Tensor], scope: str
         budget = sum(layer.unit_budget for layer in competing.values())
         device = scores[next(iter(competing))].device
         chosen = top_k(torch.cat([scores[name].flatten().to(device) for name in competing]), budget)
-        for name, part in zip(competing, chosen.split([scores[name].numel() for name in competing])):
+        parts = chosen.split([scores[name].numel() for name in competing])
+        for name, part in zip(competing, parts, strict=True):
             patterns[name] = _pattern(layers[name], part.view_as(scores[name]).to(scores[name].device))
     for name, layer in layers.items():
         if name not in patterns:
@@ -224,8 +219,8 @@ def _check_resizable(model: nn.Module, layers: dict[str, AdapterLayer], patterns
         return
     if wrapped_for_data_parallel(model):
         raise ValueError(
-            f"model: is wrapped in DDP or FSDP, and the values of {', '.join(resized)} would change their number; choose "
-            "masks before wrapping, or use mask_scope='layer' (and a block_size that divides the weights)"
+            f"model: is wrapped in DDP or FSDP, and the values of {', '.join(resized)} would change their number; "
+            "choose masks before wrapping, or use mask_scope='layer' (and a block_size that divides the weights)"
         )
     with_gradients = [name for name in resized if layers[name].sparse_values.grad is not None]
     if with_gradients:

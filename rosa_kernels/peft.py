@@ -1,4 +1,4 @@
-"""LoRA adapters in the files of Hugging Face PEFT (https://github.com/huggingface/peft), read and written without it."""
+"""LoRA adapters in the files of Hugging Face PEFT, github.com/huggingface/peft, read and written without it."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from rosa_kernels.adapters import adapter_record, uncompiled
 from rosa_kernels.checkpoint import detached, low_rank_tensors, saved_module_tensors
 from rosa_kernels.config import LoRAConfig, matches_end
 from rosa_kernels.files import CONFIG_FILE, MODEL_FILE, read_config, read_tensors, write_pair
-from rosa_kernels.nn import RoSAEmbedding
+from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
 from rosa_kernels.restore import restore_adapters
 from rosa_kernels.targets import module_names
 
@@ -55,7 +55,7 @@ def from_peft(directory: str | os.PathLike, model: nn.Module) -> nn.Module:
 
 
 def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Write the model's LoRA adapter and modules to save as PEFT does; PeftModel.from_pretrained(base, directory) reads it.
+    """Write the model's LoRA adapter and modules to save; PeftModel.from_pretrained(base, directory) reads them.
 
     Raises:
         ValueError: the model has no adapters, or sparse ones, which PEFT's format has no place for.
@@ -64,7 +64,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = {name: root.get_submodule(name) for name in record.layer_names}
     sparse = [name for name, layer in layers.items() if layer.has_sparse]
     if sparse:
-        raise ValueError(f"model: PEFT's LoRA files cannot hold the sparse parts of {', '.join(sparse)}; use save_adapters")
+        raise ValueError(f"model: PEFT's files cannot hold the sparse parts of {', '.join(sparse)}; use save_adapters")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         ending = "" if isinstance(layer, RoSAEmbedding) else ".weight"
@@ -84,8 +84,8 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
         "target_modules": list(layers),
         "modules_to_save": list(record.saved_module_names) or None,
         "use_rslora": config.use_rslora,
-        "rank_pattern": {_exactly(name): l.r for name, l in layers.items() if l.r != config.r},
-        "alpha_pattern": {_exactly(n): l.lora_alpha for n, l in layers.items() if l.lora_alpha != config.lora_alpha},
+        "rank_pattern": _deviations(layers, "r", config.r),
+        "alpha_pattern": _deviations(layers, "lora_alpha", config.lora_alpha),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_dora": False,
@@ -93,9 +93,10 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     write_pair(directory, fields, detached(tensors), {"format": "pt"})
 
 
-def _exactly(name: str) -> str:
-    """A key of rank_pattern that matches this full name and no other."""
-    return "^" + re.escape(name)
+def _deviations(layers: dict[str, AdapterLayer], attribute: str, default) -> dict[str, int | float]:
+    """{expression that matches one layer's full name and no other: its number, where that is not the default}."""
+    numbers = {name: getattr(layer, attribute) for name, layer in layers.items()}
+    return {"^" + re.escape(name): number for name, number in numbers.items() if number != default}
 
 
 def _refuse_unsupported(fields: dict, source: str) -> None:
@@ -105,7 +106,7 @@ def _refuse_unsupported(fields: dict, source: str) -> None:
         raise ValueError(f"{source}: bias={fields['bias']!r} trains the base's biases; only 'none' is supported")
     initialisation = fields.get("init_lora_weights", True)
     if initialisation not in _PLAIN_INITIALISATIONS:
-        raise ValueError(f"{source}: init_lora_weights={initialisation!r} may have changed the base weights; convert it first")
+        raise ValueError(f"{source}: init_lora_weights={initialisation!r} changes base weights; PEFT can convert it")
     for field, value in fields.items():
         if value and field not in _READ_FIELDS and field not in _FIELDS_WITHOUT_EFFECT_ON_WEIGHTS:
             raise ValueError(f"{source}: {field}={value!r} is not supported; only plain LoRA is")

@@ -135,7 +135,7 @@ def _fill(layer: AdapterLayer, name: str, tensors: dict[str, Tensor], pattern: C
     """Give the layer's Parameters, which stay the same objects, the tensors' bits and dtype."""
     device = layer.weight.device
     if layer.r:
-        for factor_name, parameter in zip(layer.factor_names, layer.low_rank_factors()):
+        for factor_name, parameter in zip(layer.factor_names, layer.low_rank_factors(), strict=True):
             parameter.data = tensors[f"{name}.{factor_name}"].to(device, copy=True)
     if pattern is not None:
         layer.place_pattern(pattern)

@@ -47,8 +47,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
     if not distinct:
         raise ValueError(f"target_modules: {config.target_modules!r} leaves no nn.Linear or nn.Embedding to adapt")
     targets = [_target(config, name, names[name]) for name in distinct.values()]
+    saved_parameters = {id(p) for name in saved for p in names[name].parameters()}
     for target in targets:
         _check_adaptable(target, names, saved)
+        if id(target.module.weight) in saved_parameters:
+            raise ValueError(f"target_modules: {target.name} shares its weight with modules_to_save, which trains it")
     _check_overrides_used(config, targets)
     return targets
 
@@ -124,8 +127,8 @@ def _check_parents(name: str, names: dict[str, nn.Module]) -> None:
         parent = names[".".join(parts[:depth])]
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(
-                f"target_modules: {name} cannot be adapted: {type(parent).__name__} reads its weight directly and would "
-                f"skip the adapter; exclude it by exclude_modules, or build that layer from nn.Linear calls"
+                f"target_modules: {name} cannot be adapted: {type(parent).__name__} reads its weight directly and "
+                f"would skip the adapter; exclude it by exclude_modules, or build that layer from nn.Linear calls"
             )
 
 

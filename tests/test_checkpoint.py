@@ -46,7 +46,9 @@ CONFIGS = {
     "row": rk.RoSAConfig(r=0, density=0.1, mask="random", structure="row", target_modules=["embedding", "first"]),
     "column": rk.RoSAConfig(r=2, density=0.1, mask="random", structure="column", target_modules=["first"]),
     "block": rk.RoSAConfig(r=2, density=0.1, mask="random", structure="block", target_modules=["first"]),
-    "global": rk.RoSAConfig(r=2, density=0.1, mask="magnitude", mask_scope="global", target_modules=["first", "second"]),
+    "global": rk.RoSAConfig(
+        r=2, density=0.1, mask="magnitude", mask_scope="global", target_modules=["first", "second"]
+    ),
     "patterns": rk.RoSAConfig(
         r=2, density=0.1, mask="random", target_modules=["first", "second"],
         rank_pattern={"second": 5, ".*": 3}, alpha_pattern={"first": 3}, density_pattern={"second": 0},
@@ -60,7 +62,7 @@ def adapted(name="rosa", select=True, model=None):
     if select and isinstance(CONFIGS[name], rk.RoSAConfig):
         rk.select_masks(model)
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
     return model.eval()
@@ -221,7 +223,9 @@ def test_truncated_files(saved, share):
     refused(saved, MODEL)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"{}", b'{"format": "rosa_kernels 2"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"{}", b'{"format": "rosa_kernels 2"}']
+)
 def test_a_damaged_config(saved, content):
     (saved / CONFIG).write_bytes(content)
     refused(saved, CONFIG)
@@ -256,10 +260,10 @@ def test_editing_the_config_takes_effect(saved):
     assert torch.equal(rk.load_adapters(base(), saved).eval()(IDS), expected(IDS))
 
 
-@pytest.mark.parametrize("key", ["first.lora_A", "first.values", "first.crow_indices", "first.col_indices", "head.bias"])
+@pytest.mark.parametrize("key", ["lora_A", "values", "crow_indices", "col_indices"])
 def test_a_missing_tensor(saved, key):
-    rewrite_model(saved, lambda tensors: tensors.pop(key))
-    refused(saved, key)
+    rewrite_model(saved, lambda tensors: tensors.pop(f"first.{key}"))
+    refused(saved, rf"first\.{key}")
 
 
 @pytest.mark.parametrize(

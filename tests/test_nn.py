@@ -266,7 +266,9 @@ def test_deepcopy_and_state_dict_round_trips(kind):
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    other = rk.nn.RoSALinear(make_base(), layer.r, ALPHA, density=0.1) if layer.has_sparse else LAYERS[kind](make_base())
+    other = LAYERS[kind](make_base())
+    if layer.has_sparse:
+        other = rk.nn.RoSALinear(make_base(), layer.r, ALPHA, density=0.1)  # another number of values, not selected
     held = dict(other.named_parameters())
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other(x), layer(x))
@@ -310,7 +312,7 @@ def test_a_state_dict_with_bad_indices_is_refused(fault):
         state["patterns.default.col_indices"] = col.float()
     else:
         crow[row + 1] = -1
-    with pytest.raises(RuntimeError, match="patterns.default: (crow|col)_indices"):
+    with pytest.raises(RuntimeError, match=r"patterns\.default: (crow|col)_indices"):
         layer.load_state_dict(state)
 
 
@@ -339,6 +341,29 @@ class Doubled(nn.Linear):
 
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class Halved(torch.Tensor):
+    """A weight that is not what its storage says, as quantised tensor subclasses are not."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function is not F.linear:
+            return result
+        return F.linear(args[0], 0.5 * args[1].as_subclass(torch.Tensor), *args[2:])
+
+
+def test_a_tensor_subclass_computes_its_own_part(backend):
+    base = make_base()
+    plain = base.weight.detach().clone()
+    base.weight = nn.Parameter(plain.as_subclass(Halved), requires_grad=False)
+    layer = randomise(LAYERS["rosa"](base))
+    assert type(layer.weight) is Halved
+    x = torch.randn(5, IN)
+    torch.testing.assert_close(layer(x), F.linear(x, 0.5 * plain, base.bias) + x @ layer.delta_weight().T)
+    with pytest.raises(RuntimeError, match="Halved"):
+        layer.merge()
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -430,8 +455,7 @@ def test_compiled_equals_eager(kind):
         (dx,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
         y.square().sum().backward()
         results.append([y, dx, *(p.grad for p in layer.parameters() if p.grad is not None)])
-    assert len(results[0]) == len(results[1])
-    for eager, traced in zip(*results):
+    for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
 
 

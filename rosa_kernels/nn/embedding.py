@@ -88,7 +88,7 @@ class RoSAEmbedding(AdapterLayer):
     def _token_rows(self, ids: Tensor) -> Tensor:
         """S[ids] (..., embedding_dim), zero for tokens without a row of their own."""
         dim = self.embedding_dim
-        crow = self.patterns[self.adapter_name].crow_indices
+        crow = self.sparse_pattern().crow_indices
         first_entry = crow[ids]
         has_row = crow[ids + 1] > first_entry
         slot = torch.where(has_row, first_entry // dim, 0)

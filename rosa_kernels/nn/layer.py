@@ -67,22 +67,23 @@ class AdapterLayer(nn.Module):
 
     def _add_low_rank(self) -> None:
         factors = self._new_factors({"dtype": self._adapter_dtype(), "device": self.base_layer.weight.device})
-        for name, factor in zip(self.factor_names, factors):
+        for name, factor in zip(self.factor_names, factors, strict=True):
             setattr(self, name, nn.ParameterDict({self.adapter_name: nn.Parameter(factor)}))
 
     def low_rank_factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
         """A and B, None where r is 0."""
         if not self.r:
             return None
-        name_A, name_B = self.factor_names
-        return getattr(self, name_A)[self.adapter_name], getattr(self, name_B)[self.adapter_name]
+        modules, (name_A, name_B) = self._modules, self.factor_names  # every forward: no detour by __getattr__
+        return getattr(modules[name_A], self.adapter_name), getattr(modules[name_B], self.adapter_name)
 
     def _add_sparse(self, pattern: CSRPattern | None) -> None:
         self.values = nn.ParameterDict()
         self.patterns = nn.ModuleDict()
-        entries = self.unit_budget * self.entries_a_unit if pattern is None else pattern.nnz
-        if pattern is None and self.density == 0:
+        self.has_sparse = pattern is not None or self.density > 0
+        if not self.has_sparse:
             return
+        entries = self.unit_budget * self.entries_a_unit if pattern is None else pattern.nnz
         device = self.base_layer.weight.device
         block_size = self.block_size if self.structure == "block" else None
         self.patterns[self.adapter_name] = PatternBuffers(self.weight_shape, block_size, device)
@@ -117,17 +118,17 @@ class AdapterLayer(nn.Module):
     # The sparse part
 
     @property
-    def has_sparse(self) -> bool:
-        return len(self.patterns) > 0
+    def masks_selected(self) -> bool:
+        return self.has_sparse and self._pattern_buffers.selected
 
     @property
-    def masks_selected(self) -> bool:
-        return self.has_sparse and self.patterns[self.adapter_name].selected
+    def _pattern_buffers(self) -> PatternBuffers:
+        return self._modules["patterns"]._modules[self.adapter_name]
 
     @property
     def sparse_values(self) -> nn.Parameter:
         """(nnz,): the entries of S."""
-        return self.values[self.adapter_name]
+        return getattr(self._modules["values"], self.adapter_name)
 
     @property
     def entries_a_unit(self) -> int:
@@ -159,18 +160,18 @@ class AdapterLayer(nn.Module):
 
     def sparse_pattern(self) -> CSRPattern | None:
         """The pattern of S, None until one is placed."""
-        return self.patterns[self.adapter_name].pattern() if self.masks_selected else None
+        return self._pattern_buffers.pattern() if self.has_sparse else None
 
     def place_pattern(self, pattern: CSRPattern) -> None:
-        """Let S live at ``pattern``, its values zero; the Parameter stays the same object, resized where nnz differs."""
+        """Let S live at ``pattern``, its values zero. Their Parameter stays the same, resized where nnz differs."""
         if not self.has_sparse:
             raise ValueError("pattern: expected a layer with a density above 0")
-        self.patterns[self.adapter_name].place(pattern)
+        self._pattern_buffers.place(pattern)
         self._reset_values(pattern.nnz)
 
     def clear_pattern(self) -> None:
         """Back to a layer whose mask nobody has chosen."""
-        self.patterns[self.adapter_name].clear()
+        self._pattern_buffers.clear()
         self._reset_values(self.unit_budget * self.entries_a_unit)
 
     def _reset_values(self, entries: int) -> None:
@@ -241,8 +242,7 @@ class AdapterLayer(nn.Module):
         values = state_dict.get(f"{prefix}values.{self.adapter_name}")
         col = state_dict.get(f"{prefix}patterns.{self.adapter_name}.col_indices")
         if self.has_sparse and values is not None and col is not None and values.shape == col.shape:
-            if values.shape != self.sparse_values.shape:  # masks chosen over all layers together
-                self.sparse_values.data = self.sparse_values.data.new_zeros(values.shape)
+            self._reset_values(values.shape[0])  # masks chosen over all layers together change the number
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -277,11 +277,13 @@ def _check_base(base_layer: nn.Module) -> None:
     if isinstance(base_layer, AdapterLayer):
         raise TypeError(f"base_layer: expected a layer without an adapter, got {type(base_layer).__name__}")
     weight = base_layer.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"base_layer: expected a tensor as its weight, got {type(weight).__name__}")
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError("base_layer: expected an initialised weight; run the lazy module once before adding adapters")
     if is_dtensor(weight):
         raise ValueError(
-            "base_layer: expected a whole weight, got a DTensor; add adapters before fully_shard or a tensor-parallel plan"
+            "base_layer: expected a whole weight, got a DTensor; add adapters before fully_shard or tensor parallelism"
         )
 
 

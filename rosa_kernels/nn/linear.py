@@ -53,10 +53,12 @@ class _AdaptedLinear(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         base = self.base_layer
-        pattern = self.sparse_pattern()
-        if self.merged or not self.adapter_enabled or not (self.r or pattern is not None):
+        if self.merged or not self.adapter_enabled:
             return base(x)
         lora_A, lora_B = self.low_rank_factors() or (None, None)
+        pattern = self.sparse_pattern()
+        if lora_A is None and pattern is None:
+            return base(x)
         values = None if pattern is None else self.sparse_values
         dropout = {"dropout_p": self.lora_dropout, "training": self.training}
         if not self.base_is_plain:
@@ -74,7 +76,8 @@ class LoRALinear(_AdaptedLinear):
 
     Args:
         base_layer: an nn.Linear (out_features, in_features); its parameters stop requiring gradients.
-        r: rank, at least 1. ``lora_A.default`` is (r, in_features), ``lora_B.default`` (out_features, r), zero at first.
+        r: rank, at least 1. ``lora_A.default`` is (r, in_features), ``lora_B.default`` (out_features, r) and zero at
+            first.
         lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
         lora_dropout: chance in [0, 1] that an element of x is dropped on its way to A, in training.
         adapter_name: the name in place of "default".
@@ -99,8 +102,8 @@ class RoSALinear(_AdaptedLinear):
     Args:
         base_layer, lora_alpha, lora_dropout, use_rslora, adapter_name: as in LoRALinear.
         r: rank, at least 0; 0 makes the adapter sparse only.
-        density: share of S's entries in use. ``values.default`` has round(density · out_features · in_features) of them,
-            zero at first; they take part once select_masks, or place_pattern, says where they sit.
+        density: share of S's entries in use. ``values.default`` holds them, (round(density · out_features ·
+            in_features),) and zero at first; they take part once select_masks or place_pattern says where they sit.
         pattern: where they sit, known from the start, instead of a density.
         structure, block_size: what select_masks picks: single entries, or whole "row"s, "column"s or "block"s.
     """

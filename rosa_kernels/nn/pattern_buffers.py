@@ -48,10 +48,14 @@ class PatternBuffers(nn.Module):
         self.crow_indices, self.col_indices = pattern.crow_indices, pattern.col_indices
         self.ccol_indices, self.row_indices, self.permutation = pattern.transpose()
 
-    def pattern(self) -> CSRPattern:
+    def pattern(self) -> CSRPattern | None:
         """The placed pattern, around the buffers themselves: no copy, no validation, no synchronisation."""
-        transposed = (self.ccol_indices, self.row_indices, self.permutation)
-        return CSRPattern._trusted(self.crow_indices, self.col_indices, self.shape, self.structure, transposed)
+        buffers = self._buffers  # every forward: no detour by __getattr__
+        crow_indices = buffers["crow_indices"]
+        if crow_indices.shape[0] == 0:
+            return None
+        transposed = (buffers["ccol_indices"], buffers["row_indices"], buffers["permutation"])
+        return CSRPattern._trusted(crow_indices, buffers["col_indices"], self.shape, self.structure, transposed)
 
     def clear(self) -> None:
         """Forget the pattern: nobody has chosen one."""
