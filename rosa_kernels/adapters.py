@@ -3,12 +3,11 @@
 import contextlib
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from rosa_kernels.config import LoRAConfig, RoSAConfig
 from rosa_kernels.nn import AdapterLayer, LoRALinear, RoSAEmbedding, RoSALinear
-from rosa_kernels.nn.layer import check_adapter_name
+from rosa_kernels.nn.layer import check_adapter_name, loaded_types
 from rosa_kernels.targets import Target, find_targets, module_names, saved_modules
 
 _RECORD = "rosa_adapters"
@@ -92,11 +91,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def wrapped_for_data_parallel(model: nn.Module) -> bool:
     """Whether DistributedDataParallel or FullyShardedDataParallel has taken hold of any part of the model."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    kinds = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
+    kinds = loaded_types("torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel")
+    kinds += (nn.parallel.DistributedDataParallel,)
     return any(isinstance(module, kinds) for module in model.modules())
 
 

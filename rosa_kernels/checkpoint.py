@@ -162,7 +162,7 @@ def _parsed(text: str | None, source: str) -> _Description:
         raise ValueError(f"{source}: carries no {_METADATA_KEY} metadata; was it written by save_adapters?")
     try:
         return _described(json.loads(text), source)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{source}: its metadata is not valid JSON: {error}") from error
 
 

@@ -12,6 +12,8 @@ from rosa_kernels.nn.layer import is_dtensor
 from rosa_kernels.pattern import CSRPattern
 from rosa_kernels.targets import Target, find_targets, saved_modules
 
+_ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 PatternMaker = Callable[[tuple[int, int]], CSRPattern]
 
 
@@ -124,8 +126,8 @@ def _check_tensors(tensors: dict[str, Tensor], adapter: dict[str, tuple], saved:
         if tuple(tensors[key].shape) != shape:
             raise ValueError(f"{key}: expected shape {shape} for this model, got {tuple(tensors[key].shape)}")
     for key in adapter:
-        if not tensors[key].is_floating_point():
-            raise ValueError(f"{key}: expected a floating dtype, got {tensors[key].dtype}")
+        if tensors[key].dtype not in _ADAPTER_DTYPES:
+            raise ValueError(f"{key}: expected one of {_ADAPTER_DTYPES}, got {tensors[key].dtype}")
     for key, tensor in saved.items():
         if tensors[key].dtype != tensor.dtype:
             raise ValueError(f"{key}: expected {tensor.dtype} as in this model, got {tensors[key].dtype}")

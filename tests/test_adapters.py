@@ -204,7 +204,7 @@ def test_a_second_adapter_is_refused():
 
 
 def test_a_bare_layer_is_refused():
-    with pytest.raises(ValueError, match="rosa_kernels.nn"):
+    with pytest.raises(ValueError, match=r"rosa_kernels\.nn"):
         rk.add_adapters(nn.Linear(2, 2), rk.LoRAConfig())
 
 

@@ -260,10 +260,14 @@ def _with_unmerged_weight(layer: AdapterLayer, state_dict: dict, prefix: str, lo
         state_dict[prefix + "base_layer.weight"] = state_dict.pop(prefix + "unmerged_weight")
 
 
+def loaded_types(module_name: str, *type_names: str) -> tuple[type, ...]:
+    """Types of a module for isinstance, none before it is imported: slow imports stay with those who use them."""
+    module = sys.modules.get(module_name)
+    return () if module is None else tuple(getattr(module, name) for name in type_names)
+
+
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a torch.distributed DTensor, without importing that package for those who do not use it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return isinstance(tensor, loaded_types("torch.distributed.tensor", "DTensor"))
 
 
 def check_adapter_name(name: str) -> None:
