@@ -1,0 +1,67 @@
+"""The shapes that the design names, their goals, and the tensors of a layer."""
+
+from dataclasses import dataclass
+
+import torch
+
+import rosa_kernels as rk
+
+RANK, DENSITY, SCALING = 16, 0.01, 2.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    out_features: int
+    in_features: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.out_features}x{self.in_features}x{self.tokens}"
+
+
+STEP_SHAPES = [Shape(768, 768, 4096), Shape(3072, 768, 4096), Shape(4096, 4096, 2048)]
+
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+"""name -> dtype of x and weight, dtype of the adapters."""
+
+
+class Layer:
+    """A frozen linear with a LoRA part and a CSR part; x, lora_A, lora_B and values want gradients."""
+
+    def __init__(self, shape: Shape, dtypes: str, structure: str = "unstructured"):
+        self.dtype, adapter_dtype = DTYPES[dtypes]
+        generator = torch.Generator().manual_seed(0)
+        outputs, inputs, tokens = shape.out_features, shape.in_features, shape.tokens
+
+        def normal(*size, dtype=self.dtype, scale=1.0):
+            return (torch.randn(size, generator=generator) * scale).to(dtype)
+
+        self.rows = torch.randperm(outputs, generator=generator)[: max(1, round(DENSITY * outputs))].sort().values
+        if structure == "row":
+            self.pattern = rk.CSRPattern.from_rows(self.rows, (outputs, inputs))
+        else:
+            self.pattern = rk.CSRPattern.random((outputs, inputs), DENSITY, seed=0)
+        self.x = normal(tokens, inputs).requires_grad_()
+        self.dy = normal(tokens, outputs)
+        self.weight = normal(outputs, inputs, scale=inputs**-0.5)
+        self.bias = normal(outputs)
+        self.lora_A = normal(RANK, inputs, dtype=adapter_dtype, scale=inputs**-0.5).requires_grad_()
+        self.lora_B = normal(outputs, RANK, dtype=adapter_dtype, scale=RANK**-0.5).requires_grad_()
+        self.values = normal(self.pattern.nnz, dtype=adapter_dtype, scale=inputs**-0.5).requires_grad_()
+
+    @property
+    def base(self):
+        return self.x, self.weight, self.bias
+
+    @property
+    def lora(self):
+        return self.lora_A, self.lora_B, SCALING
+
+    def frozen_step(self):
+        """The layer's own two GEMMs: forward and dx."""
+        x = self.x.detach()
+        return lambda: (torch.nn.functional.linear(x, self.weight, self.bias), self.dy @ self.weight)

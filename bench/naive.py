@@ -1,0 +1,115 @@
+"""What a competent PyTorch user writes without this package: each way as fast as plain PyTorch ops allow.
+
+A HandWritten layer has its backward by hand, because autograd through torch.sparse gives dense gradients. Sparse
+parts: CSR (torch.sparse and sampled_addmm; fp32 copies for bf16, which PyTorch's CSR ops reject), Dense (S scattered into
+a copy of W, the gradient gathered from a dense dW) and Rows (three small GEMMs). fp32 adapters are cast to x's dtype.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+from rosa_kernels import CSRPattern
+
+
+class NoSparse:
+    def weight(self, W, values):
+        return W
+
+    def add_to_y(self, y, x, values):
+        pass
+
+    def add_to_dx(self, dx, dy, values):
+        pass
+
+    def gradient(self, dy, x):
+        return None
+
+
+class CSR(NoSparse):
+    def __init__(self, pattern: CSRPattern):
+        self.shape = pattern.shape
+        self.indices = pattern.crow_indices, pattern.col_indices
+        ccol, row, permutation = pattern.transpose()
+        self.transposed_indices, self.permutation = (ccol, row), permutation.long()
+        self.zeros = self._matrix(self.indices, torch.zeros(pattern.nnz), self.shape)
+
+    @staticmethod
+    def _matrix(indices, values, shape):
+        return torch.sparse_csr_tensor(*indices, values.float(), shape, check_invariants=False)
+
+    def add_to_y(self, y, x, values):
+        y += (self._matrix(self.indices, values, self.shape) @ x.float().T).T
+
+    def add_to_dx(self, dx, dy, values):
+        St = self._matrix(self.transposed_indices, values[self.permutation], self.shape[::-1])
+        dx += (St @ dy.float().T).T
+
+    def gradient(self, dy, x):
+        return torch.sparse.sampled_addmm(self.zeros, dy.float().T, x.float(), beta=0).values()
+
+
+class Dense(NoSparse):
+    def __init__(self, pattern: CSRPattern):
+        self.flat = pattern.to_mask().flatten().nonzero()[:, 0]
+
+    def weight(self, W, values):
+        merged = W.clone()
+        merged.view(-1).index_add_(0, self.flat, values.to(W.dtype))
+        return merged
+
+    def gradient(self, dy, x):
+        return (dy.T @ x).view(-1)[self.flat]
+
+
+class Rows(NoSparse):
+    def __init__(self, rows: torch.Tensor, in_features: int):
+        self.rows, self.in_features = rows, in_features
+
+    def _matrix(self, values, dtype):
+        return values.view(-1, self.in_features).to(dtype)
+
+    def add_to_y(self, y, x, values):
+        y.index_add_(1, self.rows, x @ self._matrix(values, x.dtype).T)
+
+    def add_to_dx(self, dx, dy, values):
+        dx.addmm_(dy[:, self.rows], self._matrix(values, dx.dtype))
+
+    def gradient(self, dy, x):
+        return (dy[:, self.rows].T @ x).flatten()
+
+
+class HandWritten(Function):
+    """y = x Wᵀ + b + s x Aᵀ Bᵀ + x Sᵀ with addmm into the base's result; gradients of x, A, B and values."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, A, B, scaling, values, sparse):
+        M = sparse.weight(W, values)
+        y = F.linear(x, M, b)
+        H = None
+        if A is not None:
+            H = x @ A.to(x.dtype).T
+            y.addmm_(H, B.to(x.dtype).T, alpha=scaling)
+        sparse.add_to_y(y, x, values)
+        ctx.save_for_backward(x, M, A, B, values, H)
+        ctx.scaling, ctx.sparse = scaling, sparse
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, M, A, B, values, H = ctx.saved_tensors
+        dx = dy @ M
+        dA = dB = None
+        if A is not None:
+            dH = (dy @ B.to(dy.dtype)).mul_(ctx.scaling)
+            dA, dB = (dH.T @ x).to(A.dtype), (dy.T @ H).mul_(ctx.scaling).to(B.dtype)
+            dx.addmm_(dH, A.to(dy.dtype))
+        ctx.sparse.add_to_dx(dx, dy, values)
+        dvalues = ctx.sparse.gradient(dy, x)
+        return dx, None, None, dA, dB, None, None if dvalues is None else dvalues.to(values.dtype), None
+
+
+def lora_as_peft(x, W, b, A, B, scaling):
+    """Three matmuls and an addition through autograd; x goes to the adapters' dtype, as in peft."""
+    y = F.linear(x, W, b)
+    return y + (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(y.dtype)

@@ -1,0 +1,101 @@
+"""The whole layer step, forward and backward, over the frozen layer's own two GEMMs."""
+
+import pytest
+from interleaved import gradients
+from layers import DTYPES, STEP_SHAPES, Layer
+from naive import CSR, Dense, HandWritten, NoSparse, Rows, lora_as_peft
+
+import rosa_kernels as rk
+
+SHAPES = STEP_SHAPES
+GOALS = {
+    ("fp32", STEP_SHAPES[0]): 1.10,
+    ("fp32", STEP_SHAPES[1]): 1.08,
+    ("fp32", STEP_SHAPES[2]): 1.08,
+    ("bf16", STEP_SHAPES[0]): 1.6,
+    ("bf16", STEP_SHAPES[1]): 1.4,
+    ("bf16", STEP_SHAPES[2]): 1.2,
+}
+LORA_GOALS = {("fp32", STEP_SHAPES[0]): 1.07, ("bf16", STEP_SHAPES[0]): 1.4}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_rosa_step(race, shape, dtypes):
+    layer = Layer(shape, dtypes)
+    leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
+
+    def by_hand(sparse):
+        return gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, layer.values, sparse), leaves, layer.dy)
+
+    race(
+        {
+            "frozen": layer.frozen_step(),
+            "ours": gradients(
+                lambda: rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern), leaves, layer.dy
+            ),
+            "csr": by_hand(CSR(layer.pattern)),
+            "dense": by_hand(Dense(layer.pattern)),
+        },
+        layer.dtype,
+        goal=GOALS.get((dtypes, shape)),
+    )
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_row_step(race, shape, dtypes):
+    layer = Layer(shape, dtypes, structure="row")
+    leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
+
+    def by_hand(sparse):
+        return gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, layer.values, sparse), leaves, layer.dy)
+
+    race(
+        {
+            "frozen": layer.frozen_step(),
+            "ours": gradients(
+                lambda: rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern), leaves, layer.dy
+            ),
+            "rows": by_hand(Rows(layer.rows, shape.in_features)),
+            "dense": by_hand(Dense(layer.pattern)),
+        },
+        layer.dtype,
+    )
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_lora_step(race, shape, dtypes):
+    layer = Layer(shape, dtypes)
+    leaves = [layer.x, layer.lora_A, layer.lora_B]
+    race(
+        {
+            "frozen": layer.frozen_step(),
+            "ours": gradients(lambda: rk.lora_linear(*layer.base, *layer.lora), leaves, layer.dy),
+            "peft": gradients(lambda: lora_as_peft(*layer.base, *layer.lora), leaves, layer.dy),
+            "addmm": gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, None, NoSparse()), leaves, layer.dy),
+        },
+        layer.dtype,
+        goal=LORA_GOALS.get((dtypes, shape)),
+    )
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_sparse_step(race, shape, dtypes):
+    layer = Layer(shape, dtypes)
+    leaves = [layer.x, layer.values]
+
+    def by_hand(sparse):
+        return gradients(
+            lambda: HandWritten.apply(*layer.base, None, None, 1.0, layer.values, sparse), leaves, layer.dy
+        )
+
+    race(
+        {
+            "frozen": layer.frozen_step(),
+            "ours": gradients(lambda: rk.sparse_linear(*layer.base, layer.values, layer.pattern), leaves, layer.dy),
+            "csr": by_hand(CSR(layer.pattern)),
+            "dense": by_hand(Dense(layer.pattern)),
+        },
+        layer.dtype,
+    )
