@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from conftest import CPU
 
 import rosa_kernels as rk
 from rosa_kernels import dispatch
 
+CPU = torch.device("cpu")
 PATTERN = rk.CSRPattern.random((5, 6), 0.4, seed=0)
 
 
