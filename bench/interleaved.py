@@ -71,7 +71,9 @@ class Race:
 
     def ratio(self) -> float:
         """Ours over frozen, or over the best naive way where there is no frozen layer to compare with."""
-        return self.lower_quartile(_OURS) / self.lower_quartile(_FROZEN if _FROZEN in self.seconds else self.best_naive())
+        return self.lower_quartile(_OURS) / self.lower_quartile(
+            _FROZEN if _FROZEN in self.seconds else self.best_naive()
+        )
 
     def judge(self, earlier_ratio: float | None = None) -> str:
         """ "ok" or "SLOWER ...", by the rules at the top of this file."""

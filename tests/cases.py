@@ -114,7 +114,8 @@ class LinearCase:
         changed = [
             f"{field.name}={getattr(self, field.name)}"
             for field in dataclasses.fields(self)
-            if field.name not in ("leading", "in_features", "out_features") and getattr(self, field.name) != field.default
+            if field.name not in ("leading", "in_features", "out_features")
+            and getattr(self, field.name) != field.default
         ]
         leading = "x".join(map(str, self.leading)) or "1-D"
         return ",".join([f"T{leading}-I{self.in_features}-O{self.out_features}", *changed]).replace("torch.", "")
@@ -185,7 +186,11 @@ LINEAR_CASES = [
     LinearCase((40,), 300, 230, 16, "sparse"),
     LinearCase((260,), 300, 230, 16, "sparse"),
     # features that are a multiple of nothing
-    *(LinearCase((t,), i, o, 3, "half") for t in (7, 70) for i, o in ((1, 1), (1, 17), (17, 1), (3, 65), (65, 3), (65, 65))),
+    *(
+        LinearCase((t,), i, o, 3, "half")
+        for t in (7, 70)
+        for i, o in ((1, 1), (1, 17), (17, 1), (3, 65), (65, 3), (65, 65))
+    ),
     LinearCase((5,), 0, 7, 2, "none"),
     LinearCase((5,), 7, 0, 2, "none"),
     # ranks
@@ -194,7 +199,11 @@ LINEAR_CASES = [
     *(LinearCase((t,), 130, 100, 4, pattern) for t in (10, 90) for pattern in PATTERNS),
     *(LinearCase((t,), 130, 100, 4, zero_values=zeros) for t in (10, 90) for zeros in ("some", "all")),
     # parts left out
-    *(LinearCase((t,), 65, 33, 0, pattern) for t in (6, 66) for pattern in ("none", "random", "rows", "columns", "blocks")),
+    *(
+        LinearCase((t,), 65, 33, 0, pattern)
+        for t in (6, 66)
+        for pattern in ("none", "random", "rows", "columns", "blocks")
+    ),
     *(LinearCase((t,), 65, 33, 5, None) for t in (6, 66)),
     *(LinearCase((t,), 65, 33, bias=False) for t in (6, 66)),
     *(LinearCase((t,), 65, 33, r, p, base=False) for t in (6, 66) for r, p in ((4, "random"), (4, None), (0, "rows"))),
@@ -207,11 +216,21 @@ LINEAR_CASES = [
     *(LinearCase((t,), 66, 35, dy_layout=layout) for t in (7, 70) for layout in LAYOUTS[1:]),
     *(LinearCase((t,), 66, 35, weight_layout=layout) for t in (7, 70) for layout in LAYOUTS[1:]),
     *(LinearCase((t,), 66, 35, adapter_layout=layout) for t in (7, 70) for layout in LAYOUTS[1:]),
-    *(LinearCase((3, 4, 9), 66, 35, x_layout=a, dy_layout=b) for a, b in (("transposed", "strided"), ("padded", "expanded"))),
-    *(LinearCase((70,), 66, 35, 0, "rows", x_layout=a, dy_layout=b) for a, b in (("transposed", "padded"), ("strided", "expanded"))),
+    *(
+        LinearCase((3, 4, 9), 66, 35, x_layout=a, dy_layout=b)
+        for a, b in (("transposed", "strided"), ("padded", "expanded"))
+    ),
+    *(
+        LinearCase((70,), 66, 35, 0, "rows", x_layout=a, dy_layout=b)
+        for a, b in (("transposed", "padded"), ("strided", "expanded"))
+    ),
     # mixed dtypes
     *(LinearCase((t,), 130, 100, 16, lora_dtype=d, values_dtype=d) for t in (10, 90) for d in (FP32, BF16, FP16, FP64)),
-    *(LinearCase((t,), 130, 100, 16, lora_dtype=a, values_dtype=v) for t in (10, 90) for a, v in ((FP32, BF16), (BF16, FP32))),
+    *(
+        LinearCase((t,), 130, 100, 16, lora_dtype=a, values_dtype=v)
+        for t in (10, 90)
+        for a, v in ((FP32, BF16), (BF16, FP32))
+    ),
     # dropout
     *(LinearCase((t,), 66, 35, dropout_p=p) for t in (7, 70) for p in (0.1, 0.5, 1.0)),
     LinearCase((2, 35), 67, 35, 5, None, dropout_p=0.3, x_layout="transposed"),
@@ -256,6 +275,9 @@ SDDMM_CASES = [
     *_SPARSE_SHARED,
     *_TOKENS,
     *(SparseCase((70,), 66, 35, dy_layout=layout) for layout in LAYOUTS[1:]),
-    *(SparseCase((3, 4, 9), 66, 35, x_layout=a, dy_layout=b) for a, b in (("transposed", "strided"), ("padded", "expanded"))),
+    *(
+        SparseCase((3, 4, 9), 66, 35, x_layout=a, dy_layout=b)
+        for a, b in (("transposed", "strided"), ("padded", "expanded"))
+    ),
 ]
 CSR_ADD_CASES = [case for case in _SPARSE_SHARED if case.leading != (100,)]

@@ -76,7 +76,7 @@ class _Parts:
 
 
 def expected_linear(case: LinearCase, inputs: LinearInputs, keep: Tensor | None = None) -> dict[str, Expected]:
-    """"y" and each gradient by its tensor's name. keep: (tokens, in_features) bools, dropout's mask, or None."""
+    """What y is, under "y", and each gradient under its tensor's name. keep: (tokens, in_features) bools, dropout's mask, or None."""
     names = (*LinearInputs.DIFFERENTIABLE, "dy")
     given = {name: getattr(inputs, name) for name in names}
     wide = {name: None if t is None else t.detach().double() for name, t in given.items()}
@@ -86,7 +86,9 @@ def expected_linear(case: LinearCase, inputs: LinearInputs, keep: Tensor | None 
     if keep is not None:
         factor = keep.double() * (0.0 if case.dropout_p >= 1 else 1 / (1 - case.dropout_p))
     exact = _Parts(wide, inputs.pattern, case.scaling, factor)
-    absolute = _Parts({n: None if t is None else t.abs() for n, t in wide.items()}, inputs.pattern, abs(case.scaling), factor)
+    absolute = _Parts(
+        {n: None if t is None else t.abs() for n, t in wide.items()}, inputs.pattern, abs(case.scaling), factor
+    )
 
     values = {"y": exact.y, **exact.gradients}
     magnitudes = {"y": absolute.y, **absolute.gradients}
@@ -124,7 +126,9 @@ def _roundings_of_intermediates(inputs: LinearInputs, exact: _Parts, absolute: _
 def check(name: str, got: Tensor, expected: Expected, like: Tensor) -> None:
     """got has like's dtype and expected's shape, is contiguous, and lies within the bound everywhere."""
     assert got.dtype == like.dtype, f"{name}: dtype {got.dtype}, expected {like.dtype}"
-    assert got.shape == expected.value.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.value.shape)}"
+    assert got.shape == expected.value.shape, (
+        f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.value.shape)}"
+    )
     assert got.is_contiguous(), f"{name}: strides {got.stride()}, as the fake promises contiguous"
     excess = (got.detach().double() - expected.value).abs() - expected.bound
     if excess.numel() and not bool((excess <= 0).all()):

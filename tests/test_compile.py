@@ -28,7 +28,9 @@ OPCHECK_CASES = {
     "sparse": LinearCase((9,), 18, 13, 0, "columns"),
     "delta": LinearCase((9,), 18, 13, 4, base=False),
     "nothing": LinearCase((0,), 18, 13, 4, "none"),
-    "transposed": LinearCase((9,), 18, 13, 4, x_layout="transposed", dy_layout="transposed", weight_layout="transposed"),
+    "transposed": LinearCase(
+        (9,), 18, 13, 4, x_layout="transposed", dy_layout="transposed", weight_layout="transposed"
+    ),
 }
 
 
@@ -50,7 +52,14 @@ def test_opcheck_rosa_linear(backend, case, dropout_p):
     lora = inputs.lora_A, inputs.lora_B, 0.5
     forward = (inputs.x, inputs.weight, inputs.bias, *lora, inputs.values, crow, col, structure, p, seed)
     torch.library.opcheck(_ops.rosa_linear, forward)
-    possible = [True, inputs.weight is not None, inputs.bias is not None, case.r > 0, case.r > 0, inputs.pattern is not None]
+    possible = [
+        True,
+        inputs.weight is not None,
+        inputs.bias is not None,
+        case.r > 0,
+        case.r > 0,
+        inputs.pattern is not None,
+    ]
     for needs in (possible, [False] * 3 + possible[3:], [True] + [False] * 5):
         backward = (
             inputs.dy, inputs.x, inputs.weight, *lora, inputs.values, crow, col, *transposed, structure, p, seed, needs
@@ -100,7 +109,7 @@ def assert_equal_to_eager(function, compiled, inputs, needing=NAMES, exactly=Fal
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_compiled_equals_eager(backend, compiler, dropout_p):
     inputs = make_inputs(LinearCase((2, 11), 18, 13, 4), torch.float32)
-    function = lambda t: two_layers(t, inputs.pattern, dropout_p=dropout_p)  # noqa: E731
+    function = lambda t: two_layers(t, inputs.pattern, dropout_p=dropout_p)
     compiled = torch.compile(function, backend=compiler, fullgraph=True)
     assert_equal_to_eager(function, compiled, inputs)
     assert_equal_to_eager(function, compiled, inputs, needing=("x", "lora_A", "lora_B", "values"))
@@ -112,7 +121,9 @@ def test_compiled_frozen_layer_in_bf16_under_autocast(backend):
 
     def function(t):
         with torch.autocast("cpu", torch.bfloat16):
-            return rk.rosa_linear(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], 2.0, t["values"], inputs.pattern)
+            return rk.rosa_linear(
+                t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], 2.0, t["values"], inputs.pattern
+            )
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     assert_equal_to_eager(function, compiled, inputs, needing=("lora_A", "lora_B", "values"), exactly=True)
@@ -132,7 +143,7 @@ def test_checkpointing_a_compiled_layer(backend, compiler):
     inputs = make_inputs(LinearCase((2, 11), 18, 13, 4), torch.float32)
 
     def function(t):
-        layer = lambda x: two_layers(t | {"x": x}, inputs.pattern, dropout_p=0.3)  # noqa: E731
+        layer = lambda x: two_layers(t | {"x": x}, inputs.pattern, dropout_p=0.3)
         return checkpoint(layer, t["x"], use_reentrant=False)
 
     compiled = torch.compile(function, backend=compiler, fullgraph=True)
@@ -144,7 +155,7 @@ def test_a_new_number_of_tokens_does_not_recompile_each_time(backend):
     counter = CompileCounterWithBackend("aot_eager")
     inputs = {tokens: make_inputs(LinearCase((tokens,), 18, 13, 4), torch.float32) for tokens in (7, 30, 5, 64, 129)}
     pattern = inputs[7].pattern
-    function = lambda t: two_layers(t, pattern, dropout_p=0.3)  # noqa: E731
+    function = lambda t: two_layers(t, pattern, dropout_p=0.3)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for case in inputs.values():
         assert_equal_to_eager(function, compiled, case)
@@ -157,7 +168,7 @@ def test_a_new_number_of_tokens_does_not_recompile_each_time(backend):
 def test_a_new_scaling_does_not_recompile_each_time(backend):
     counter = CompileCounterWithBackend("aot_eager")
     inputs = make_inputs(LinearCase((9,), 18, 13, 4), torch.float32)
-    function = lambda t, scaling: two_layers(t, inputs.pattern, scaling)  # noqa: E731
+    function = lambda t, scaling: two_layers(t, inputs.pattern, scaling)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for scaling in (0.5, 1.0, 2.0, 3.5, 16.0):
         torch.testing.assert_close(compiled(leaves_of(inputs), scaling), function(leaves_of(inputs), scaling))

@@ -98,7 +98,7 @@ def test_one_mask_for_every_backend_forward_and_backward(backend, dtype, tokens,
 
 def layer_tensors(tokens=70, features=40, dtype=torch.float32):
     pattern = rk.CSRPattern.random((features, features), 0.1, seed=1)
-    x, weight, lora_A, lora_B = (torch.randn(n, features, dtype=dtype) for n in (tokens, features, 8, features))
+    x, weight, lora_A = (torch.randn(n, features, dtype=dtype) for n in (tokens, features, 8))
     return x, weight, lora_A, torch.randn(features, 8, dtype=dtype), torch.randn(pattern.nnz, dtype=dtype), pattern
 
 

@@ -126,7 +126,10 @@ SPARSE_FAULTS = {
     "csr_add shape": ("weight", lambda: rk.csr_add(torch.randn(I, O), torch.randn(NNZ), PATTERN)),
     "csr_add integer": ("weight", lambda: rk.csr_add(torch.ones(O, I).long(), torch.randn(NNZ), PATTERN)),
     "csr_add values": ("values", lambda: rk.csr_add(torch.randn(O, I), torch.randn(NNZ, 1), PATTERN)),
-    "csr_add values device": ("values", lambda: rk.csr_add(torch.randn(O, I), torch.randn(NNZ, device="meta"), PATTERN)),
+    "csr_add values device": (
+        "values",
+        lambda: rk.csr_add(torch.randn(O, I), torch.randn(NNZ, device="meta"), PATTERN),
+    ),
 }
 
 

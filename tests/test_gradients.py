@@ -39,14 +39,14 @@ class TestGradcheck:
     def test_rosa_linear(self, leading, pattern):
         inputs = make_inputs(LinearCase(leading, 5, 7, 2, pattern), torch.float64)
         leaves = leaves_of(inputs)
-        call = lambda *tensors: rosa(dict(zip(NAMES, tensors)), inputs.pattern)  # noqa: E731
+        call = lambda *tensors: rosa(dict(zip(NAMES, tensors)), inputs.pattern)
         assert torch.autograd.gradcheck(call, tuple(leaves.values()))
 
     @pytest.mark.parametrize("dropout_p", [0.4, 1.0])
     def test_rosa_linear_with_dropout(self, dropout_p):
         inputs = make_inputs(LinearCase((3,), 5, 7, 2, "half"), torch.float64)
         leaves = leaves_of(inputs)
-        call = lambda *tensors: rosa(dict(zip(NAMES, tensors)), inputs.pattern, dropout_p=dropout_p)  # noqa: E731
+        call = lambda *tensors: rosa(dict(zip(NAMES, tensors)), inputs.pattern, dropout_p=dropout_p)
         assert torch.autograd.gradcheck(call, tuple(leaves.values()))
 
     @pytest.mark.parametrize("leaves_out", ["lora", "sparse", "neither"])
@@ -54,13 +54,13 @@ class TestGradcheck:
         inputs = make_inputs(LinearCase((3,), 5, 7, 2, "half"), torch.float64)
         t = leaves_of(inputs, needing=("x", "lora_A", "lora_B", "values"))
         if leaves_out == "lora":
-            call = lambda x, v: rk.rosa_delta(x, None, None, 1.0, v, inputs.pattern)  # noqa: E731
+            call = lambda x, v: rk.rosa_delta(x, None, None, 1.0, v, inputs.pattern)
             assert torch.autograd.gradcheck(call, (t["x"], t["values"]))
         elif leaves_out == "sparse":
-            call = lambda x, A, B: rk.rosa_delta(x, A, B, 0.5, None, None)  # noqa: E731
+            call = lambda x, A, B: rk.rosa_delta(x, A, B, 0.5, None, None)
             assert torch.autograd.gradcheck(call, (t["x"], t["lora_A"], t["lora_B"]))
         else:
-            call = lambda x, A, B, v: rk.rosa_delta(x, A, B, 0.5, v, inputs.pattern)  # noqa: E731
+            call = lambda x, A, B, v: rk.rosa_delta(x, A, B, 0.5, v, inputs.pattern)
             assert torch.autograd.gradcheck(call, (t["x"], t["lora_A"], t["lora_B"], t["values"]))
 
     def test_sparse_ops(self):

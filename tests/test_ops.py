@@ -32,7 +32,9 @@ def linear(case, inputs, tensors):
 
 def bits(tensors):
     """Copies whose equality is equality of bits."""
-    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).view(torch.uint8) for name, t in tensors.items()}
+    return {
+        name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).view(torch.uint8) for name, t in tensors.items()
+    }
 
 
 def run_linear(case, inputs):
@@ -111,7 +113,9 @@ def test_spmm(backend, dtype, case):
     check("dx", dx, expected["x"], inputs.x)
     # The gradient of the values is an sddmm in x's dtype, rounded once more to theirs.
     rounded = UNIT_ROUNDOFF[dtype] * expected["values"].value.abs()
-    check("dvalues", dvalues, Expected(expected["values"].value, expected["values"].bound + 1.01 * rounded), inputs.values)
+    check(
+        "dvalues", dvalues, Expected(expected["values"].value, expected["values"].bound + 1.01 * rounded), inputs.values
+    )
     with torch.no_grad():
         assert torch.equal(rk.spmm(inputs.x, inputs.values, inputs.pattern), y)
 
@@ -155,7 +159,14 @@ def test_a_fresh_adapter_changes_no_bit(backend, dtype, tokens):
     """lora_B = 0 and values = 0, as at injection: y is F.linear's, bit for bit."""
     inputs = make_inputs(LinearCase((tokens,), 66, 35, zero_values="all"), dtype)
     y = rk.rosa_linear(
-        inputs.x, inputs.weight, inputs.bias, inputs.lora_A, torch.zeros_like(inputs.lora_B), 2.0, inputs.values, inputs.pattern
+        inputs.x,
+        inputs.weight,
+        inputs.bias,
+        inputs.lora_A,
+        torch.zeros_like(inputs.lora_B),
+        2.0,
+        inputs.values,
+        inputs.pattern,
     )
     assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
 

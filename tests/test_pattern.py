@@ -111,7 +111,7 @@ def test_entries_beyond_the_integers_of_fp32(backend):
     mask[0, 5] = False  # one hole, so that no row structure short-cuts the entries
     pattern = rk.CSRPattern.from_mask(mask)
     assert pattern.nnz > 2**24 and STRUCTURES[pattern.structure] == "unstructured"
-    ccol, row, permutation = pattern.transpose()
+    _, row, permutation = pattern.transpose()
     entries = permutation.sort().values
     assert torch.equal(entries, torch.arange(pattern.nnz, dtype=torch.int32))
     assert permutation[-2:].tolist() == [2**23 + 1, pattern.nnz - 1] and row[-2:].tolist() == [0, 1]
