@@ -1,72 +1,10 @@
 // The adapter's backward: one sweep over x and dy gives dA, dB, dS and the adapter's part of dx.
 #pragma once
 #include "forward.h"
+#include "partial_sums.h"
 
 namespace rosa {
 namespace ROSA_ISA {
-
-// Gradient sums of each slot: dA as (r, in), dB transposed as (r, out), dS as one (count, length) matrix for whole rows or
-// columns and as (nnz,) otherwise; r and count rounded up to GROUP, in, out and length to LANES.
-class PartialSums {
- public:
-  PartialSums(const Backward& b, int64_t slots) : b_(b), slots_(slots) {
-    const int64_t in = rounded_up(b.in_features, LANES), out = rounded_up(b.out_features, LANES);
-    const int64_t padded_r = rounded_up(b.low_rank.r, GROUP);
-    const bool rows = b.sparse.structure == Structure::row, columns = b.sparse.structure == Structure::column;
-    if (b.dvalues && (rows || columns)) {
-      touched_count = b.sparse.nnz / (rows ? b.in_features : b.out_features);
-      dS_stride_ = rows ? in : out;
-    }
-    dA_size_ = b.dA ? padded_r * in : 0;
-    dB_size_ = b.dB ? padded_r * out : 0;
-    const int64_t dS_size = touched_count ? rounded_up(touched_count, GROUP) * dS_stride_ : b.dvalues ? b.sparse.nnz : 0;
-    slot_size_ = dA_size_ + dB_size_ + rounded_up(dS_size, 16);
-    sums_ = Buffer<float>(slots * slot_size_);
-    std::memset(sums_, 0, sizeof(float) * slots * slot_size_);
-  }
-
-  float* dA(int64_t slot) const { return sums_ + slot * slot_size_; }
-  float* dB(int64_t slot) const { return dA(slot) + dA_size_; }
-  float* dS(int64_t slot) const { return dB(slot) + dB_size_; }
-
-  // Adds the slots in their order and writes the gradients.
-  void write(float alpha) const {
-    float* total = dA(0);
-    for_slots(slots_, slot_size_, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t slot = 1; slot < slots_; ++slot) {
-        const float* other = dA(slot);
-        for (int64_t i = begin; i < end; ++i) total[i] += other[i];
-      }
-    });
-    const int64_t r = b_.low_rank.r, in = b_.in_features, out = b_.out_features;
-    const int64_t in_stride = rounded_up(in, LANES), out_stride = rounded_up(out, LANES);
-    for (int64_t q = 0; b_.dA && q < r; ++q)
-      for (int64_t k = 0; k < in; ++k) b_.dA[q * in + k] = alpha * dA(0)[q * in_stride + k];
-    for (int64_t i = 0; b_.dB && i < out; ++i)
-      for (int64_t q = 0; q < r; ++q) b_.dB[i * r + q] = alpha * dB(0)[q * out_stride + i];
-    if (b_.dvalues) write_dvalues();
-  }
-
-  int64_t touched_count = 0;  // whole rows or columns of the pattern
-
- private:
-  void write_dvalues() const {
-    const float* sums = dS(0);
-    if (!touched_count) {
-      std::memcpy(b_.dvalues, sums, sizeof(float) * b_.sparse.nnz);
-    } else if (b_.sparse.structure == Structure::row) {
-      for (int64_t n = 0; n < touched_count; ++n)
-        std::memcpy(b_.dvalues + n * b_.in_features, sums + n * dS_stride_, sizeof(float) * b_.in_features);
-    } else {
-      for (int64_t i = 0; i < b_.out_features; ++i)
-        for (int64_t n = 0; n < touched_count; ++n) b_.dvalues[i * touched_count + n] = sums[n * dS_stride_ + i];
-    }
-  }
-
-  const Backward& b_;
-  int64_t slots_, dA_size_, dB_size_, dS_stride_ = 0, slot_size_;
-  Buffer<float> sums_;
-};
 
 // Sᵀ with its values in the order of the CSC view.
 class TransposedCsr {
@@ -90,68 +28,104 @@ inline const float* direct_rows(const float* rows, int64_t tokens) { return toke
 inline const float* direct_rows(const uint16_t*, int64_t) { return nullptr; }
 
 template <class T>
-void backward_blocks(const Backward& b) {
-  const int64_t r = b.low_rank.r, padded_r = rounded_up(r, GROUP);
-  const int64_t padded_in = rounded_up(b.in_features, LANES), padded_out = rounded_up(b.out_features, LANES);
-  const bool want_dx = b.dx.data, want_dH = r && (b.dA || want_dx), want_H = b.dB;
-  const bool want_x = b.dA || want_H || b.dvalues;
-  const float alpha = low_rank_scale(b.low_rank, b.dropout);
-  Buffer<float> shrink_x(want_H ? padded_r * b.in_features : 0), shrink_dy(want_dH ? padded_r * b.out_features : 0);
-  if (want_H) pack_groups(b.low_rank.A, b.in_features, 1, r, b.in_features, shrink_x);
-  if (want_dH) pack_groups(b.low_rank.B, 1, r, r, b.out_features, shrink_dy);
-  const TransposedCsr transposed(b, want_dx);
-  const Update update(b.low_rank.A, 1, b.in_features, want_dx ? r : 0, alpha, transposed.csr, b.out_features,
-                      b.in_features);
-  const int64_t slots = larger(1, slot_count(b.tokens));
-  const PartialSums sums(b, slots);
-  const int64_t touched_count = sums.touched_count;
-  const bool touches_rows = b.sparse.structure == Structure::row;
-  Buffer<int32_t> touched(touched_count);
-  if (touched_count) touched_features(b.sparse, b.out_features, touched_count, touched);
-  const int64_t most_ranks = larger(padded_r, rounded_up(touched_count, GROUP));
-  for_slots(slots, block_count(b.tokens), [&](int64_t slot, int64_t begin, int64_t end) {
+class BackwardSweep {
+ public:
+  explicit BackwardSweep(const Backward& b)
+      : b_(b),
+        r_(b.low_rank.r),
+        padded_r_(rounded_up(r_, GROUP)),
+        padded_in_(rounded_up(b.in_features, LANES)),
+        want_dx_(b.dx.data),
+        want_dH_(r_ && (b.dA || want_dx_)),
+        want_x_(b.dA || b.dB || b.dvalues),
+        alpha_(low_rank_scale(b.low_rank, b.dropout)),
+        shrink_x_(b.dB ? padded_r_ * b.in_features : 0),
+        shrink_dy_(want_dH_ ? padded_r_ * b.out_features : 0),
+        transposed_(b, want_dx_),
+        dx_update_(b.low_rank.A, 1, b.in_features, want_dx_ ? r_ : 0, alpha_, transposed_.csr, b.out_features,
+                   b.in_features),
+        slots_(larger(1, slot_count(b.tokens))),
+        sums_(b, slots_),
+        touched_(sums_.touched_count) {
+    if (b.dB) pack_groups(b.low_rank.A, b.in_features, 1, r_, b.in_features, shrink_x_);
+    if (want_dH_) pack_groups(b.low_rank.B, 1, r_, r_, b.out_features, shrink_dy_);
+    if (sums_.touched_count) touched_features(b.sparse, b.out_features, sums_.touched_count, touched_);
+  }
+
+  void run() const {
+    for_slots(slots_, block_count(b_.tokens), [&](int64_t slot, int64_t begin, int64_t end) {
+      const Scratch scratch = slot_scratch();
+      for (int64_t block = begin; block < end; ++block) sweep_block(slot, block * TOKENS, scratch);
+    });
+    sums_.write(alpha_);
+  }
+
+ private:
+  // x and dy packed; ranks feature-major and token-major; dropout's bits, null without dropout.
+  struct Scratch {
+    float *x, *dy, *ranks, *turned, *update;
+    uint64_t* bits;
+  };
+
+  Scratch slot_scratch() const {
     static thread_local Arena arena;
+    const int64_t most_ranks = larger(padded_r_, rounded_up(sums_.touched_count, GROUP));
     float* piece[6];
-    arena.cut({padded_in * TOKENS, padded_out * TOKENS, most_ranks * TOKENS, most_ranks * TOKENS, update.scratch_size(),
-               b.dropout.on ? 2 * (padded_in + 4) : 0},
+    arena.cut({padded_in_ * TOKENS, rounded_up(b_.out_features, LANES) * TOKENS, most_ranks * TOKENS,
+               most_ranks * TOKENS, dx_update_.scratch_size(), b_.dropout.on ? 2 * (padded_in_ + GROUP) : 0},
               piece);
-    float *x = piece[0], *dy = piece[1], *ranks = piece[2], *turned = piece[3], *scratch = piece[4];
-    uint64_t* bits = b.dropout.on ? reinterpret_cast<uint64_t*>(piece[5]) : nullptr;
-    if (bits) std::memset(bits, 0, sizeof(uint64_t) * (padded_in + 4));
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * TOKENS, tokens = smaller(TOKENS, b.tokens - first);
-      const T* x_rows = (const T*)b.x.data + first * b.x.stride;
-      const T* dy_rows = (const T*)b.dy.data + first * b.dy.stride;
-      if (want_x) pack(x_rows, b.x.stride, tokens, b.in_features, x);
-      pack(dy_rows, b.dy.stride, tokens, b.out_features, dy);
-      if (bits) keep_bits(b.dropout, first, b.in_features, bits);
-      const Block x_block = {direct_rows(x_rows, tokens), b.x.stride, x, nullptr};
-      const Block x_dropped = bits ? Block{nullptr, 0, x, bits} : x_block;
-      const Block dy_block = {direct_rows(dy_rows, tokens), b.dy.stride, dy, nullptr};
-      if (touched_count) {
-        gather_rows(touched, touched_count, touches_rows ? dy : x, ranks);
-        token_major(ranks, touched_count, turned);
-        outer(turned, touched_count, touches_rows ? x_block : dy_block, touches_rows ? b.in_features : b.out_features,
-              sums.dS(slot));
-      } else if (b.dvalues) {
-        sample(b.sparse, b.out_features, dy, x, sums.dS(slot));
-      }
-      if (want_H) {
-        multiply(shrink_x, x, bits, r, b.in_features, 1.0f, ranks);
-        token_major(ranks, r, turned);
-        outer(turned, r, dy_block, b.out_features, sums.dB(slot));
-      }
-      if (want_dH) multiply(shrink_dy, dy, nullptr, r, b.out_features, 1.0f, ranks);
-      if (b.dA) {
-        token_major(ranks, r, turned);
-        outer(turned, r, x_dropped, b.in_features, sums.dA(slot));
-      }
-      if (want_dx)
-        update.add_to((T*)b.dx.data + first * b.dx.stride, b.dx.stride, tokens, ranks, dy, bits, scratch);
+    uint64_t* bits = b_.dropout.on ? reinterpret_cast<uint64_t*>(piece[5]) : nullptr;
+    if (bits) std::memset(bits, 0, sizeof(uint64_t) * (padded_in_ + GROUP));
+    return {piece[0], piece[1], piece[2], piece[3], piece[4], bits};
+  }
+
+  void sweep_block(int64_t slot, int64_t first, const Scratch& s) const {
+    const int64_t tokens = smaller(TOKENS, b_.tokens - first);
+    const T* x_rows = (const T*)b_.x.data + first * b_.x.stride;
+    const T* dy_rows = (const T*)b_.dy.data + first * b_.dy.stride;
+    if (want_x_) pack(x_rows, b_.x.stride, tokens, b_.in_features, s.x);
+    pack(dy_rows, b_.dy.stride, tokens, b_.out_features, s.dy);
+    if (s.bits) keep_bits(b_.dropout, first, b_.in_features, s.bits);
+    const Block x = {direct_rows(x_rows, tokens), b_.x.stride, s.x, nullptr};
+    const Block x_dropped = s.bits ? Block{nullptr, 0, s.x, s.bits} : x;
+    const Block dy = {direct_rows(dy_rows, tokens), b_.dy.stride, s.dy, nullptr};
+    if (b_.dvalues) add_dS(slot, x, dy, s);
+    if (b_.dB) {
+      multiply(shrink_x_, s.x, s.bits, r_, b_.in_features, 1.0f, s.ranks);  // H
+      token_major(s.ranks, r_, s.turned);
+      outer(s.turned, r_, dy, b_.out_features, sums_.dB(slot));
     }
-  });
-  sums.write(alpha);
-}
+    if (want_dH_) multiply(shrink_dy_, s.dy, nullptr, r_, b_.out_features, 1.0f, s.ranks);
+    if (b_.dA) {
+      token_major(s.ranks, r_, s.turned);
+      outer(s.turned, r_, x_dropped, b_.in_features, sums_.dA(slot));
+    }
+    if (want_dx_) {
+      T* dx_rows = (T*)b_.dx.data + first * b_.dx.stride;
+      dx_update_.add_to(dx_rows, b_.dx.stride, tokens, s.ranks, s.dy, s.bits, s.update);
+    }
+  }
+
+  void add_dS(int64_t slot, const Block& x, const Block& dy, const Scratch& s) const {
+    const int64_t touched = sums_.touched_count;
+    if (!touched) return sample(b_.sparse, b_.out_features, s.dy, s.x, sums_.dS(slot));
+    const bool rows = b_.sparse.structure == Structure::row;  // of dy; else columns, of x
+    gather_rows(touched_, touched, rows ? s.dy : s.x, s.ranks);
+    token_major(s.ranks, touched, s.turned);
+    outer(s.turned, touched, rows ? x : dy, rows ? b_.in_features : b_.out_features, sums_.dS(slot));
+  }
+
+  const Backward& b_;
+  const int64_t r_, padded_r_, padded_in_;
+  const bool want_dx_, want_dH_, want_x_;
+  const float alpha_;
+  Buffer<float> shrink_x_, shrink_dy_;
+  const TransposedCsr transposed_;
+  const Update dx_update_;
+  const int64_t slots_;
+  const PartialSums sums_;
+  Buffer<int32_t> touched_;
+};
 
 }  // namespace ROSA_ISA
 }  // namespace rosa

@@ -19,7 +19,7 @@ inline void forward(const Forward& f) {
   f.dtype == Dtype::float32 ? forward_typed<float>(f) : forward_typed<uint16_t>(f);
 }
 inline void backward(const Backward& b) {
-  b.dtype == Dtype::float32 ? backward_blocks<float>(b) : backward_blocks<uint16_t>(b);
+  b.dtype == Dtype::float32 ? BackwardSweep<float>(b).run() : BackwardSweep<uint16_t>(b).run();
 }
 inline void merge(const Merge& m) { m.dtype == Dtype::float32 ? merge_rows<float>(m) : merge_rows<uint16_t>(m); }
 
