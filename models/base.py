@@ -14,7 +14,7 @@ import torch
 import training
 import transformer
 from data import EncodedReviews, train_tokenizer
-from sources import Sources
+from sources import Sources, file_facts
 from storage import save_classifier, write_json
 from training import TrainingSettings, train
 from transformer import ClassifierConfig, ReviewClassifier
@@ -66,6 +66,7 @@ def trained_base(recipe: BaseRecipe, runs: Path, device: torch.device | str = "c
 
 
 def base_facts(directory: Path) -> dict:
+    """The fields of the base's TrainingRun, and "data": file_facts of the files it is made of."""
     return json.loads((directory / FACTS).read_text())
 
 
@@ -79,5 +80,5 @@ def _train_base(recipe: BaseRecipe, device: torch.device | str):
     config = ClassifierConfig(**{**recipe.config.to_dict(), "vocabulary": tokenizer.get_vocab_size()})
     model = ReviewClassifier(config).to(device)
     run = train(model, train_set, validation_set, settings, "base")
-    return model, tokenizer, {"reviews": len(train_set), **asdict(run)}
+    return model, tokenizer, {**asdict(run), "data": [file_facts(file) for file in sources.base_files()]}
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sources import Sources, file_sha256
+from reviews import ReviewFile
+from sources import Sources, file_facts
 from training import TrainingRun, accuracy, macro_f1
 
 COSTS = ("seconds", "base_seconds", "reviews_per_second", "peak_memory_mib")  # differ from run to run; the rest does not
@@ -50,16 +51,14 @@ def make_report(
         "threads": options.threads,
         "options": {name: _plain(value) for name, value in vars(options).items() if name not in ("out", "runs")},
         "versions": versions(),
-        "data": [
-            {
-                "file": file.path.name,
-                "sha256": file_sha256(file.path),
-                "records": file.records,
-                "malformed": file.malformed,
-            }
-            for file in sources.files()
-        ],
+        "data": base["data"] + [file_facts(file) for file in read_since(sources)],
     }
+
+
+def read_since(sources: Sources) -> list[ReviewFile]:
+    """The files that were read after the base was made: without an adapter no validation file is."""
+    base_paths = {file.path for file in sources.base_files()}
+    return [file for file in sources.files() if file.path not in base_paths and file.records]
 
 
 def versions() -> dict[str, str]:

@@ -39,9 +39,26 @@ class Sources:
     def training_texts(self) -> Iterator[str]:
         return (review.text for review in chain(self.base_train, self.train))
 
+    def base_files(self) -> list[ReviewFile]:
+        """The files that the base is made of, the tokenizer's included."""
+        return _distinct(self.base_train, self.base_validation, self.train)
+
     def files(self) -> list[ReviewFile]:
-        parts = (self.base_train, self.base_validation, self.train, self.validation, self.test)
-        return list({part.file.path: part.file for part in parts}.values())
+        return _distinct(self.base_train, self.base_validation, self.train, self.validation, self.test)
+
+
+def _distinct(*parts: Part) -> list[ReviewFile]:
+    return list({part.file.path: part.file for part in parts}.values())
+
+
+def file_facts(file: ReviewFile) -> dict:
+    """What a report says of a file that was read to its end."""
+    return {
+        "file": file.path.name,
+        "sha256": file_sha256(file.path),
+        "records": file.records,
+        "malformed": file.malformed,
+    }
 
 
 def sample_sources() -> Sources:

@@ -6,9 +6,13 @@
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
+
+# Before torch loads OpenMP: workers that spin between two small ops starve each other where cores are shared
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
