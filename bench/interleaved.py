@@ -35,9 +35,9 @@ class Race:
         return [name for name in self.candidates if name not in (_OURS, _FROZEN)]
 
     def run(self, benchmark, seconds: float) -> None:
-        """Warm up, agree on the numbers, then about `seconds` of rounds: pytest-benchmark times ours, setup the others."""
+        """Agree on the numbers, which warms up too, then about `seconds` of rounds: pytest-benchmark times ours, setup the others."""
         self._check_same_results()
-        one_call = {name: min(_timed(function, 1) for _ in range(2)) for name, function in self.candidates.items()}
+        one_call = {name: _timed(function, 1) for name, function in self.candidates.items()}
         calls = {name: max(1, round(_MIN_SAMPLE_SECONDS / t)) for name, t in one_call.items()}
         round_seconds = sum(calls[name] * t for name, t in one_call.items())
         rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, round(seconds / round_seconds)))
@@ -57,6 +57,8 @@ class Race:
     def _check_same_results(self) -> None:
         """A race between different results says nothing. The tolerance is that of bf16, rounded by every naive way."""
         ours = self.candidates[_OURS]()
+        if _FROZEN in self.candidates:
+            self.candidates[_FROZEN]()
         for name in self.naive:
             for index, (got, expected) in enumerate(zip(self.candidates[name](), ours, strict=True)):
                 error = float((got.float() - expected.float()).norm() / (expected.float().norm() + 1e-30))

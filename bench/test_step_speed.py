@@ -1,9 +1,9 @@
-"""The whole layer step, forward and backward, over the frozen layer's own two GEMMs."""
+"""The whole layer step of RoSA and of LoRA, forward and backward, over the frozen layer's own two GEMMs."""
 
 import pytest
 from interleaved import gradients
 from layers import DTYPES, STEP_SHAPES, Layer
-from naive import CSR, Dense, HandWritten, NoSparse, Rows, lora_as_peft
+from naive import CSR, Dense, HandWritten, NoSparse, lora_as_peft
 
 import rosa_kernels as rk
 
@@ -43,27 +43,6 @@ def test_rosa_step(race, shape, dtypes):
     )
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
-def test_row_step(race, shape, dtypes):
-    layer = Layer(shape, dtypes, structure="row")
-    leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
-
-    def by_hand(sparse):
-        return gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, layer.values, sparse), leaves, layer.dy)
-
-    race(
-        {
-            "frozen": layer.frozen_step(),
-            "ours": gradients(
-                lambda: rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern), leaves, layer.dy
-            ),
-            "rows": by_hand(Rows(layer.rows, shape.in_features)),
-            "dense": by_hand(Dense(layer.pattern)),
-        },
-        layer.dtype,
-    )
-
-
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_lora_step(race, shape, dtypes):
     layer = Layer(shape, dtypes)
@@ -77,25 +56,4 @@ def test_lora_step(race, shape, dtypes):
         },
         layer.dtype,
         goal=LORA_GOALS.get((dtypes, shape)),
-    )
-
-
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
-def test_sparse_step(race, shape, dtypes):
-    layer = Layer(shape, dtypes)
-    leaves = [layer.x, layer.values]
-
-    def by_hand(sparse):
-        return gradients(
-            lambda: HandWritten.apply(*layer.base, None, None, 1.0, layer.values, sparse), leaves, layer.dy
-        )
-
-    race(
-        {
-            "frozen": layer.frozen_step(),
-            "ours": gradients(lambda: rk.sparse_linear(*layer.base, layer.values, layer.pattern), leaves, layer.dy),
-            "csr": by_hand(CSR(layer.pattern)),
-            "dense": by_hand(Dense(layer.pattern)),
-        },
-        layer.dtype,
     )
