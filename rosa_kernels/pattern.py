@@ -27,7 +27,8 @@ class CSRPattern:
     def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]):
         shape = _checked_shape(shape)
         _check_indices(crow_indices, col_indices, shape)
-        self._assign(crow_indices.to(torch.int32), col_indices.to(torch.int32), shape)
+        # Copies: what was checked must not change behind a kernel's back.
+        self._assign(crow_indices.to(torch.int32, copy=True), col_indices.to(torch.int32, copy=True), shape)
         self.structure = _detect_structure(self.crow_indices, self.col_indices, shape)
 
     def _assign(self, crow_indices, col_indices, shape, structure=UNSTRUCTURED, transposed=None):

@@ -37,6 +37,14 @@ def test_transpose(name, shape):
     assert all(a is b for a, b in zip(pattern.transpose(), (ccol, row, permutation))), "not cached"
 
 
+def test_keeps_its_own_indices():
+    """Else an index changed after the check would lead a kernel out of bounds."""
+    crow, col = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    pattern = rk.CSRPattern(crow, col, (2, 2))
+    crow.fill_(10**6), col.fill_(10**6)
+    assert torch.equal(pattern.to_mask(), torch.eye(2, dtype=torch.bool))
+
+
 def test_from_rows_and_columns():
     mask = torch.zeros(5, 4, dtype=torch.bool)
     mask[[0, 3]] = True

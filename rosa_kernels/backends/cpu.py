@@ -43,15 +43,19 @@ def build_info() -> str:
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    adapter = _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col
-    if weight is not None and plan.merges(x, weight.shape, seed):
-        return F.linear(x, _merged(weight, *adapter), bias)
+    if plan.merges(x, weight, seed):
+        return F.linear(x, _merged(weight, _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col), bias)
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
     else:
         y = F.linear(x, weight, bias).contiguous()
-    _add_forward(y, x, *adapter, structure, dropout_p, seed)
+    if plan.low_rank_by_gemm(x, lora_A, lora_B, values, seed):
+        as_matrix(y).addmm_(as_matrix(x) @ lora_A.T, lora_B.T, alpha=scaling)
+    else:
+        _add_forward(
+            y, x, _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col, structure, dropout_p, seed
+        )
     return y
 
 
@@ -60,32 +64,51 @@ def rosa_linear_backward(
 ):
     need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
     dy2, x2 = _matrix(dy), _matrix(x)
-    A, B, scaling = _low_rank(lora_A, lora_B, scaling)
+    low_rank = _low_rank(lora_A, lora_B, scaling)
     values_fp32 = _floats(values)
+    merges = plan.merges(x, weight, seed)
     dx2 = None
-    dx_is_merged = weight is not None and plan.merges(x, weight.shape, seed)
-    if need_dx and dx_is_merged:
-        dx2 = dy2 @ _merged(weight, (A, B, scaling), values_fp32, crow, col)
+    if need_dx and merges:
+        dx2 = dy2 @ _merged(weight, low_rank, values_fp32, crow, col)
     elif need_dx:
         dx2 = torch.zeros_like(x2) if weight is None else dy2 @ weight
-    dA, dB, dvalues = (
-        torch.zeros(source.shape, dtype=torch.float32) if need else None
-        for need, source in ((need_dA, A), (need_dB, B), (need_dvalues, values))
+    dx_to_add = None if merges else dx2
+    if not merges and plan.low_rank_by_gemm(x, lora_A, lora_B, values, seed):
+        dA, dB = _low_rank_backward(dx_to_add, dy2, x2, lora_A, lora_B, scaling, need_dA, need_dB)
+        dvalues = None
+    else:
+        dA, dB, dvalues = (
+            torch.zeros(source.shape, dtype=torch.float32) if need else None
+            for need, source in ((need_dA, lora_A), (need_dB, lora_B), (need_dvalues, values))
+        )
+        if any(gradient is not None for gradient in (dx_to_add, dA, dB, dvalues)):
+            _kernels.backward(
+                dx_to_add, dA, dB, dvalues, dy2, x2, *low_rank, values_fp32, crow, col, ccol, row, permutation,
+                structure, *_dropout(dropout_p, seed),
+            )  # fmt: skip
+    gradients = (
+        dx2.view(x.shape) if need_dx else None,
+        dy2.T @ x2 if need_dweight else None,
+        dy2.sum(0) if need_dbias else None,
+        dA.to(lora_A.dtype) if need_dA else None,
+        dB.to(lora_B.dtype) if need_dB else None,
+        dvalues.to(values.dtype) if need_dvalues else None,
     )
-    swept_dx = None if dx_is_merged else dx2
-    if any(gradient is not None for gradient in (swept_dx, dA, dB, dvalues)):
-        _kernels.backward(
-            swept_dx, dA, dB, dvalues, dy2, x2, A, B, scaling, values_fp32, crow, col, ccol, row, permutation, structure,
-            *_dropout(dropout_p, seed),
-        )  # fmt: skip
-    return [
-        dx2.view(x.shape) if need_dx else dy.new_empty(0),
-        dy2.T @ x2 if need_dweight else dy.new_empty(0),
-        dy2.sum(0) if need_dbias else dy.new_empty(0),
-        dA.to(lora_A.dtype) if need_dA else dy.new_empty(0),
-        dB.to(lora_B.dtype) if need_dB else dy.new_empty(0),
-        dvalues.to(values.dtype) if need_dvalues else dy.new_empty(0),
-    ]
+    return [dy.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+def _low_rank_backward(dx, dy, x, lora_A, lora_B, scaling, need_dA, need_dB):
+    """Adds scaling · dy B A to dx unless it is None; returns dA and dB, None where not needed. All in one dtype."""
+    dA = dB = None
+    if dx is not None or need_dA:
+        dH = dy @ lora_B
+    if dx is not None:
+        dx.addmm_(dH, lora_A, alpha=scaling)
+    if need_dA:
+        dA = torch.addmm(lora_A, dH.T, x, beta=0, alpha=scaling)
+    if need_dB:
+        dB = torch.addmm(lora_B, dy.T, x @ lora_A.T, beta=0, alpha=scaling)
+    return dA, dB
 
 
 def spmm(x, values, crow, col, structure):
