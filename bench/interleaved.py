@@ -3,7 +3,8 @@
 A candidate's figure is the lower quartile of its rounds: what it takes when nothing else runs, without trusting the one
 luckiest round. The verdict is SLOWER where both the lower quartile and the minimum of "ours" exceed those
 of the best naive candidate by more than NOISE (and an allowance in seconds, where the case has one), or where the
-ratio to "frozen" is more than DRIFT above an earlier run's.
+ratio to "frozen" is more than DRIFT above an earlier run's. A race whose lower quartile is beyond DISTURBED times the
+minimum, for any candidate, is marked as noisy: other processes took the cores, repeat it on a quiet machine.
 """
 
 import statistics
@@ -14,6 +15,7 @@ import torch
 
 NOISE = 1.05
 DRIFT = 1.10
+DISTURBED = 1.5
 _MIN_ROUNDS, _MAX_ROUNDS = 4, 40
 _MIN_SAMPLE_SECONDS = 2e-3
 _OURS, _FROZEN = "ours", "frozen"
@@ -77,8 +79,11 @@ class Race:
             _FROZEN if _FROZEN in self.seconds else self.best_naive()
         )
 
+    def noisy(self) -> bool:
+        return any(self.lower_quartile(name) > DISTURBED * min(self.seconds[name]) for name in self.candidates)
+
     def judge(self, earlier_ratio: float | None = None) -> str:
-        """ "ok" or "SLOWER ...", by the rules at the top of this file."""
+        """ "ok", "noisy" or "SLOWER ...", by the rules at the top of this file."""
         best = self.best_naive()
         if all(
             figure(_OURS) > NOISE * figure(best) + self.allowance
@@ -87,7 +92,7 @@ class Race:
             return f"SLOWER than {best}: {self.lower_quartile(_OURS) / self.lower_quartile(best):.2f}x"
         if earlier_ratio is not None and self.ratio() > DRIFT * earlier_ratio:
             return f"SLOWER than before: ratio {self.ratio():.2f}, was {earlier_ratio:.2f}"
-        return "ok"
+        return "noisy" if self.noisy() else "ok"
 
     def summary(self) -> dict:
         """For the JSON file."""

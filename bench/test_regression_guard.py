@@ -82,6 +82,10 @@ def test_the_limits_are_where_they_are_said_to_be():
     assert race.judge() == "ok"
 
 
+def test_a_disturbed_race_says_so():
+    assert made_up(ours=[1.0] + [1.6] * 7, naive=[2.0] * 8).judge() == "noisy"
+
+
 def test_different_results_are_no_race():
     race = Race("wrong", {"ours": lambda: RESULT, "naive": lambda: (torch.ones(3) * 1.1,)})
     with pytest.raises(AssertionError, match="result 0 of 'naive' differs"):
