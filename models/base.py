@@ -11,6 +11,8 @@ from pathlib import Path
 import tokenizers
 import torch
 
+import data
+import reviews
 import training
 import transformer
 from data import EncodedReviews, train_tokenizer
@@ -31,13 +33,13 @@ class BaseRecipe:
     settings: TrainingSettings
 
     def key(self) -> str:
-        """16 hexadecimal digits that change with the data, the configuration, the training code and PyTorch."""
+        """16 hexadecimal digits that change with the data, the configuration, the code and its libraries."""
         described = {
-            "data": [p.describe() for p in (self.sources.base_train, self.sources.base_validation, self.sources.train)],
+            "reviews": [part.describe() for part in self.sources.base_parts()],
             "config": self.config.to_dict(),
             "settings": asdict(self.settings),
             "threads": torch.get_num_threads(),
-            "code": [Path(module.__file__).read_text() for module in (transformer, training)],
+            "code": [Path(module.__file__).read_text() for module in (reviews, data, transformer, training)],
             "versions": [torch.__version__, tokenizers.__version__],
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

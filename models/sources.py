@@ -39,15 +39,18 @@ class Sources:
     def training_texts(self) -> Iterator[str]:
         return (review.text for review in chain(self.base_train, self.train))
 
+    def base_parts(self) -> tuple[Part, ...]:
+        """What the base is made of, the tokenizer's texts included."""
+        return self.base_train, self.base_validation, self.train
+
     def base_files(self) -> list[ReviewFile]:
-        """The files that the base is made of, the tokenizer's included."""
-        return _distinct(self.base_train, self.base_validation, self.train)
+        return distinct_files(*self.base_parts())
 
     def files(self) -> list[ReviewFile]:
-        return _distinct(self.base_train, self.base_validation, self.train, self.validation, self.test)
+        return distinct_files(*self.base_parts(), self.validation, self.test)
 
 
-def _distinct(*parts: Part) -> list[ReviewFile]:
+def distinct_files(*parts: Part) -> list[ReviewFile]:
     return list({part.file.path: part.file for part in parts}.values())
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import train_classifier
+import training
 from adaptation import ADAPTERS
+from data import EncodedReviews, train_tokenizer
 from options import PRESETS, parse_options
 from report import COSTS
-from training import BestEpoch, accuracy, learning_rate_share, macro_f1
+from reviews import Review
+from training import BestEpoch, TrainingSettings, accuracy, learning_rate_share, macro_f1
+from transformer import ClassifierConfig, ReviewClassifier
 
 import rosa_kernels as rk
 
@@ -63,7 +67,7 @@ def process_settings():
 
 
 def run(out: Path, *options: str) -> dict:
-    train_classifier.main([*options, *TINY, "--out", str(out), "--runs", str(out.parent)])
+    train_classifier.main([*TINY, *options, "--out", str(out), "--runs", str(out.parent)])
     return json.loads((out / "report.json").read_text())
 
 
@@ -132,12 +136,10 @@ def test_a_base_that_was_found_gives_the_report_of_one_that_was_trained(files, t
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--base-lr", "0.005"], ["--width", "32"], ["--dropout", "0.1"]])
-def test_another_configuration_trains_another_base(files, runs, capsys, change):
+def test_another_configuration_trains_another_base(files, runs, change):
     run(runs / "one", "--adapter", "none", *files)
     bases = len(list(runs.glob("base-*")))
-    train_classifier.main(
-        ["--adapter", "none", *files, *TINY, *change, "--out", str(runs / "two"), "--runs", str(runs)]
-    )
+    run(runs / "two", "--adapter", "none", *files, *change)
     assert len(list(runs.glob("base-*"))) == bases + 1
 
 
@@ -276,6 +278,33 @@ def test_the_best_epoch_is_the_one_that_stays():
         best.offer(epoch, score)
     best.restore()
     assert (best.epoch, best.score, model.weight.item()) == (2, 0.7, 2.0)
+
+
+def test_training_ends_with_its_best_epoch(monkeypatch):
+    """Here the first of three: the model's parameters are those that were measured after it."""
+    seen, scores = [], iter((0.9, 0.5, 0.7))
+
+    def scripted_confusion(model, reviews, dtype):
+        seen.append([parameter.detach().clone() for parameter in model.parameters()])
+        score = next(scores)
+        return torch.tensor([[score, 1 - score], [0.0, 0.0]])
+
+    monkeypatch.setattr(training, "confusion_matrix", scripted_confusion)
+    reviews = [Review(i % 2, "good" if i % 2 else "bad") for i in range(32)]
+    tokenizer = train_tokenizer([review.text for review in reviews], 280)
+    encoded = EncodedReviews(reviews, tokenizer, max_tokens=4)
+    config = ClassifierConfig(tokenizer.get_vocab_size(), max_tokens=4, width=8, layers=1, heads=2, feed_forward=8)
+    model = ReviewClassifier(config)
+    settings = TrainingSettings(3, 8, 0.01, 0.01, 0.0, "fp32", seed=0)
+    result = training.train(model, encoded, encoded, settings, "test")
+    assert result.best_epoch == 1 and len(seen) == 3
+    assert all(torch.equal(parameter, best) for parameter, best in zip(model.parameters(), seen[0]))
+    assert not torch.equal(model.head.weight, seen[2][-2])
+
+
+def test_a_loss_that_is_no_number_stops_the_training(files, runs):
+    with pytest.raises(FloatingPointError, match="--base-lr"):
+        run(runs / "diverged", "--adapter", "none", *files, "--base-lr", "1e30")
 
 
 def test_masks_are_chosen_after_the_warm_up(files, runs, monkeypatch):
