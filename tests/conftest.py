@@ -22,8 +22,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA or ROCm device")
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta state")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 

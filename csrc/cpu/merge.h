@@ -57,10 +57,25 @@ inline void merge_low_rank(const Merge& m, int64_t begin, int64_t end) {
 }
 
 inline void add_entry(float* out, float value) { *out += value; }
-inline void add_entry(uint16_t* out, float value) {
-  uint16_t padded[LANES] = {*out};
-  store(padded, add(load(padded), broadcast(value)));
-  *out = padded[0];
+inline void add_entry(uint16_t* out, float value) {  // bfloat16, to nearest even; NaN stays NaN
+  uint32_t bits = (uint32_t)*out << 16;
+  float total;
+  std::memcpy(&total, &bits, sizeof total);
+  total += value;
+  std::memcpy(&bits, &total, sizeof bits);
+  *out = (uint16_t)((total != total ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+// out += row i of S; a whole row at once where S has all of it.
+template <class T>
+inline void add_sparse_row(const Csr& s, int64_t i, int64_t in_features, T* out) {
+  int64_t e = s.crow[i], end = s.crow[i + 1];
+  if (end - e == in_features)
+    for (; e + LANES <= end; e += LANES) {
+      T* to = out + (e - s.crow[i]);
+      store(to, add(load(to), load(s.values + e)));
+    }
+  for (; e < end; ++e) add_entry(out + s.col[e], s.values[e]);
 }
 
 template <class T>
@@ -75,8 +90,7 @@ void merge_rows(const Merge& m) {
                               sizeof(T) * m.in_features);
               }
               for (int64_t i = begin; m.sparse.values && i < end; ++i)
-                for (int64_t e = m.sparse.crow[i]; e < m.sparse.crow[i + 1]; ++e)
-                  add_entry((T*)m.out.data + i * m.out.stride + m.sparse.col[e], m.sparse.values[e]);
+                add_sparse_row(m.sparse, i, m.in_features, (T*)m.out.data + i * m.out.stride);
             });
 }
 
