@@ -3,7 +3,8 @@
 On two quiet cores --shapes all (the default) takes under six minutes and --shapes quick under one.
 
 Every benchmark times its candidates in turn within each round, prints one table of ratios at the end and fails where
-this package is slower than the best naive way, or slower than it was in FILE: rules in interleaved.py.
+this package is slower than the best naive way, or slower than it was in FILE: rules in interleaved.py. With
+--benchmark-disable everything runs and nothing is judged.
 """
 
 import json
@@ -72,7 +73,8 @@ def race(request, benchmark, earlier_ratios):
         result.run(benchmark, seconds=1.5)
         backend = serving_backend(dtype)
         before = earlier_ratios.get(request.node.nodeid)
-        result.verdict = "reference: not judged" if backend == "reference" else result.judge(before)
+        unjudged = "reference" if backend == "reference" else "--benchmark-disable" if benchmark.disabled else None
+        result.verdict = f"{unjudged}: not judged" if unjudged else result.judge(before)
         benchmark.extra_info.update(result.summary(), backend=backend, threads=torch.get_num_threads())
         request.config.stash[_RACES].append(result)
         if result.verdict.startswith("SLOWER"):
