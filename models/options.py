@@ -11,17 +11,16 @@ PRESETS = {
     "sample": {
         "about": "the snippets in the repository: a few thousand single sentences",
         "vocabulary": 8000, "max_tokens": 64, "width": 128, "layers": 1, "heads": 4, "feed_forward": 256,
-        "token_dropout": 0.2, "dropout": 0.2, "weight_decay": 0.01, "batch_size": 64,
-        "base_epochs": 8, "base_lr": 1e-3, "epochs": 12, "embedding_density": 0.25, "warmup_steps": 64,
+        "token_dropout": 0.2, "dropout": 0.2, "weight_decay": 0.1, "batch_size": 64,
+        "base_epochs": 8, "base_lr": 1e-3, "epochs": 12, "lr": 1e-3, "embedding_density": 0.25,
     },
     "amazon": {
         "about": "tens of thousands of whole reviews and more",
-        "vocabulary": 16000, "max_tokens": 200, "width": 128, "layers": 1, "heads": 4, "feed_forward": 256,
-        "token_dropout": 0.3, "dropout": 0.3, "weight_decay": 0.01, "batch_size": 64,
-        "base_epochs": 3, "base_lr": 1e-3, "epochs": 3, "embedding_density": 0.25, "warmup_steps": 64,
+        "vocabulary": 16000, "max_tokens": 320, "width": 128, "layers": 1, "heads": 4, "feed_forward": 256,
+        "token_dropout": 0.4, "dropout": 0.4, "weight_decay": 0.1, "batch_size": 64,
+        "base_epochs": 3, "base_lr": 1e-3, "epochs": 3, "lr": 5e-4, "embedding_density": 0.5,
     },
 }  # fmt: skip
-LEARNING_RATES = {"none": 1e-3, "full": 1e-3, "lora": 2e-3, "rosa": 2e-3, "sparse": 2e-3, "row": 2e-3}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +37,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in PRESETS[options.preset].items():
         if name != "about" and getattr(options, name) is None:
             setattr(options, name, value)
-    options.lr = LEARNING_RATES[options.adapter] if options.lr is None else options.lr
     options.sparse_lr = options.lr if options.sparse_lr is None else options.sparse_lr
     options.out = options.out or options.runs / options.adapter
     return options
@@ -96,8 +94,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--base-epochs", type=_at_least(1), metavar="N", help="passes over the base's reviews")
     group.add_argument("--base-lr", type=_positive, metavar="X", help="AdamW's learning rate for the base")
     group.add_argument("--epochs", type=_at_least(1), metavar="N", help="passes over --train with the adapter")
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items() if name != "none")
-    group.add_argument("--lr", type=_positive, metavar="X", help=f"AdamW's learning rate; default: {rates}")
+    group.add_argument("--lr", type=_positive, metavar="X", help="AdamW's learning rate for what adapts it")
     group.add_argument("--sparse-lr", type=_positive, metavar="X", help="learning rate of S; default: as --lr")
     group.add_argument("--weight-decay", type=_not_negative, metavar="X", help="of the matrices")
     group.add_argument("--batch-size", type=_at_least(1), metavar="N", help="reviews in a step")
@@ -107,8 +104,11 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--r", type=_at_least(1), default=8, metavar="N", help="rank of B A; default 8")
     group.add_argument("--alpha", type=_positive, default=16.0, metavar="X", help="B A counts alpha / r; default 16")
     group.add_argument("--density", type=_share, default=0.02, metavar="P", help="of S in linear layers; default 0.02")
-    group.add_argument("--embedding-density", type=_share, metavar="P", help="share of the tokens whose row S holds")
-    group.add_argument("--warmup-steps", type=_at_least(0), metavar="N", help="low-rank steps before masks are chosen")
+    group.add_argument("--embedding-density", type=_share, metavar="P", help="share of tokens with a row in S; see presets")
+    group.add_argument(
+        "--warmup-steps", type=_at_least(0), default=64, metavar="N",
+        help="low-rank steps before the masks are chosen; default 64",
+    )  # fmt: skip
     group.add_argument(
         "--mask", choices=("gradient", "fisher", "snip", "magnitude", "random"), default="gradient",
         help="how S's entries are chosen; default gradient",

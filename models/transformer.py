@@ -93,12 +93,13 @@ class ReviewClassifier(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, config.classes)
         self.apply(self._initialise)
+        nn.init.normal_(self.token_embedding.weight, std=0.1)  # larger than what attention adds to it at first
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, is_token: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class ReviewClassifier(nn.Module):
         x = self.token_embedding(tokens) + self.position_embedding(positions)
         for block in self.blocks:
             x = block(x, is_token)
-        return self.head(self.dropout(masked_mean(self.final_norm(x), is_token)))
+        return self.head(self.dropout(self.final_norm(masked_mean(x, is_token))))
 
     def _drop_tokens(self, is_token: Tensor) -> Tensor:
         """Leave out each token by chance, but never the first one: a review keeps at least one token."""
