@@ -46,6 +46,12 @@ def _every_third(size):
     return torch.arange(0, size, 3).flip(0)
 
 
+def _alternating(shape: tuple[int, int], size: int) -> Tensor:
+    """A checkerboard of blocks, the same number in each row of blocks."""
+    down, across = (torch.arange(-(-features // size)) for features in shape)
+    return (down[:, None] % 2 == across % 2) & (across < shape[1] // (2 * size) * 2)
+
+
 PATTERNS = {
     "none": _random(0.0),
     "sparse": _random(0.01),
@@ -60,6 +66,8 @@ PATTERNS = {
     "blocks": lambda shape: CSRPattern.from_blocks(
         torch.rand(-(-shape[0] // 16), -(-shape[1] // 16), generator=torch.Generator().manual_seed(3)) < 0.4, 16, shape
     ),
+    # neighbouring rows of equal length whose columns differ: kernels that take rows in groups must look at the columns
+    "alternating_blocks": lambda shape: CSRPattern.from_blocks(_alternating(shape, 3), 3, shape),
 }
 """name -> CSRPattern of a given (out_features, in_features)."""
 
