@@ -24,7 +24,7 @@ def service_table() -> str:
     lines = [f"{'device':<8}{'dtype':<10}{'backend':<11}ops"]
     for device in devices():
         for dtype in DTYPES:
-            name = next(n for n in dispatch.BACKENDS if dispatch.refusal(n, device, dtype) is None)
+            name = dispatch.automatic_choice(device, dtype)
             ops = [op for op in OP_NAMES if hasattr(dispatch.BACKENDS[name], op)]
             lines.append(f"{device.type:<8}{str(dtype).removeprefix('torch.'):<10}{name:<11}{' '.join(ops)}")
     return "\n".join(lines)

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from rosa_kernels.backends import cpu, reference
+from rosa_kernels.backends import cpu, reference, triton
 
-BACKENDS = {"cpu": cpu, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
 """In the order that "auto" asks them; reference serves whatever is left."""
 
 _ENVIRONMENT = "ROSA_KERNELS_BACKEND"
@@ -52,6 +52,15 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return module.unavailable_reason() or module.refusal(device, dtype)
 
 
+def automatic_choice(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that "auto" gives tensors of this device and dtype: the first that serves them natively."""
+    for name in BACKENDS:
+        interpreted = name == "triton" and device.type == "cpu"
+        if refusal(name, device, dtype) is None and not interpreted:
+            return name
+    raise AssertionError("reference serves everything")
+
+
 def backend_for(tensor: torch.Tensor):
     """The backend module that serves ops on this tensor (x, dy or weight: they share device and dtype)."""
     key = _chosen, tensor.device.type, tensor.dtype
@@ -66,7 +75,7 @@ _served = {}
 
 def _find_backend(device: torch.device, dtype: torch.dtype):
     if _chosen == "auto":
-        return next(module for name, module in BACKENDS.items() if refusal(name, device, dtype) is None)
+        return BACKENDS[automatic_choice(device, dtype)]
     reason = refusal(_chosen, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {_chosen!r} was asked for and cannot serve {dtype} on {device}: {reason}")

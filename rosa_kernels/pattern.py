@@ -5,7 +5,8 @@ import operator
 import torch
 from torch import Tensor
 
-UNSTRUCTURED, ROW, COLUMN, BLOCK = range(4)
+UNSTRUCTURED, ROW, COLUMN, BLOCK, BLOCK16 = range(5)
+"""BLOCK16: blocks whose size is a multiple of 16, the smallest side of a tensor core's tile."""
 STRUCTURES = ("unstructured", "row", "column", "block")
 
 
@@ -90,7 +91,7 @@ class CSRPattern:
         mask = block_mask.repeat_interleave(block_size, 0).repeat_interleave(block_size, 1)
         pattern = cls.from_mask(mask[:out_features, :in_features])
         if pattern.structure == UNSTRUCTURED:
-            pattern.structure = BLOCK
+            pattern.structure = block_structure(block_size)
         return pattern
 
     @classmethod
@@ -111,6 +112,11 @@ class CSRPattern:
     @property
     def density(self) -> float:
         return self.nnz / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def structure_name(self) -> str:
+        """One of STRUCTURES."""
+        return STRUCTURES[min(self.structure, BLOCK)]
 
     @property
     def device(self) -> torch.device:
@@ -167,8 +173,13 @@ class CSRPattern:
     def __repr__(self) -> str:
         return (
             f"CSRPattern(shape={self.shape}, nnz={self.nnz}, density={self.density:.4g}, "
-            f"structure={STRUCTURES[self.structure]!r}, device={str(self.device)!r})"
+            f"structure={self.structure_name!r}, device={str(self.device)!r})"
         )
+
+
+def block_structure(block_size: int) -> int:
+    """The structure of a pattern that consists of blocks of this size."""
+    return BLOCK16 if block_size % 16 == 0 else BLOCK
 
 
 def _describe(tensor: Tensor) -> str:

@@ -30,7 +30,7 @@ struct Dropout {
   float scale = 1;         // 1 / (1 - p), and 0 for p = 1
 };
 
-enum class Structure { unstructured, row, column, block };  // as in rosa_kernels/pattern.py
+enum class Structure { unstructured, row, column, block, block16 };  // as in rosa_kernels/pattern.py
 
 // S (out_features, in_features) in CSR form; values null: none.
 struct Csr {

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rosa_kernels import plan
+from rosa_kernels.plan import cpu as plan
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.dropout import drop_threshold
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from rosa_kernels.pattern import BLOCK, UNSTRUCTURED, CSRPattern
+from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern, block_structure
 
 
 class PatternBuffers(nn.Module):
@@ -44,7 +44,7 @@ class PatternBuffers(nn.Module):
         pattern = pattern.to(self.crow_indices.device)
         self.structure = pattern.structure
         if self.structure == UNSTRUCTURED and self._consists_of_blocks(pattern):
-            self.structure = BLOCK
+            self.structure = block_structure(self.block_size)
         self.crow_indices, self.col_indices = pattern.crow_indices, pattern.col_indices
         self.ccol_indices, self.row_indices, self.permutation = pattern.transpose()
 

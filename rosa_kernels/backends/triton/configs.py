@@ -1,0 +1,121 @@
+"""Block sizes, warps and pipeline stages: each target's short list for each kernel and bucket of tokens, the default first.
+
+`python -m rosa_kernels.tune` times a list on the GPU at hand and remembers the winner by position. Nothing is tuned during
+a call: the same inputs then give the same bits in every process, and a CUDA graph can be captured at once.
+"""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+from rosa_kernels.backends.triton import runtime
+from rosa_kernels.plan import gpu_table
+
+LINEAR, SHRINK, OUTER, SDDMM_TILED, SDDMM_SHARED = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_shared"
+TOKEN_BUCKETS = (16, 32, 64, 512, 2**31)
+"""A bucket's largest number of tokens."""
+
+
+@dataclass(frozen=True)
+class Config:
+    blocks: dict[str, int] = field(hash=False)
+    num_warps: int
+    num_stages: int
+
+    def __getitem__(self, name: str) -> int:
+        return self.blocks[name]
+
+
+def token_bucket(tokens: int) -> int:
+    return next(index for index, largest in enumerate(TOKEN_BUCKETS) if tokens <= largest)
+
+
+def _matmul(m, n, k, warps, stages):
+    return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
+
+
+def _linear(target: str, element_size: int, bucket: int) -> list[Config]:
+    if target == "interpreter":
+        return [_matmul(16 if bucket < 2 else 32, 32, 32, 4, 1)]
+    block_m = (16, 32, 64, 64, 128)[bucket]
+    if element_size == 4:
+        return [_matmul(min(block_m, 64), 64, 16, 4, 2), _matmul(min(block_m, 32), 64, 32, 4, 2)]
+    roomy = target in ("sm_80", "sm_90", "sm_100")
+    stages = {"sm_80": 3, "sm_90": 4, "sm_100": 4}.get(target, 2)
+    if block_m < 64:
+        return [_matmul(block_m, 64, 64, 4, stages), _matmul(block_m, 32, 128 if roomy else 64, 4, stages)]
+    if bucket < 4:
+        return [_matmul(64, 64, 64, 4, stages), _matmul(64, 128, 64, 4, 3 if roomy else 2)]
+    if not roomy:
+        return [_matmul(128, 64, 32, 4, 2), _matmul(64, 64, 32, 4, 2)]
+    return [_matmul(128, 128, 64, 8, 3), _matmul(128, 64, 64, 4, 3), _matmul(64, 128, 64, 4, 3)]
+
+
+def _shrink(target: str, element_size: int, bucket: int) -> list[Config]:
+    if target == "interpreter":
+        return [Config({"BLOCK_M": 16 if bucket < 2 else 32, "BLOCK_K": 32}, 4, 1)]
+    block_m = (16, 32, 64, 64, 64)[bucket]
+    block_k = 64 if element_size == 2 else 32
+    return [
+        Config({"BLOCK_M": block_m, "BLOCK_K": block_k}, 4, 3 if element_size == 2 else 2),
+        Config({"BLOCK_M": min(32, block_m), "BLOCK_K": 2 * block_k}, 4, 2),
+    ]
+
+
+def _outer(target: str, element_size: int, bucket: int) -> list[Config]:
+    if target == "interpreter":
+        return [Config({"BLOCK_T": 16, "BLOCK_F": 32}, 4, 1)]
+    block_t = 16 if bucket == 0 else 32
+    if element_size == 4:
+        return [Config({"BLOCK_T": 32, "BLOCK_F": 64}, 4, 2)]
+    return [
+        Config({"BLOCK_T": block_t, "BLOCK_F": 128}, 4, 3),
+        Config({"BLOCK_T": 2 * block_t, "BLOCK_F": 128}, 4, 2),
+        Config({"BLOCK_T": 2 * block_t, "BLOCK_F": 64}, 4, 3),
+    ]
+
+
+def _sddmm_tiled(target: str, element_size: int, bucket: int) -> list[Config]:
+    if target == "interpreter":
+        return [Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_T": 16}, 4, 1)]
+    if element_size == 4:
+        return [Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 16}, 4, 2)]
+    block_t = (16, 32, 64, 64, 64)[bucket]
+    if target not in ("sm_80", "sm_90", "sm_100"):
+        return [Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": min(32, block_t)}, 4, 2)]
+    return [
+        Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": block_t}, 8, 3),
+        Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_T": block_t}, 4, 3),
+    ]
+
+
+def _sddmm_shared(target: str, element_size: int, bucket: int) -> list[Config]:
+    """Smaller tiles than _sddmm_tiled's: their gathered columns take a pointer an element."""
+    if target == "interpreter":
+        return [Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_T": 16}, 4, 1)]
+    block_t = 16 if element_size == 4 or bucket == 0 else 32
+    return [
+        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": block_t}, 4, 2),
+        Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": block_t}, 4, 2),
+    ]
+
+
+_LISTS = {LINEAR: _linear, SHRINK: _shrink, OUTER: _outer, SDDMM_TILED: _sddmm_tiled, SDDMM_SHARED: _sddmm_shared}
+
+
+@functools.cache
+def configs(kernel: str, target: str, element_size: int, bucket: int) -> tuple[Config, ...]:
+    """The list to choose from; element_size is that of x, in bytes."""
+    return tuple(_LISTS[kernel](target, element_size, bucket))
+
+
+def choose(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Config:
+    """The tuned configuration of the list where this GPU was tuned, else the first."""
+    return _chosen(kernel, device, dtype.itemsize, token_bucket(tokens))
+
+
+@functools.cache
+def _chosen(kernel: str, device: torch.device, element_size: int, bucket: int) -> Config:
+    listed = configs(kernel, runtime.target(device), element_size, bucket)
+    return listed[gpu_table.tuned_position(device, kernel, element_size, bucket, len(listed))]

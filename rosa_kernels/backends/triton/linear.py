@@ -1,0 +1,150 @@
+"""y and dx: takes the way that the plan chose, library calls first, then the linear kernel, then whole rows or blocks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from rosa_kernels.backends.triton import configs, runtime
+from rosa_kernels.backends.triton.configs import Config
+from rosa_kernels.backends.triton.linear_kernel import linear_kernel
+from rosa_kernels.backends.triton.low_rank import block_r, shrink
+from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout, Sparse
+from rosa_kernels.backends.triton.scatter import dense
+from rosa_kernels.plan import gpu, gpu_table
+
+_GROUP_M = 8
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, H = x Aᵀ; dx in the same form, with dy for x and every matrix transposed.
+
+    x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: A's product where it is known already,
+    as parts (parts, T, r). drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
+    merged: makes weight + scaling B A + S (N, K).
+    """
+
+    x: Tensor
+    N: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scaling: float = 1.0
+    S: Sparse | None = None
+    H: Tensor | None = None
+    dropout: Dropout = NO_DROPOUT
+    drop_at: str = ""
+    merged: Callable[[], Tensor] | None = None
+
+    def call(self) -> gpu.LinearCall:
+        """What the plan needs to know."""
+        x, S = self.x, self.S
+        return gpu.LinearCall(
+            tokens=x.shape[0],
+            N=self.N,
+            K=x.shape[1],
+            r=0 if self.B is None else self.B.shape[1],
+            nnz=0 if S is None else S.nnz,
+            structure=0 if S is None else S.structure,
+            element_size=x.element_size(),
+            tf32=runtime.fp32_precision() == "tf32",
+            base=self.weight is not None,
+            dropout=self.drop_at,
+            mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
+            mixed_values=S is not None and S.values.dtype != x.dtype,
+            H_known=self.H is not None,
+        )
+
+
+def linear(problem: Linear) -> Tensor:
+    """(T, N) in x's dtype, contiguous."""
+    device = problem.x.device
+    way = gpu.choose_linear(problem.call(), gpu_table.rates(device, runtime.target(device)))
+    return take(problem, way)
+
+
+def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
+    x, S = problem.x, problem.S
+    if way.base == "merged":
+        return F.linear(x, problem.merged(), problem.bias).contiguous()
+    if way.base == "library":
+        out = F.linear(x, problem.weight, problem.bias).contiguous()
+    else:
+        out = torch.empty(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
+    if way.H == "library":
+        out.addmm_(x @ problem.A.T, problem.B.T, alpha=problem.scaling)
+    if way.runs_the_kernel:
+        _run_kernel(out, problem, way)
+    elif way.base == "":
+        out.zero_()
+    if way.S == "rows":
+        _add_rows(out, x, S)
+    if way.S == "blocks":
+        _launch(out, x, problem.N, S=S, sparse="shared", accumulate=True, block_n=16)
+    return out
+
+
+def _run_kernel(out: Tensor, problem: Linear, way: gpu.LinearWay) -> None:
+    x, S = problem.x, problem.S
+    in_loop = way.base == "kernel"
+    H = A = B = None
+    if way.H in ("inside", "before", "known"):
+        B = problem.B
+        A = problem.A if way.H == "inside" else None
+        H = problem.H
+        if way.H == "before":
+            H = shrink(x, problem.A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
+    drop_at = problem.drop_at if B is not None and (A is not None or problem.drop_at == "out") else ""
+    gathers = way.S in ("gather", "gather_columns")
+    _launch(
+        out, x.T.contiguous().T if way.S == "gather_columns" else x, problem.N,
+        weight=problem.weight if in_loop else None, bias=problem.bias if in_loop else None,
+        H=H, A=A, B=B, scaling=problem.scaling, dropout=problem.dropout if drop_at else NO_DROPOUT, drop_at=drop_at,
+        S=S if gathers or way.S == "shared" else None, sparse="gather" if gathers else "shared" if way.S == "shared" else "",
+        dense_S=_dense_operand(S, x.dtype) if way.S == "dense" else None,
+        accumulate=way.base == "library",
+    )  # fmt: skip
+
+
+def _dense_operand(S: Sparse, dtype: torch.dtype) -> Tensor:
+    """S dense in x's dtype, or in fp32 where its values are wider: the kernel then takes it in two dots."""
+    return dense(S, dtype if S.values.dtype == dtype else torch.float32)
+
+
+def _add_rows(out: Tensor, x: Tensor, S: Sparse) -> None:
+    """out[:, rows] += x S_rowsᵀ."""
+    rows = S.whole_rows()
+    block_n = min(64, max(16, triton.next_power_of_2(rows.shape[0])))
+    _launch(out, x, rows.shape[0], weight=rows, accumulate=True, scatter_to=S, block_n=block_n)
+
+
+def _launch(
+    out: Tensor, x: Tensor, N: int, *, weight=None, bias=None, H=None, A=None, B=None, scaling=1.0, dropout=NO_DROPOUT,
+    drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False, scatter_to: Sparse | None = None, block_n=None,
+) -> None:  # fmt: skip
+    (T, K), R = x.shape, 0 if B is None else B.shape[1]
+    config = configs.choose(configs.LINEAR, x.device, x.dtype, T)
+    if block_n is not None:
+        config = Config(config.blocks | {"BLOCK_N": block_n}, config.num_warps, config.num_stages)
+    pattern = S or scatter_to
+    crow = None if pattern is None else pattern.crow
+    values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
+    strides = [(0, 0) if matrix is None else matrix.stride() for matrix in (weight, A, B, dense_S)]
+    runtime.launch(
+        linear_kernel, (triton.cdiv(T, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),),
+        out, x, weight, None if bias is None else bias.contiguous(), H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
+        T, N, K, R, 0 if H is None else H.shape[0], out.shape[1], K, out.shape[1].bit_length(),
+        scaling, dropout.keep_scale, dropout.threshold, out.stride(0), *x.stride(), *(s for pair in strides for s in pair),
+        DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None, EVEN_K=K % config["BLOCK_K"] == 0,
+        PRECISION=runtime.fp32_precision(), BLOCK_R=block_r(R), BLOCK_E=_block_e(config), GROUP_M=_GROUP_M, config=config,
+    )  # fmt: skip
+
+
+def _block_e(config: Config) -> int:
+    """Entries of a row that a gather takes at a time: as many as leave each thread 32 products in flight."""
+    return max(1, 32 * 32 * config.num_warps // (config["BLOCK_M"] * config["BLOCK_N"]))

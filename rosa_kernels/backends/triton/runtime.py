@@ -1,0 +1,56 @@
+"""The one place that launches kernels and asks what device they run on."""
+
+import functools
+import os
+
+import torch
+import triton
+
+EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(kernel, grid: tuple[int, ...], *args, config, **constants) -> None:
+    """kernel[grid](*args, **constants) with the config's blocks, on the current stream of the tensors' device; an empty grid does nothing."""
+    if 0 in grid:
+        return
+    options = {} if EMULATED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    index = args[0].device.index
+    if index is None or index == torch.cuda.current_device():
+        kernel[grid](*args, **constants, **config.blocks, **options)
+    else:
+        with torch.cuda.device(index):
+            kernel[grid](*args, **constants, **config.blocks, **options)
+
+
+def fp32_precision() -> str:
+    """How fp32 operands are multiplied: "tf32" where PyTorch's own switch for matmuls says so, else "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@functools.cache
+def target(device: torch.device) -> str:
+    """Whose list of configurations serves the device: sm_80, sm_90, sm_100, gfx942, else "other", or "interpreter"."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "gfx942" if properties.gcnArchName.startswith("gfx942") else "other"
+    name = f"sm_{properties.major}{properties.minor}"
+    return name if name in ("sm_80", "sm_90", "sm_100") else "other"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs that run at once at the least; 8 under the interpreter, so that small tests split their sums too."""
+    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits_of(length: int, block: int, tiles: int, device: torch.device, at_most: int) -> tuple[int, int]:
+    """(splits, elements a split): enough splits of a dimension of `length` to give two programs a multiprocessor.
+
+    A split is a multiple of `block`; there is at least one.
+    """
+    wanted = triton.cdiv(2 * multiprocessors(device), max(1, tiles))
+    splits = max(1, min(wanted, at_most, triton.cdiv(length, block)))
+    per_split = triton.cdiv(triton.cdiv(length, splits), block) * block
+    return max(1, triton.cdiv(length, max(1, per_split))), max(block, per_split)

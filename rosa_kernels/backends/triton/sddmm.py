@@ -1,0 +1,191 @@
+"""dS: Σ_t dy[t, row_e] x[t, col_e] for each entry e of a pattern.
+
+Three ways: "tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "shared" does so
+for rows that share their columns, with those columns alone; "entries" gathers by entry, each program the same number of entries,
+so that a long row holds nobody up. All may split the tokens; the parts are added in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rosa_kernels.backends.triton import configs, runtime
+from rosa_kernels.backends.triton.arithmetic import dot, first_entry_at, narrow, row_of_entry, tile_position
+from rosa_kernels.backends.triton.configs import Config
+from rosa_kernels.backends.triton.parts import add_parts
+from rosa_kernels.pattern import BLOCK16, ROW
+from rosa_kernels.plan import gpu, gpu_table
+
+_ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
+_GROUP_M = 8
+
+
+@triton.jit
+def dyT_x(dy_columns, x_columns, in_m, in_n, first_t, last_t, stride_dyt, stride_xt, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) Σ_t dy[t, m] x[t, n] over tokens [first_t, last_t); *_columns point at token 0."""
+    acc = tl.zeros((dy_columns.shape[0], x_columns.shape[0]), tl.float32)
+    for t0 in range(first_t, last_t, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        t64 = t.to(tl.int64)
+        in_t = t < last_t
+        g = tl.load(dy_columns[:, None] + t64[None, :] * stride_dyt, mask=in_m[:, None] & in_t[None, :], other=0.0)
+        x_tile = tl.load(x_columns[None, :] + t64[:, None] * stride_xt, mask=in_n[None, :] & in_t[:, None], other=0.0)
+        acc = dot(g, x_tile, acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["T", "nnz", "T_PER_SPLIT", "STEPS"])
+def sddmm_tiled_kernel(
+    out, dy, x, crow, col, T, M, N, nnz, T_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out[split] (nnz,) from dy (T, M) and x (T, N); BLOCK_E entries of each row of the tile are stored at a time."""
+    m_tile, n_tile = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    split = tl.program_id(1)
+    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_n = n_tile * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    in_m = m < M
+    row_start = tl.load(crow + m, mask=in_m, other=0)
+    row_end = tl.load(crow + m + 1, mask=in_m, other=0)
+    start = first_entry_at(col, row_start, row_end, first_n, STEPS)
+    end = first_entry_at(col, start, row_end, first_n + BLOCK_N, STEPS)
+    longest = tl.max(end - start)
+    if longest > 0:
+        acc = dyT_x(
+            dy + m.to(tl.int64) * stride_dym, x + n.to(tl.int64) * stride_xn, in_m, n < N,
+            split * T_PER_SPLIT, min((split + 1) * T_PER_SPLIT, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
+        )  # fmt: skip
+        for j in tl.range(0, longest, BLOCK_E, num_stages=1):
+            entry = start[:, None] + j + tl.arange(0, BLOCK_E)[None, :]
+            inside = entry < end[:, None]
+            column = tl.load(col + entry, mask=inside, other=0) - first_n
+            value = tl.gather(acc, tl.where(inside, column, 0), axis=1)
+            target = out + split.to(tl.int64) * nnz + entry
+            tl.store(target, narrow(value, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "rows", "row_length", "nnz", "T_PER_SPLIT", "STEPS"])
+def sddmm_shared_kernel(
+    out, dy, x, crow, col, T, M, rows, row_length, nnz, T_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    SCATTERED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """As sddmm_tiled_kernel, where each BLOCK_M of the M rows share their columns.
+
+    SCATTERED: the M rows are the non-empty ones of crow (rows + 1,), each of row_length entries; else they are all rows.
+    """
+    split = tl.program_id(2)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_m = m < M
+    if SCATTERED:
+        row = row_of_entry(crow, rows, tl.minimum(m, M - 1) * row_length, STEPS)
+    else:
+        row = tl.minimum(m, M - 1)
+    row_start = tl.load(crow + row)
+    start = tl.min(row_start)
+    count = tl.min(tl.load(crow + row + 1) - row_start)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if tl.program_id(1) * BLOCK_N < count:
+        in_n = n < count
+        column = tl.load(col + start + n, mask=in_n, other=0)
+        acc = dyT_x(
+            dy + row.to(tl.int64) * stride_dym, x + column.to(tl.int64) * stride_xn, in_m, in_n,
+            split * T_PER_SPLIT, min((split + 1) * T_PER_SPLIT, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
+        )  # fmt: skip
+        target = out + split.to(tl.int64) * nnz + row_start[:, None] + n[None, :]
+        tl.store(target, narrow(acc, out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "nnz", "T_PER_SPLIT", "STEPS"])
+def sddmm_entries_kernel(
+    out, dy, x, crow, col, T, M, nnz, T_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """out[split] (nnz,): a program takes BLOCK_E entries, BLOCK_T tokens at a time."""
+    entry = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    split = tl.program_id(1)
+    inside = entry < nnz
+    row = row_of_entry(crow, M, tl.minimum(entry, nnz - 1), STEPS)
+    column = tl.load(col + entry, mask=inside, other=0)
+    dy_columns = dy + row.to(tl.int64) * stride_dym
+    x_columns = x + column.to(tl.int64) * stride_xn
+    acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    last_t = min((split + 1) * T_PER_SPLIT, T)
+    for t0 in range(split * T_PER_SPLIT, last_t, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        mask = (t < last_t)[:, None] & inside[None, :]
+        t64 = t.to(tl.int64)[:, None]
+        g = tl.load(dy_columns[None, :] + t64 * stride_dyt, mask=mask, other=0.0).to(tl.float32)
+        acc += g * tl.load(x_columns[None, :] + t64 * stride_xt, mask=mask, other=0.0).to(tl.float32)
+    target = out + split.to(tl.int64) * nnz + entry
+    tl.store(target, narrow(tl.sum(acc, axis=0), out.dtype.element_ty), mask=inside)
+
+
+def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype) -> Tensor:
+    """(nnz,) of dtype; dy (T, M), x (T, N) of one dtype and any strides."""
+    (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
+    out = torch.empty(nnz, dtype=dtype, device=x.device)
+    if nnz == 0:
+        return out
+    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), runtime.fp32_precision() == "tf32")
+    way = gpu.choose_sddmm(call, gpu_table.rates(x.device, runtime.target(x.device)))
+    if way == "entries_columns":
+        dy, x = _by_columns(dy), _by_columns(x)
+    launch = {"tiled": _tiled, "shared": _shared}.get(way, _entries)
+    launch(out, dy, x, crow, col, structure)
+    return out
+
+
+def _by_columns(x: Tensor) -> Tensor:
+    """The same matrix with neighbouring rows next to each other in memory."""
+    return x.T.contiguous().T
+
+
+def _with_parts(out: Tensor, splits: int, run) -> None:
+    """run(target) writes `splits` parts (splits, nnz), straight into out where there is one."""
+    if splits == 1:
+        run(out)
+        return
+    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    run(parts)
+    add_parts(out, parts)
+
+
+def _tiled(out, dy, x, crow, col, structure) -> None:
+    (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
+    config = configs.choose(configs.SDDMM_TILED, x.device, x.dtype, T)
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    splits, per_split = runtime.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
+    _with_parts(out, splits, lambda target: runtime.launch(
+        sddmm_tiled_kernel, (tiles, splits),
+        target, dy, x, crow, col, T, M, N, nnz, per_split, N.bit_length(), *dy.stride(), *x.stride(),
+        PRECISION=runtime.fp32_precision(), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
+    ))  # fmt: skip
+
+
+def _shared(out, dy, x, crow, col, structure) -> None:
+    (T, rows), N, nnz = dy.shape, x.shape[1], col.shape[0]
+    config = configs.choose(configs.SDDMM_SHARED, x.device, x.dtype, T)
+    if structure == BLOCK16:
+        config = Config(config.blocks | {"BLOCK_M": 16}, config.num_warps, config.num_stages)
+    M = nnz // N if structure == ROW else rows
+    widest = N if structure in (ROW, BLOCK16) else nnz // rows
+    tiles = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(widest, config["BLOCK_N"])
+    splits, per_split = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
+    _with_parts(out, splits, lambda target: runtime.launch(
+        sddmm_shared_kernel, (*tiles, splits),
+        target, dy, x, crow, col, T, M, rows, N, nnz, per_split, rows.bit_length(), *dy.stride(), *x.stride(),
+        SCATTERED=structure == ROW, PRECISION=runtime.fp32_precision(), config=config,
+    ))  # fmt: skip
+
+
+def _entries(out, dy, x, crow, col, structure) -> None:
+    (T, M), nnz = dy.shape, col.shape[0]
+    tiles = triton.cdiv(nnz, _ENTRIES["BLOCK_E"])
+    splits, per_split = runtime.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
+    _with_parts(out, splits, lambda target: runtime.launch(
+        sddmm_entries_kernel, (tiles, splits),
+        target, dy, x, crow, col, T, M, nnz, per_split, M.bit_length(), *dy.stride(), *x.stride(), config=_ENTRIES,
+    ))  # fmt: skip

@@ -1,0 +1,205 @@
+"""The cost model of the Triton backend: which kernels and library calls make y, dx and dS.
+
+Seconds = the larger of FLOPs / rate and bytes / bandwidth, plus a constant a launch; the cheapest legal way is taken. What the
+count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
+
+- Base. A library GEMM is faster than the kernel's loop, but the adapter then costs another read and write of y, 2 T N elements,
+  and a launch. The kernel's loop wins while the GEMM is small or bound by reading W (few tokens).
+- fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits or tf32,
+  whose operands would round small deltas away.
+- Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by columns, an
+  element. A dense S beside W in the kernel's loop costs the base's FLOPs once more, whatever d: it wins above d of about 0.5 %
+  at many tokens; densifying tiles of W + S inside the loop would round S into W, and making tiles of S there costs
+  more than reading them, because every tile of tokens would make them anew. With values wider than x a dense S takes two dots.
+- Rows are a GEMM with fewer outputs, columns and 16 x 16 blocks one with fewer inputs, gathered around the dots.
+- dS: a tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d; gathering by entry costs L2 reads that grow with
+  d, so it wins for fp32 or a very sparse S.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
+from rosa_kernels.plan.gpu_table import Rates
+
+LARGEST_R_INSIDE = 64
+MOST_TOKENS_INSIDE = 512
+"""The linear kernel makes H itself up to these sizes: each tile of outputs makes it anew."""
+_SECTOR = 32
+"""Bytes that a gather moves from L2 for one element."""
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """y (tokens, N) from x (tokens, K), or dx likewise; sizes in elements."""
+
+    tokens: int
+    N: int
+    K: int
+    r: int = 0
+    nnz: int = 0
+    structure: int = 0
+    element_size: int = 2
+    tf32: bool = False
+    base: bool = True
+    dropout: str = ""
+    mixed_lora: bool = False
+    mixed_values: bool = False
+    H_known: bool = False
+
+
+@dataclass(frozen=True)
+class LinearWay:
+    """base: "kernel", "library", "merged" or "". H: made "inside" the kernel, "before" it, by the "library"; "known"; or "".
+
+    S: "gather", "gather_columns" (from a copy of x by columns), "dense", "shared" (columns), "rows", "blocks", or "".
+    """
+
+    base: str
+    H: str = ""
+    S: str = ""
+
+    @property
+    def runs_the_kernel(self) -> bool:
+        """Whether the linear kernel runs: not where library calls do all of it."""
+        return self.base == "kernel" or self.H in ("inside", "before", "known") or self.S in _S_IN_THE_KERNEL
+
+
+_S_IN_THE_KERNEL = ("gather", "gather_columns", "dense", "shared")
+
+
+def linear_ways(call: LinearCall) -> list[LinearWay]:
+    """The legal ways, in a fixed order."""
+    ways = []
+    if call.base and call.element_size == 4 and not call.tf32 and not call.dropout:
+        ways.append(LinearWay("merged"))
+    for base in ("library", "kernel") if call.base else ("",):
+        for S in _sparse_ways(call):
+            ways += [LinearWay(base, H, S) for H in _low_rank_ways(call, base, S)]
+    return ways
+
+
+def _sparse_ways(call: LinearCall) -> tuple[str, ...]:
+    if not call.nnz:
+        return ("",)
+    by_structure = {ROW: ("rows",), COLUMN: ("shared",), BLOCK16: ("blocks",)}
+    return by_structure.get(call.structure, ("gather", "gather_columns", "dense"))
+
+
+def _low_rank_ways(call: LinearCall, base: str, S: str) -> tuple[str, ...]:
+    if not call.r:
+        return ("",)
+    if call.H_known:
+        return ("known",)
+    few = call.r <= LARGEST_R_INSIDE and call.tokens <= MOST_TOKENS_INSIDE
+    inside = ("inside",) if few else ()
+    by_library = base == "library" and S not in _S_IN_THE_KERNEL and not call.dropout and not call.mixed_lora
+    return (*inside, "before", *(("library",) if by_library else ()))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_linear(call: LinearCall, rates: Rates) -> LinearWay:
+    return min(linear_ways(call), key=lambda way: linear_seconds(call, way, rates))
+
+
+def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
+    """What the way is expected to take."""
+    T, N, K, size = call.tokens, call.N, call.K, call.element_size
+    flops_rate = gemm_rate(rates, size, call.tf32)
+    seconds = 0.0
+
+    def run(flops: float, elements: float, efficiency: float = 1.0) -> float:
+        return rates.launch_seconds + max(flops / (flops_rate * efficiency), elements * size / rates.bandwidth)
+
+    if way.base == "merged":
+        return run(2 * N * K * call.r, 3 * N * K) + run(0, 2 * call.nnz) + run(2 * T * N * K, T * (N + K) + N * K)
+    if way.base == "library":
+        seconds += run(2 * T * N * K, T * (N + K) + N * K)
+    if way.H in ("before", "library"):
+        seconds += run(2 * T * K * call.r * (2 if call.mixed_lora else 1), T * K + call.r * (T + K))
+    if way.H == "library":
+        seconds += run(2 * T * N * call.r, 2 * T * N + call.r * (T + N))
+    if way.S in ("rows", "blocks"):
+        columns = call.nnz / K if way.S == "rows" else N
+        seconds += run(2 * T * call.nnz * (2 if call.mixed_values else 1), T * K + 2 * T * columns + call.nnz, rates.kernel_efficiency)
+    if way.S == "dense":
+        seconds += run(0, (3 if call.mixed_values else 1) * N * K)
+    if way.S == "gather_columns":
+        seconds += run(0, 2 * T * K)
+    if way.runs_the_kernel:
+        flops, elements = _kernel_work(call, way)
+        seconds += run(flops, elements, rates.kernel_efficiency) + _gather_seconds(call, way.S, rates)
+    return seconds
+
+
+def _kernel_work(call: LinearCall, way: LinearWay) -> tuple[float, float]:
+    """(FLOPs, elements moved) of the linear kernel without its gathers."""
+    T, N, K = call.tokens, call.N, call.K
+    reads_x = way.base == "kernel" or way.H == "inside" or way.S
+    elements = T * N * (2 if way.base == "library" else 1) + (T * K if reads_x else 0)
+    flops = 2.0 * T * N * call.r
+    if way.base == "kernel":
+        flops, elements = flops + 2.0 * T * N * K, elements + N * K
+    if way.H == "inside":  # once more for each tile of outputs
+        flops += 2.0 * T * K * max(16, call.r) * -(-N // 128)
+    if way.S == "dense":
+        flops += 2.0 * T * N * K * (2 if call.mixed_values else 1)
+        elements += N * K * (2 if call.mixed_values else 1)
+    if way.S == "shared":
+        flops += 2.0 * T * call.nnz * (2 if call.mixed_values else 1)
+    return flops, elements
+
+
+def _gather_seconds(call: LinearCall, S: str, rates: Rates) -> float:
+    moved = {"gather": _SECTOR, "gather_columns": call.element_size}.get(S, 0)
+    return call.nnz * call.tokens * moved / rates.l2_bandwidth
+
+
+def gemm_rate(rates: Rates, element_size: int, tf32: bool) -> float:
+    if element_size == 2:
+        return rates.flops_16_bit
+    return rates.flops_tf32 if tf32 else rates.flops_fp32
+
+
+def dy_read_once(r: int) -> bool:
+    """True where one kernel makes dB and dH from one read of dy.
+
+    A second read of dy moves T·O elements; making dH beside dB moves a part of it, T·r in fp32, written and read, for each 128
+    outputs: 2 · T · r · 4 bytes · O / 128 against 2 · T · O bytes in 16 bits. Even at r = 32.
+    """
+    return r <= 32
+
+
+@dataclass(frozen=True)
+class SDDMMCall:
+    tokens: int
+    M: int
+    N: int
+    nnz: int
+    structure: int = 0
+    element_size: int = 2
+    tf32: bool = False
+
+
+def sddmm_ways(call: SDDMMCall) -> tuple[str, ...]:
+    """"shared" for rows, columns and 16 x 16 blocks; else "tiled", "entries", or "entries_columns" from copies of dy and x by columns."""
+    return ("shared",) if call.structure in (ROW, COLUMN, BLOCK16) else ("tiled", "entries", "entries_columns")
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_sddmm(call: SDDMMCall, rates: Rates) -> str:
+    return min(sddmm_ways(call), key=lambda way: sddmm_seconds(call, way, rates))
+
+
+def sddmm_seconds(call: SDDMMCall, way: str, rates: Rates) -> float:
+    T, M, N, size = call.tokens, call.M, call.N, call.element_size
+    rate = gemm_rate(rates, size, call.tf32) * rates.kernel_efficiency
+    floor = (T * (M + N) + call.nnz) * size / rates.bandwidth
+    if way == "shared":
+        return rates.launch_seconds + max(2 * T * call.nnz / rate, floor)
+    if way == "tiled":
+        return rates.launch_seconds + max(2 * T * M * N / rate, floor)
+    if way == "entries":
+        return rates.launch_seconds + max(2 * call.nnz * T * _SECTOR / rates.l2_bandwidth, floor)
+    copies = 2 * rates.launch_seconds + 2 * T * (M + N) * size / rates.bandwidth
+    return copies + rates.launch_seconds + max(2 * call.nnz * T * size / rates.l2_bandwidth, floor)
