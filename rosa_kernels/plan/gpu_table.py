@@ -43,35 +43,60 @@ def table_file(device_name: str) -> Path:
     return directory / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
 
 
-@functools.cache
-def measured(device: torch.device) -> dict:
-    """{"rates": {field: number}, "configs": {key: position}} as tune wrote it for this GPU; {} where it did not.
+def read_table(path: Path) -> dict:
+    """{"rates": {field of Rates: number > 0}, "configs": {config_key: position >= 0}}; more keys are left alone.
 
     Raises:
         ValueError: for a file that is not such a table.
     """
-    if device.type != "cuda":
-        return {}
-    path = table_file(torch.cuda.get_device_name(device))
-    if not path.exists():
-        return {}
-    table = json.loads(path.read_text())
-    if not isinstance(table, dict) or not table.keys() >= {"rates", "configs"}:
-        raise ValueError(f"{path}: expected a table with rates and configs; delete it or run python -m rosa_kernels.tune")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        fields = Rates.__dataclass_fields__.keys()
+        sound = all(name in fields and number > 0 for name, number in table["rates"].items())
+        sound = sound and all(isinstance(position, int) and position >= 0 for position in table["configs"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is not a table of python -m rosa_kernels.tune ({error!r}); delete it") from error
+    if not sound:
+        raise ValueError(f"{path}: holds an unknown rate, or a rate or position out of range; delete it")
     return table
+
+
+def write_table(path: Path, table: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+_tables: dict[torch.device, dict] = {}
+
+
+def use_table(device: torch.device, table: dict) -> None:
+    """Plan for this device by the given table from now on."""
+    _tables[device] = table
+    rates.cache_clear()
+    tuned_position.cache_clear()
+
+
+def _table(device: torch.device) -> dict:
+    if device not in _tables:
+        path = table_file(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        _tables[device] = read_table(path) if path is not None and path.exists() else {"rates": {}, "configs": {}}
+    return _tables[device]
 
 
 @functools.cache
 def rates(device: torch.device, target: str) -> Rates:
-    known = RATES[target]
-    return Rates(**(vars(known) | measured(device).get("rates", {})))
+    return Rates(**(vars(RATES[target]) | _table(device)["rates"]))
 
 
 def config_key(kernel: str, element_size: int, bucket: int) -> str:
     return f"{kernel}/{element_size}/{bucket}"
 
 
+@functools.cache
 def tuned_position(device: torch.device, kernel: str, element_size: int, bucket: int, listed: int) -> int:
-    """Position in the list of configurations; the first where nothing was tuned or the list has changed since."""
-    position = measured(device).get("configs", {}).get(config_key(kernel, element_size, bucket), 0)
-    return position if 0 <= position < listed else 0
+    """Position in a list of `listed` configurations; the first where nothing was tuned or the list has shrunk since."""
+    position = _table(device)["configs"].get(config_key(kernel, element_size, bucket), 0)
+    return position if position < listed else 0

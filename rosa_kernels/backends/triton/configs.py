@@ -112,10 +112,6 @@ def configs(kernel: str, target: str, element_size: int, bucket: int) -> tuple[C
 
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Config:
     """The tuned configuration of the list where this GPU was tuned, else the first."""
-    return _chosen(kernel, device, dtype.itemsize, token_bucket(tokens))
-
-
-@functools.cache
-def _chosen(kernel: str, device: torch.device, element_size: int, bucket: int) -> Config:
-    listed = configs(kernel, runtime.target(device), element_size, bucket)
-    return listed[gpu_table.tuned_position(device, kernel, element_size, bucket, len(listed))]
+    bucket = token_bucket(tokens)
+    listed = configs(kernel, runtime.target(device), dtype.itemsize, bucket)
+    return listed[gpu_table.tuned_position(device, kernel, dtype.itemsize, bucket, len(listed))]

@@ -126,11 +126,16 @@ def sddmm_entries_kernel(
 def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype) -> Tensor:
     """(nnz,) of dtype; dy (T, M), x (T, N) of one dtype and any strides."""
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
-    out = torch.empty(nnz, dtype=dtype, device=x.device)
     if nnz == 0:
-        return out
+        return torch.empty(0, dtype=dtype, device=x.device)
     call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), runtime.fp32_precision() == "tf32")
     way = gpu.choose_sddmm(call, gpu_table.rates(x.device, runtime.target(x.device)))
+    return take(way, dy, x, crow, col, structure, dtype)
+
+
+def take(way: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype) -> Tensor:
+    """sddmm by one of gpu.sddmm_ways; nnz > 0."""
+    out = torch.empty(col.shape, dtype=dtype, device=x.device)
     if way == "entries_columns":
         dy, x = _by_columns(dy), _by_columns(x)
     launch = {"tiled": _tiled, "shared": _shared}.get(way, _entries)

@@ -1,0 +1,141 @@
+"""python -m rosa_kernels.tune: measures this GPU for the Triton backend, in a few minutes, and remembers it.
+
+What it writes: the rates that the cost model plans with (rosa_kernels/plan/gpu.py), and for each kernel, operand size and
+bucket of tokens which of its listed block sizes is the fastest. Later processes read the file; delete it to plan from
+data sheets again. Nothing is tuned during training: see rosa_kernels/backends/triton/configs.py.
+"""
+
+import argparse
+import datetime
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from tqdm import tqdm
+
+from rosa_kernels.backends.triton import configs, runtime
+from rosa_kernels.backends.triton.linear import Linear, take
+from rosa_kernels.backends.triton.low_rank import outer, shrink
+from rosa_kernels.backends.triton.problem import Sparse
+from rosa_kernels.backends.triton.sddmm import take as take_sddmm
+from rosa_kernels.pattern import CSRPattern
+from rosa_kernels.plan import gpu, gpu_table
+
+FEATURES, RANK, DENSITY = 4096, 16, 0.01
+TOKENS = (8, 32, 64, 512, 4096)
+"""One for each of configs.TOKEN_BUCKETS."""
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+class Measure:
+    """Times calls on one device; `seconds` (a function of a function) replaces the clock in tests."""
+
+    def __init__(self, device: torch.device, seconds: Callable, features: int = FEATURES):
+        self.device, self.seconds, self.features = device, seconds, features
+        self.pattern = CSRPattern.random((features, features), DENSITY, seed=0).to(device)
+
+    def normal(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*size, device=self.device).to(dtype)
+
+    def rates(self) -> dict[str, float]:
+        """The fields of gpu_table.Rates."""
+        n, T = self.features, TOKENS[-1]
+        flops = 2 * T * n * n
+        x, weight = self.normal(T, n), self.normal(n, n)
+        library = self.seconds(lambda: F.linear(x, weight))
+        ours = self.seconds(lambda: take(Linear(x, n, weight), gpu.LinearWay("kernel")))
+        x32, weight32 = x.float(), weight.float()
+        by_precision = {}
+        before = torch.backends.cuda.matmul.fp32_precision
+        try:
+            for precision in ("tf32", "ieee"):
+                torch.backends.cuda.matmul.fp32_precision = precision
+                by_precision[precision] = flops / self.seconds(lambda: F.linear(x32, weight32))
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        large, target = self.normal(64 * n * n), self.normal(64 * n * n)
+        nothing = self.normal(1)
+        return {
+            "flops_16_bit": flops / library,
+            "flops_tf32": by_precision["tf32"],
+            "flops_fp32": by_precision["ieee"],
+            "bandwidth": 2 * large.nbytes / self.seconds(lambda: target.copy_(large)),
+            "l2_bandwidth": self._gathered_bytes_per_second(),
+            "kernel_efficiency": library / ours,
+            "launch_seconds": self.seconds(lambda: nothing.zero_()),
+        }
+
+    def _gathered_bytes_per_second(self) -> float:
+        """What the entry-by-entry product with x by columns reads from L2, a second."""
+        T, n = 1024, self.features
+        values = self.normal(self.pattern.nnz)
+        S = Sparse(values, self.pattern.crow_indices, self.pattern.col_indices, 0, self.pattern.shape)
+        x = self.normal(n, T).T
+        problem = Linear(x, n, S=S)
+        return self.pattern.nnz * T * x.element_size() / self.seconds(lambda: take(problem, gpu.LinearWay("", "", "gather")))
+
+    def config_calls(self, element_size: int, tokens: int) -> dict[str, Callable]:
+        """A representative call of each tuned kernel."""
+        n, dtype = self.features, DTYPES[element_size]
+        x, dy, weight = self.normal(tokens, n, dtype=dtype), self.normal(tokens, n, dtype=dtype), self.normal(n, n, dtype=dtype)
+        A, B = self.normal(RANK, n, dtype=dtype), self.normal(n, RANK, dtype=dtype)
+        parts = torch.randn(1, tokens, RANK, device=self.device)
+        crow, col = self.pattern.crow_indices, self.pattern.col_indices
+        rows = CSRPattern.from_rows(torch.arange(0, n, 100), (n, n)).to(self.device)
+        in_kernel = Linear(x, n, weight, None, A, B, 2.0)
+        return {
+            configs.LINEAR: lambda: take(in_kernel, gpu.LinearWay("kernel", "before")),
+            configs.SHRINK: lambda: shrink(x, A),
+            configs.OUTER: lambda: outer(dy, parts, B, 2.0, features_first=True, Q=B),
+            configs.SDDMM_TILED: lambda: take_sddmm("tiled", dy, x, crow, col, 0, dtype),
+            configs.SDDMM_SHARED: lambda: take_sddmm(
+                "shared", dy, x, rows.crow_indices, rows.col_indices, rows.structure, dtype
+            ),
+        }
+
+    def configs(self) -> dict[str, int]:
+        """{config_key: position of the fastest in its list}."""
+        fastest = {}
+        cases = [(size, bucket, tokens) for size in DTYPES for bucket, tokens in enumerate(TOKENS)]
+        for size, bucket, tokens in tqdm(cases, desc="block sizes", unit="bucket"):
+            for kernel, call in self.config_calls(size, tokens).items():
+                listed = configs.configs(kernel, runtime.target(self.device), size, bucket)
+                key = gpu_table.config_key(kernel, size, bucket)
+                took = [self._with_position(key, position, call) for position in range(len(listed))]
+                fastest[key] = took.index(min(took))
+        return fastest
+
+    def _with_position(self, key: str, position: int, call: Callable) -> float:
+        gpu_table.use_table(self.device, {"rates": {}, "configs": {key: position}})
+        return self.seconds(call)
+
+
+def median_seconds(call: Callable) -> float:
+    return triton.testing.do_bench(call, return_mode="median") * 1e-3
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m rosa_kernels.tune", description=__doc__.split("\n\n")[0].split(": ")[1])
+    parser.add_argument("--device", default="cuda", help="the GPU to measure (default: cuda)")
+    device = torch.device(parser.parse_args(arguments).device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        parser.exit(1, "tune measures CUDA and ROCm GPUs; there is none here\n" if device.type == "cuda" else f"no GPU: {device}\n")
+    device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+    name = torch.cuda.get_device_name(device)
+    with torch.cuda.device(device):
+        measure = Measure(device, median_seconds)
+        chosen = measure.configs()
+        gpu_table.use_table(device, {"rates": {}, "configs": chosen})
+        table = {"device": name, "triton": triton.__version__, "torch": torch.__version__, "configs": chosen, "rates": measure.rates()}
+    table["date"] = datetime.date.today().isoformat()
+    path = gpu_table.table_file(name)
+    gpu_table.write_table(path, table)
+    for rate, value in table["rates"].items():
+        print(f"{rate:<18} {value:.3g}")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

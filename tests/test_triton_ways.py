@@ -1,0 +1,146 @@
+"""Every way of the GPU's cost model, forced in turn on the interpreted kernels, gives the right numbers; and the model is consistent."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from cases import LinearCase, make_inputs
+from oracle import check, expected_linear
+from philox import keep_mask, seed_drawn_after
+from test_ops import SEED, run_linear
+
+import rosa_kernels as rk
+from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
+from rosa_kernels.plan import gpu, gpu_table
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="runs where TRITON_INTERPRET=1: test_triton_interpreter.py starts it"
+)
+FP32, BF16 = torch.float32, torch.bfloat16
+
+WAYS_CASES = [
+    LinearCase((5,), 66, 35, 3),
+    LinearCase((37,), 130, 70, 17, "empty_rows", x_layout="transposed", dy_layout="padded"),
+    LinearCase((37,), 130, 70, 8, "random", bias=False, dropout_p=0.3),
+    LinearCase((37,), 66, 35, 4, "random", lora_dtype=FP32, values_dtype=FP32),
+    LinearCase((37,), 66, 35, 4, None, dropout_p=0.5, lora_dtype=FP32),
+    LinearCase((37,), 66, 35, 4, "rows", weight_layout="transposed"),
+    LinearCase((37,), 66, 35, 4, "columns", values_dtype=FP32),
+    LinearCase((37,), 66, 70, 4, "blocks"),
+    LinearCase((37,), 66, 70, 4, "random", base=False, dropout_p=0.3),
+    LinearCase((37,), 66, 35, 0, "blocks", base=False),
+]
+
+
+def structure_of(case):
+    return 0 if case.pattern is None else make_inputs(case, FP32).pattern.structure
+
+
+def call_of(case, dtype):
+    """The forward's call, as far as legal ways depend on it."""
+    mixed = {
+        name: wide is not None and wide != dtype for name, wide in (("lora", case.lora_dtype), ("values", case.values_dtype))
+    }
+    return gpu.LinearCall(
+        case.tokens, case.out_features, case.in_features, case.r, int(case.pattern is not None), structure_of(case),
+        dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"],
+    )  # fmt: skip
+
+
+def way_name(way):
+    return "-".join(filter(None, (way.base, way.H, way.S))) or "zeros"
+
+
+WAYS = [
+    pytest.param(case, dtype, way, id=f"{case.id}-{str(dtype)[6:]}-{way_name(way)}")
+    for case in WAYS_CASES
+    for dtype in (FP32, BF16)
+    for way in gpu.linear_ways(call_of(case, dtype))
+]
+
+
+def nearest(ways, wanted):
+    """The legal way that shares the most with the wanted one: a backward knows H, transposes rows to columns."""
+    return max(ways, key=lambda way: sum(getattr(way, f.name) == getattr(wanted, f.name) for f in dataclasses.fields(way)))
+
+
+@interpreted
+@pytest.mark.parametrize("case,dtype,way", WAYS)
+def test_linear_by_way(monkeypatch, case, dtype, way):
+    taken = []
+
+    def force(call, rates):
+        taken.append(nearest(gpu.linear_ways(call), way))
+        return taken[-1]
+
+    monkeypatch.setattr(gpu, "choose_linear", force)
+    inputs = make_inputs(case, dtype)
+    keep = keep_mask(seed_drawn_after(SEED), case.tokens, case.in_features, case.dropout_p) if case.dropout_p else None
+    with rk.use_backend("triton"):
+        got = run_linear(case, inputs)
+    expected = expected_linear(case, inputs, keep)
+    for name, result in got.items():
+        check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
+    assert taken[0] == way and len(taken) == 2
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("way", ["tiled", "entries", "entries_columns"])
+@pytest.mark.parametrize("pattern", ["sparse", "empty_rows", "full", "last_entry", "blocks"])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_sddmm_by_way(monkeypatch, dtype, way, pattern, tokens):
+    case = LinearCase((tokens,), 66, 50, 0, pattern, base=False, x_layout="strided", dy_layout="transposed")
+    inputs = make_inputs(case, dtype)
+    expected = expected_linear(case, inputs)["values"]
+    monkeypatch.setattr(gpu, "choose_sddmm", lambda call, rates: way)
+    with rk.use_backend("triton"):
+        check("sddmm", rk.sddmm(inputs.dy, inputs.x, inputs.pattern), expected, inputs.x)
+
+
+def calls():
+    for tokens in (1, 16, 300, 4096, 32768):
+        for N, K in ((64, 64), (768, 768), (3072, 768), (4096, 4096), (4096, 14336)):
+            for density in (0.0, 0.001, 0.01, 0.2):
+                for element_size, tf32 in ((2, False), (4, False), (4, True)):
+                    nnz = round(density * N * K)
+                    yield gpu.LinearCall(tokens, N, K, 16, nnz, 0, element_size, tf32)
+
+
+@pytest.mark.parametrize("target", gpu_table.RATES)
+def test_the_plan_takes_the_cheapest_legal_way(target):
+    rates = gpu_table.RATES[target]
+    for call in calls():
+        chosen = gpu.choose_linear(call, rates)
+        seconds = {way: gpu.linear_seconds(call, way, rates) for way in gpu.linear_ways(call)}
+        assert chosen in seconds and seconds[chosen] == min(seconds.values())
+        assert all(0 < s < 10 for s in seconds.values())
+
+
+def test_16_bit_and_tf32_deltas_are_never_merged():
+    for call in calls():
+        merged = any(way.base == "merged" for way in gpu.linear_ways(call))
+        assert merged == (call.element_size == 4 and not call.tf32)
+    assert not any(
+        way.base == "merged" for way in gpu.linear_ways(gpu.LinearCall(9, 8, 8, 4, element_size=4, dropout="x"))
+    )
+
+
+def test_structures_have_their_own_ways():
+    for structure, S in ((ROW, "rows"), (COLUMN, "shared"), (BLOCK16, "blocks")):
+        assert {way.S for way in gpu.linear_ways(gpu.LinearCall(99, 64, 64, 4, 640, structure))} == {S}
+        assert gpu.sddmm_ways(gpu.SDDMMCall(99, 64, 64, 640, structure)) == ("shared",)
+
+
+def test_the_choices_that_the_docstring_explains():
+    """On an H100: a library base for large bf16 GEMMs, merging in fp32, a dense S at 5 % and a gathered one at 0.01 %."""
+    h100 = gpu_table.RATES["sm_90"]
+    large = dict(tokens=4096, N=4096, K=4096, r=16)
+    assert gpu.choose_linear(gpu.LinearCall(**large), h100).base == "library"
+    assert gpu.choose_linear(gpu.LinearCall(**large, element_size=4, nnz=167772), h100).base == "merged"
+    assert gpu.choose_linear(gpu.LinearCall(**large, nnz=838860), h100).S == "dense"
+    assert gpu.choose_linear(gpu.LinearCall(**large, nnz=1677), h100).S.startswith("gather")
+    assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16), h100).base == "kernel"
+    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772), h100) == "tiled"
+    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100) == "entries_columns"
