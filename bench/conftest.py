@@ -1,37 +1,68 @@
-"""pytest bench/ --benchmark-only [--shapes quick|all] [--threads N] [--against FILE] [--benchmark-json FILE]
+"""pytest bench/ --benchmark-only [--device auto|cpu|gpu|all] [--shapes quick|all] [--threads N] [--results DIRECTORY]
+                                  [--against FILE] [--benchmark-json FILE]
 
-On two quiet cores --shapes all (the default) takes under six minutes and --shapes quick under one.
+On two quiet cores --shapes all (the default) takes under six minutes and --shapes quick under one. Where there is a GPU
+its races run and the CPU's do not, so that a run is meant to stay under eight minutes; --device all runs both.
 
 Every benchmark times its candidates in turn within each round, prints one table of ratios at the end and fails where
 this package is slower than the best naive way, or slower than it was in FILE: rules in interleaved.py. With
---benchmark-disable everything runs and nothing is judged.
+--benchmark-disable everything runs and nothing is judged. A whole run of the GPU's races writes
+bench/results/<device>.json (gpu_results.py).
 """
 
 import json
 from pathlib import Path
 
+import gpu_results
 import pytest
 import torch
+from gpu_timing import MODES, DryRun
 from interleaved import Race, table
 
 import rosa_kernels as rk
 from rosa_kernels import dispatch
 
-_RACES = pytest.StashKey[list]()
+_CPU_RACES = pytest.StashKey[list[Race]]()
+_GPU_RESULTS = pytest.StashKey[list[gpu_results.Result]]()
+_GPU_COLLECTED = pytest.StashKey[list[str]]()
+_GPU_STARTED = pytest.StashKey[list[str]]()
+_SKIPPED = pytest.StashKey[set[str]]()
+_NOT_CAPTURED = (
+    "raced eagerly only: cuSPARSE's version decides whether a capture works, and a failed one spoils the process"
+)
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("rosa_kernels benchmarks")
     group.addoption(
-        "--shapes", choices=("all", "quick"), default="all", help="quick: only the first shape of each file"
+        "--device",
+        choices=("auto", "cpu", "gpu", "all"),
+        default="auto",
+        help="whose races run (auto: the GPU's where there is a GPU, the CPU's elsewhere)",
+    )
+    group.addoption(
+        "--shapes", choices=("all", "quick"), default="all", help="quick: only the first shape of each benchmark"
     )
     group.addoption("--threads", type=int, default=2, help="threads of PyTorch and of the kernels (default: 2)")
     group.addoption("--against", type=Path, help="an earlier --benchmark-json file whose ratios must still be reached")
+    group.addoption(
+        "--results",
+        type=Path,
+        default=gpu_results.RESULTS,
+        help="where the GPU's figures go (default: bench/results, which takes whole runs only)",
+    )
+    group.addoption(
+        "--gpu-dry-run",
+        action="store_true",
+        help="the GPU's races on the CPU, tiny and not judged: does the code run? Never kept in bench/results",
+    )
 
 
 def pytest_configure(config):
     torch.set_num_threads(config.getoption("--threads"))
-    config.stash[_RACES] = []
+    for key in (_CPU_RACES, _GPU_RESULTS, _GPU_COLLECTED, _GPU_STARTED):
+        config.stash[key] = []
+    config.stash[_SKIPPED] = set()
 
 
 def pytest_generate_tests(metafunc):
@@ -43,9 +74,41 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("shape", shapes, ids=str)
 
 
-def serving_backend(dtype: torch.dtype) -> str:
-    """The name of the backend that serves CPU tensors of this dtype now."""
-    module = dispatch.backend_for(torch.empty(0, dtype=dtype))
+def pytest_collection_modifyitems(config, items):
+    """Skips the races of the device that is not asked for, or not there; the summary says which and why."""
+    reasons = {"race": _why_no_cpu_races(config), "gpu_race": _why_no_gpu_races(config)}
+    for item in items:
+        for fixture, reason in reasons.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                if fixture == "gpu_race":
+                    config.stash[_GPU_COLLECTED].append(item.name)
+                if reason:
+                    item.add_marker(pytest.mark.skip(reason=reason))
+                    config.stash[_SKIPPED].add(reason)
+
+
+def _why_no_cpu_races(config) -> str | None:
+    device = config.getoption("--device")
+    if config.getoption("--gpu-dry-run"):
+        return "the CPU's races: not part of --gpu-dry-run"
+    if device == "gpu" or (device == "auto" and torch.cuda.is_available()):
+        return "the CPU's races: the GPU's run; --device cpu or --device all runs these"
+    return None
+
+
+def _why_no_gpu_races(config) -> str | None:
+    if config.getoption("--gpu-dry-run"):
+        return None
+    if config.getoption("--device") == "cpu":
+        return "the GPU's races: --device cpu"
+    if not torch.cuda.is_available():
+        return f"the GPU's races: torch.cuda.is_available() is False (torch {torch.__version__})"
+    return None
+
+
+def serving_backend(device: str, dtype: torch.dtype) -> str:
+    """The name of the backend that serves tensors of this dtype on the device now."""
+    module = dispatch.backend_for(torch.empty(0, dtype=dtype, device=device))
     return next(name for name, candidate in dispatch.BACKENDS.items() if candidate is module)
 
 
@@ -62,7 +125,28 @@ def earlier_ratios(request):
 
 
 @pytest.fixture
-def race(request, benchmark, earlier_ratios):
+def run_and_judge(request, benchmark, earlier_ratios):
+    """run_and_judge(race, ...) -> the backend that served ours; sets race.verdict."""
+
+    def run(race, device, dtype, seconds):
+        race.run(benchmark, seconds)
+        backend = serving_backend(device, dtype)
+        before = earlier_ratios.get(request.node.nodeid)
+        unjudged = (
+            "dry run" if request.config.getoption("--gpu-dry-run")
+            else "reference" if backend == "reference"
+            else "--benchmark-disable" if benchmark.disabled
+            else None
+        )  # fmt: skip
+        race.verdict = f"{unjudged}: not judged" if unjudged else race.judge(before)
+        benchmark.extra_info.update(race.summary(), backend=backend, threads=torch.get_num_threads())
+        return backend
+
+    return run
+
+
+@pytest.fixture
+def race(request, run_and_judge):
     """race(candidates, dtype, ...) times them in turn, records the result for the closing table, and judges it.
 
     candidates: {name: function}; "ours" is this package, "frozen" the layer's own GEMMs, any other a naive way.
@@ -70,23 +154,89 @@ def race(request, benchmark, earlier_ratios):
 
     def run(candidates, dtype, *, goal=None, allowance=0.0):
         result = Race(request.node.name.removeprefix("test_"), candidates, goal=goal, allowance=allowance)
-        result.run(benchmark, seconds=1.5)
-        backend = serving_backend(dtype)
-        before = earlier_ratios.get(request.node.nodeid)
-        unjudged = "reference" if backend == "reference" else "--benchmark-disable" if benchmark.disabled else None
-        result.verdict = f"{unjudged}: not judged" if unjudged else result.judge(before)
-        benchmark.extra_info.update(result.summary(), backend=backend, threads=torch.get_num_threads())
-        request.config.stash[_RACES].append(result)
-        if result.verdict.startswith("SLOWER"):
-            pytest.fail(f"{result.name}: {result.verdict}\n{table([result])}", pytrace=False)
+        run_and_judge(result, "cpu", dtype, seconds=1.5)
+        request.config.stash[_CPU_RACES].append(result)
+        _fail_where_slower(result)
 
     return run
 
 
+@pytest.fixture
+def gpu_race(request, run_and_judge):
+    """gpu_race(candidates, ...): as race, for the test's case, on its device and in its mode."""
+    case = request.node.callspec.params["case"]
+
+    def run(candidates, *, allowance=0.0, unjudged=()):
+        request.config.stash[_GPU_STARTED].append(request.node.name)
+        timer = MODES[case.mode]() if case.device == "cuda" else DryRun()
+        candidates, left_out = _without_csr_where_it_fails(candidates, case.mode)
+        candidates = {name: timer.prepare(function) for name, function in candidates.items()}
+        operation = request.node.originalname.removeprefix("test_gpu_")
+        result = Race(f"{operation}[{case}]", candidates, allowance=allowance, unjudged=unjudged, timer=timer)
+        backend = run_and_judge(result, case.device, case.layer_dtype, timer.race_seconds)
+        request.config.stash[_GPU_RESULTS].append(
+            gpu_results.Result(operation, case, result, backend, timer.l2, left_out)
+        )
+        _fail_where_slower(result)
+
+    return run
+
+
+def _without_csr_where_it_fails(candidates: dict, mode: str) -> tuple[dict, dict[str, str]]:
+    """(the candidates that run, {"csr": why it does not}): which dtypes torch.sparse lacks, only calling it tells."""
+    reason = None
+    if "csr" in candidates and mode == "graphed":
+        reason = _NOT_CAPTURED
+    elif "csr" in candidates:
+        try:
+            candidates["csr"]()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+    if reason is None:
+        return candidates, {}
+    return {name: function for name, function in candidates.items() if name != "csr"}, {"csr": reason}
+
+
+def _fail_where_slower(race: Race) -> None:
+    if race.verdict.startswith("SLOWER"):
+        pytest.fail(f"{race.name}: {race.verdict}\n{table([race])}", pytrace=False)
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    races = config.stash[_RACES]
-    if races:
-        terminalreporter.section("time ratios (lower quartile of interleaved rounds)")
+    title = "time ratios (lower quartile of interleaved rounds)"
+    if races := config.stash[_CPU_RACES]:
+        terminalreporter.section(title)
         reasons = ", ".join(f"{name}: {reason or 'available'}" for name, reason in rk.available_backends().items())
         terminalreporter.write_line(f"{torch.get_num_threads()} threads, torch {torch.__version__}, backends {reasons}")
         terminalreporter.write_line(table(races))
+    if config.stash[_GPU_STARTED]:
+        terminalreporter.section(f"GPU {title}")
+        terminalreporter.write_line(_gpu_summary(config))
+    for reason in sorted(config.stash[_SKIPPED]):
+        terminalreporter.write_line(f"skipped, {reason}")
+
+
+def _gpu_summary(config) -> str:
+    """The races as a table and where their figures went."""
+    results, dry_run = config.stash[_GPU_RESULTS], config.getoption("--gpu-dry-run")
+    finished = {f"test_gpu_{result.race.name}" for result in results}
+    did_not_finish = [name for name in config.stash[_GPU_STARTED] if name not in finished]
+    partial = _why_partial(config)
+    report = gpu_results.report(results, did_not_finish, partial, dry_run)
+    lines = [f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}"]
+    if results:
+        lines += [table([result.race for result in results]), "* another result than ours: shown, not judged"]
+    lines += sorted({f"{name} left out, {why}" for result in results for name, why in result.left_out.items()})
+    lines += [f"did not finish: {name}" for name in did_not_finish]
+    lines.append(gpu_results.keep(config.getoption("--results"), report))
+    return "\n".join(lines)
+
+
+def _why_partial(config) -> str | None:
+    if config.getoption("--shapes") == "quick":
+        return "--shapes quick"
+    if config.getoption("--benchmark-disable"):
+        return "--benchmark-disable: nothing was timed"
+    started, collected = len(config.stash[_GPU_STARTED]), len(config.stash[_GPU_COLLECTED])
+    named = any("::" in str(argument) for argument in config.args)
+    return f"{started} of {collected} collected races started" if named or started < collected else None

@@ -5,11 +5,14 @@ luckiest round. The verdict is SLOWER where both the lower quartile and the mini
 of the best naive candidate by more than NOISE (and an allowance in seconds, where the case has one), or where the
 ratio to "frozen" is more than DRIFT above an earlier run's. A race whose lower quartile is beyond DISTURBED times the
 minimum, for any candidate, is marked as noisy: other processes took the cores, repeat it on a quiet machine.
+Candidates named in `unjudged` are timed and shown, marked with a star, but ours may lose to them: their result is
+another one.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 import torch
 
@@ -17,36 +20,68 @@ NOISE = 1.05
 DRIFT = 1.10
 DISTURBED = 1.5
 _MIN_ROUNDS, _MAX_ROUNDS = 4, 40
-_MIN_SAMPLE_SECONDS = 2e-3
 _OURS, _FROZEN = "ours", "frozen"
+
+
+class Timer(Protocol):
+    min_sample_seconds: float
+    """A round calls a candidate so often that its calls take at least this."""
+
+    def __call__(self, function: Callable, calls: int) -> float:
+        """The seconds that all those calls took."""
+
+
+class WallClock(Timer):
+    """By the CPU's clock."""
+
+    min_sample_seconds = 2e-3
+
+    def __call__(self, function: Callable, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return time.perf_counter() - start
 
 
 class Race:
     """The rounds of one benchmark."""
 
-    def __init__(self, name: str, candidates: dict[str, Callable], goal: float | None = None, allowance: float = 0.0):
+    def __init__(
+        self,
+        name: str,
+        candidates: dict[str, Callable],
+        goal: float | None = None,
+        allowance: float = 0.0,
+        unjudged: Collection[str] = (),
+        timer: Timer | None = None,
+    ):
         self.name = name
         self.candidates = candidates
         self.goal = goal
         self.allowance = allowance
+        self.unjudged = unjudged
+        self.timer = timer or WallClock()
         self.seconds: dict[str, list[float]] = {candidate: [] for candidate in candidates}  # a call, by round
         self.verdict = ""
 
     @property
     def naive(self) -> list[str]:
-        return [name for name in self.candidates if name not in (_OURS, _FROZEN)]
+        return [name for name in self.seconds if name not in (_OURS, _FROZEN)]
 
     def run(self, benchmark, seconds: float) -> None:
-        """Agree on the numbers, which warms up too, then about `seconds` of rounds: pytest-benchmark times ours, setup the others."""
+        """Agree on the numbers, which warms up too, then about `seconds` of rounds.
+
+        pytest-benchmark times ours, its setup the others. The candidates, and the tensors that they hold, are let go at the end.
+        """
         self._check_same_results()
-        one_call = {name: _timed(function, 1) for name, function in self.candidates.items()}
-        calls = {name: max(1, round(_MIN_SAMPLE_SECONDS / t)) for name, t in one_call.items()}
+        one_call = {name: self.timer(function, 1) for name, function in self.candidates.items()}
+        calls = {name: max(1, round(self.timer.min_sample_seconds / t)) for name, t in one_call.items()}
         round_seconds = sum(calls[name] * t for name, t in one_call.items())
         rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, round(seconds / round_seconds)))
         others = [name for name in self.candidates if name != _OURS]
 
         def measure(name):
-            self.seconds[name].append(_timed(self.candidates[name], calls[name]) / calls[name])
+            self.seconds[name].append(self.timer(self.candidates[name], calls[name]) / calls[name])
 
         def time_the_others():
             turn = len(self.seconds[_OURS]) % len(others)
@@ -55,6 +90,7 @@ class Race:
 
         benchmark.extra_info["calls_a_round"] = calls[_OURS]
         benchmark.pedantic(lambda: measure(_OURS), setup=time_the_others, rounds=rounds)
+        self.candidates = {}
 
     def _check_same_results(self) -> None:
         """A race between different results says nothing. The tolerance is that of bf16, rounded by every naive way."""
@@ -71,7 +107,7 @@ class Race:
         return statistics.quantiles(samples, n=4, method="inclusive")[0] if len(samples) > 1 else samples[0]
 
     def best_naive(self) -> str:
-        return min(self.naive, key=self.lower_quartile)
+        return min((name for name in self.naive if name not in self.unjudged), key=self.lower_quartile)
 
     def ratio(self) -> float:
         """Ours over frozen, or over the best naive way where there is no frozen layer to compare with."""
@@ -80,7 +116,7 @@ class Race:
         )
 
     def noisy(self) -> bool:
-        return any(self.lower_quartile(name) > DISTURBED * min(self.seconds[name]) for name in self.candidates)
+        return any(self.lower_quartile(name) > DISTURBED * min(self.seconds[name]) for name in self.seconds)
 
     def judge(self, earlier_ratio: float | None = None) -> str:
         """ "ok", "noisy" or "SLOWER ...", by the rules at the top of this file."""
@@ -101,17 +137,14 @@ class Race:
             "goal": self.goal,
             "verdict": self.verdict,
             "seconds": {
-                name: {"min": min(self.seconds[name]), "lower_quartile": self.lower_quartile(name)}
-                for name in self.candidates
+                name: {
+                    "min": min(samples),
+                    "lower_quartile": self.lower_quartile(name),
+                    "median": statistics.median(samples),
+                }
+                for name, samples in self.seconds.items()
             },
         }
-
-
-def _timed(function: Callable, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return time.perf_counter() - start
 
 
 def table(races: list[Race]) -> str:
@@ -120,7 +153,10 @@ def table(races: list[Race]) -> str:
     for race in races:
         base = _FROZEN if _FROZEN in race.seconds else race.best_naive()
         unit = race.lower_quartile(base)
-        naive = "  ".join(f"{name} {race.lower_quartile(name) / unit:.2f}" for name in race.naive)
+        naive = "  ".join(
+            f"{name}{'*' if name in race.unjudged else ''} {race.lower_quartile(name) / unit:.2f}"
+            for name in race.naive
+        )
         rows.append(
             (
                 race.name,

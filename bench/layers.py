@@ -1,5 +1,6 @@
-"""The shapes that the design names, their goals, and the tensors of a layer."""
+"""The shapes that the design names and the tensors of a layer."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,26 +26,36 @@ DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16-fp32": (torch.bfloat16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
 }
 """name -> dtype of x and weight, dtype of the adapters."""
+
+
+@functools.lru_cache(maxsize=16)
+def _random_pattern(shape: tuple[int, int], density: float, device: str) -> rk.CSRPattern:
+    """Cached: choosing among 16 million places takes seconds, and many races share a pattern."""
+    return rk.CSRPattern.random(shape, density, seed=0).to(device)
 
 
 class Layer:
     """A frozen linear with a LoRA part and a CSR part; x, lora_A, lora_B and values want gradients."""
 
-    def __init__(self, shape: Shape, dtypes: str, structure: str = "unstructured"):
+    def __init__(
+        self, shape: Shape, dtypes: str, structure: str = "unstructured", density: float = DENSITY, device: str = "cpu"
+    ):
         self.dtype, adapter_dtype = DTYPES[dtypes]
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         outputs, inputs, tokens = shape.out_features, shape.in_features, shape.tokens
 
         def normal(*size, dtype=self.dtype, scale=1.0):
-            return (torch.randn(size, generator=generator) * scale).to(dtype)
+            return (torch.randn(size, generator=generator, device=device) * scale).to(dtype)
 
-        self.rows = torch.randperm(outputs, generator=generator)[: max(1, round(DENSITY * outputs))].sort().values
+        shuffled = torch.randperm(outputs, generator=generator, device=device)
+        self.rows = shuffled[: max(1, round(density * outputs))].sort().values
         if structure == "row":
             self.pattern = rk.CSRPattern.from_rows(self.rows, (outputs, inputs))
         else:
-            self.pattern = rk.CSRPattern.random((outputs, inputs), DENSITY, seed=0)
+            self.pattern = _random_pattern((outputs, inputs), density, device)
         self.x = normal(tokens, inputs).requires_grad_()
         self.dy = normal(tokens, outputs)
         self.weight = normal(outputs, inputs, scale=inputs**-0.5)

@@ -1,8 +1,9 @@
 """What a competent PyTorch user writes without this package: each way as fast as plain PyTorch ops allow.
 
 A HandWritten layer has its backward by hand, because autograd through torch.sparse gives dense gradients. Sparse
-parts: CSR (torch.sparse and sampled_addmm; fp32 copies for bf16, which PyTorch's CSR ops reject), Dense (S scattered into
-a copy of W, the gradient gathered from a dense dW) and Rows (three small GEMMs). fp32 adapters are cast to x's dtype.
+parts: CSR (torch.sparse and sampled_addmm; fp32 copies for bf16, which PyTorch's CSR ops reject on a CPU), Dense (S
+scattered into a copy of W, the gradient gathered from a dense dW; in 16 bits this rounds away small deltas), DenseApart
+(S scattered into zeros and multiplied on its own) and Rows (three small GEMMs). fp32 adapters are cast to x's dtype.
 """
 
 import torch
@@ -27,23 +28,26 @@ class NoSparse:
 
 
 class CSR(NoSparse):
-    def __init__(self, pattern: CSRPattern):
-        self.shape = pattern.shape
+    """dtype: that of the products with S and Sᵀ; sampled_addmm knows no 16-bit dtype on any device."""
+
+    def __init__(self, pattern: CSRPattern, dtype: torch.dtype = torch.float32):
+        self.shape, self.dtype = pattern.shape, dtype
         self.indices = pattern.crow_indices, pattern.col_indices
         ccol, row, permutation = pattern.transpose()
         self.transposed_indices, self.permutation = (ccol, row), permutation.long()
-        self.zeros = self._matrix(self.indices, torch.zeros(pattern.nnz), self.shape)
+        self.zeros = self._matrix(self.indices, torch.zeros(pattern.nnz, device=pattern.device), self.shape)
 
     @staticmethod
     def _matrix(indices, values, shape):
-        return torch.sparse_csr_tensor(*indices, values.float(), shape, check_invariants=False)
+        return torch.sparse_csr_tensor(*indices, values, shape, check_invariants=False)
 
     def add_to_y(self, y, x, values):
-        y += (self._matrix(self.indices, values, self.shape) @ x.float().T).T
+        S = self._matrix(self.indices, values.to(self.dtype), self.shape)
+        y += (S @ x.to(self.dtype).T).T
 
     def add_to_dx(self, dx, dy, values):
-        St = self._matrix(self.transposed_indices, values[self.permutation], self.shape[::-1])
-        dx += (St @ dy.float().T).T
+        St = self._matrix(self.transposed_indices, values[self.permutation].to(self.dtype), self.shape[::-1])
+        dx += (St @ dy.to(self.dtype).T).T
 
     def gradient(self, dy, x):
         return torch.sparse.sampled_addmm(self.zeros, dy.float().T, x.float(), beta=0).values()
@@ -60,6 +64,26 @@ class Dense(NoSparse):
 
     def gradient(self, dy, x):
         return (dy.T @ x).view(-1)[self.flat]
+
+
+class DenseApart(Dense):
+    def __init__(self, pattern: CSRPattern):
+        super().__init__(pattern)
+        self.shape = pattern.shape
+
+    def weight(self, W, values):
+        return W
+
+    def _matrix(self, values, dtype):
+        S = torch.zeros(self.shape, dtype=dtype, device=values.device)
+        S.view(-1)[self.flat] = values.to(dtype)
+        return S
+
+    def add_to_y(self, y, x, values):
+        y.addmm_(x, self._matrix(values, x.dtype).T)
+
+    def add_to_dx(self, dx, dy, values):
+        dx.addmm_(dy, self._matrix(values, dx.dtype))
 
 
 class Rows(NoSparse):
@@ -79,18 +103,24 @@ class Rows(NoSparse):
         return (dy[:, self.rows].T @ x).flatten()
 
 
+def forward_by_hand(x, W, b, A, B, scaling, values, sparse):
+    """(y, the weight that S may be merged into, H or None): addmm into the base's result."""
+    M = sparse.weight(W, values)
+    y = F.linear(x, M, b)
+    H = None
+    if A is not None:
+        H = x @ A.to(x.dtype).T
+        y.addmm_(H, B.to(x.dtype).T, alpha=scaling)
+    sparse.add_to_y(y, x, values)
+    return y, M, H
+
+
 class HandWritten(Function):
-    """y = x Wᵀ + b + s x Aᵀ Bᵀ + x Sᵀ with addmm into the base's result; gradients of x, A, B and values."""
+    """y = x Wᵀ + b + s x Aᵀ Bᵀ + x Sᵀ by forward_by_hand; gradients of x, A, B and values."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, scaling, values, sparse):
-        M = sparse.weight(W, values)
-        y = F.linear(x, M, b)
-        H = None
-        if A is not None:
-            H = x @ A.to(x.dtype).T
-            y.addmm_(H, B.to(x.dtype).T, alpha=scaling)
-        sparse.add_to_y(y, x, values)
+        y, M, H = forward_by_hand(x, W, b, A, B, scaling, values, sparse)
         ctx.save_for_backward(x, M, A, B, values, H)
         ctx.scaling, ctx.sparse = scaling, sparse
         return y

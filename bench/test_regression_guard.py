@@ -86,6 +86,28 @@ def test_a_disturbed_race_says_so():
     assert made_up(ours=[1.0] + [1.6] * 7, naive=[2.0] * 8).judge() == "noisy"
 
 
+def test_a_naive_way_with_another_result_is_shown_and_not_judged():
+    race = made_up(ours=[2.0] * 4, csr=[3.0] * 4, dense=[1.0] * 4)
+    assert race.judge().startswith("SLOWER than dense")
+    race.unjudged = ("dense",)
+    assert race.judge() == "ok" and race.best_naive() == "csr"
+    assert "dense* 0.33" in table([race])
+
+
+def test_a_race_takes_its_timer_and_lets_its_candidates_go():
+    class Ticks:
+        min_sample_seconds = 3.0
+
+        def __call__(self, function, calls):
+            function()
+            return 1.0 * calls
+
+    race = Race("ticks", {"ours": lambda: RESULT, "naive": lambda: RESULT}, timer=Ticks())
+    race.run(Stopwatch(), seconds=36.0)
+    assert race.seconds == {"ours": [1.0] * 6, "naive": [1.0] * 6}  # a round: two candidates, three calls each
+    assert race.candidates == {}
+
+
 def test_different_results_are_no_race():
     race = Race("wrong", {"ours": lambda: RESULT, "naive": lambda: (torch.ones(3) * 1.1,)})
     with pytest.raises(AssertionError, match="result 0 of 'naive' differs"):

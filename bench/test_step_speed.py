@@ -2,12 +2,13 @@
 
 import pytest
 from interleaved import gradients
-from layers import DTYPES, STEP_SHAPES, Layer
+from layers import STEP_SHAPES, Layer
 from naive import CSR, Dense, HandWritten, NoSparse, lora_as_peft
 
 import rosa_kernels as rk
 
 SHAPES = STEP_SHAPES
+DTYPES = pytest.mark.parametrize("dtypes", ["fp32", "bf16", "bf16-fp32"])
 GOALS = {
     ("fp32", STEP_SHAPES[0]): 1.10,
     ("fp32", STEP_SHAPES[1]): 1.08,
@@ -21,7 +22,7 @@ LORA_GOALS = {("fp32", STEP_SHAPES[0]): 1.07, ("bf16", STEP_SHAPES[0]): 1.4}
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
+@DTYPES
 def test_rosa_step(race, shape, dtypes):
     layer = Layer(shape, dtypes)
     leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
@@ -43,7 +44,7 @@ def test_rosa_step(race, shape, dtypes):
     )
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
+@DTYPES
 def test_lora_step(race, shape, dtypes):
     layer = Layer(shape, dtypes)
     leaves = [layer.x, layer.lora_A, layer.lora_B]
