@@ -165,9 +165,9 @@ def race(request, run_and_judge):
 def gpu_race(request, run_and_judge):
     """gpu_race(candidates, ...): as race, for the test's case, on its device and in its mode."""
     case = request.node.callspec.params["case"]
+    request.config.stash[_GPU_STARTED].append(request.node.name)
 
     def run(candidates, *, allowance=0.0, unjudged=()):
-        request.config.stash[_GPU_STARTED].append(request.node.name)
         timer = MODES[case.mode]() if case.device == "cuda" else DryRun()
         candidates, left_out = _without_csr_where_it_fails(candidates, case.mode)
         candidates = {name: timer.prepare(function) for name, function in candidates.items()}
@@ -237,6 +237,8 @@ def _why_partial(config) -> str | None:
         return "--shapes quick"
     if config.getoption("--benchmark-disable"):
         return "--benchmark-disable: nothing was timed"
+    if not config.stash[_GPU_RESULTS]:
+        return "no race finished"
     started, collected = len(config.stash[_GPU_STARTED]), len(config.stash[_GPU_COLLECTED])
     named = any("::" in str(argument) for argument in config.args)
     return f"{started} of {collected} collected races started" if named or started < collected else None
