@@ -8,7 +8,7 @@ count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
 - fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits or tf32,
   whose operands would round small deltas away.
 - Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by columns, an
-  element. A dense S beside W in the kernel's loop costs the base's FLOPs once more, whatever d: it wins above d of about 0.5 %
+  element (and 16 bytes a load). A dense S beside W in the kernel's loop costs the base's FLOPs once more, whatever d: it wins above d of about 0.5 %
   at many tokens; densifying tiles of W + S inside the loop would round S into W, and making tiles of S there costs
   more than reading them, because every tile of tokens would make them anew. With values wider than x a dense S takes two dots.
 - Rows are a GEMM with fewer outputs, columns and 16 x 16 blocks one with fewer inputs, gathered around the dots.
@@ -23,8 +23,9 @@ from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
 from rosa_kernels.plan.gpu_table import Rates
 
 LARGEST_R_INSIDE = 64
-MOST_TOKENS_INSIDE = 512
-"""The linear kernel makes H itself up to these sizes: each tile of outputs makes it anew."""
+"""Largest rank whose H the linear kernel makes itself, for few tokens: each tile of outputs makes it anew."""
+FEW_TOKENS = 512
+"""Up to here x is gathered as it is; above, from a copy by columns."""
 _SECTOR = 32
 """Bytes that a gather moves from L2 for one element."""
 
@@ -83,7 +84,8 @@ def _sparse_ways(call: LinearCall) -> tuple[str, ...]:
     if not call.nnz:
         return ("",)
     by_structure = {ROW: ("rows",), COLUMN: ("shared",), BLOCK16: ("blocks",)}
-    return by_structure.get(call.structure, ("gather", "gather_columns", "dense"))
+    gather = "gather" if call.tokens <= FEW_TOKENS else "gather_columns"
+    return by_structure.get(call.structure, (gather, "dense"))
 
 
 def _low_rank_ways(call: LinearCall, base: str, S: str) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ def _low_rank_ways(call: LinearCall, base: str, S: str) -> tuple[str, ...]:
         return ("",)
     if call.H_known:
         return ("known",)
-    few = call.r <= LARGEST_R_INSIDE and call.tokens <= MOST_TOKENS_INSIDE
+    few = call.r <= LARGEST_R_INSIDE and call.tokens <= FEW_TOKENS
     inside = ("inside",) if few else ()
     by_library = base == "library" and S not in _S_IN_THE_KERNEL and not call.dropout and not call.mixed_lora
     return (*inside, "before", *(("library",) if by_library else ()))
@@ -165,9 +167,9 @@ def dy_read_once(r: int) -> bool:
     """True where one kernel makes dB and dH from one read of dy.
 
     A second read of dy moves T·O elements; making dH beside dB moves a part of it, T·r in fp32, written and read, for each 128
-    outputs: 2 · T · r · 4 bytes · O / 128 against 2 · T · O bytes in 16 bits. Even at r = 32.
+    outputs: 2 · T · r · 4 bytes · O / 128 against 2 · T · O bytes in 16 bits. Half at r = 16, even at r = 32.
     """
-    return r <= 32
+    return r <= 16
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.linear_kernel import linear_kernel
 from rosa_kernels.backends.triton.low_rank import block_r, shrink
-from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout, Sparse
+from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout, Sparse, by_columns
 from rosa_kernels.backends.triton.scatter import dense
 from rosa_kernels.plan import gpu, gpu_table
 
@@ -100,12 +100,12 @@ def _run_kernel(out: Tensor, problem: Linear, way: gpu.LinearWay) -> None:
         if way.H == "before":
             H = shrink(x, problem.A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
     drop_at = problem.drop_at if B is not None and (A is not None or problem.drop_at == "out") else ""
-    gathers = way.S in ("gather", "gather_columns")
+    in_csr_form = way.S in ("gather", "gather_columns", "shared")
     _launch(
-        out, x.T.contiguous().T if way.S == "gather_columns" else x, problem.N,
+        out, by_columns(x) if way.S == "gather_columns" else x, problem.N,
         weight=problem.weight if in_loop else None, bias=problem.bias if in_loop else None,
         H=H, A=A, B=B, scaling=problem.scaling, dropout=problem.dropout if drop_at else NO_DROPOUT, drop_at=drop_at,
-        S=S if gathers or way.S == "shared" else None, sparse="gather" if gathers else "shared" if way.S == "shared" else "",
+        S=S if in_csr_form else None, sparse=way.S if in_csr_form else "",
         dense_S=_dense_operand(S, x.dtype) if way.S == "dense" else None,
         accumulate=way.base == "library",
     )  # fmt: skip

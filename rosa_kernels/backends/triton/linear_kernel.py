@@ -89,8 +89,13 @@ def add_dense(
 
 
 @triton.jit
-def add_gathered(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, BLOCK_E: tl.constexpr):
-    """acc + x Sᵀ, BLOCK_E entries of each row of S at a time; x is read by entry."""
+def add_gathered(
+    acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, BY_COLUMNS: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """acc + x Sᵀ, BLOCK_E entries of each row of S at a time; x is read by entry.
+
+    BY_COLUMNS: x comes from by_columns, whose padding makes a mask over tokens needless and the loads wide.
+    """
     start = tl.load(crow + n, mask=in_n, other=0)
     end = tl.load(crow + n + 1, mask=in_n, other=0)
     for j in tl.range(0, tl.max(end - start), BLOCK_E, num_stages=1):
@@ -100,9 +105,8 @@ def add_gathered(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, str
         if permutation is not None:
             entry = tl.load(permutation + entry, mask=inside, other=0)
         value = tl.load(values + entry, mask=inside, other=0.0).to(tl.float32)
-        gathered = tl.load(
-            x_rows[:, :, None] + column[None, :, :] * stride_xk, mask=in_t[:, None, None] & inside[None, :, :], other=0.0
-        )
+        mask = inside[None, :, :] if BY_COLUMNS else in_t[:, None, None] & inside[None, :, :]
+        gathered = tl.load(x_rows[:, :, None] + column[None, :, :] * stride_xk, mask=mask, other=0.0)
         acc += tl.sum(gathered.to(tl.float32) * value[None, :, :], axis=2)
     return acc
 
@@ -142,8 +146,8 @@ def linear_kernel(
     """out (T, N) from x (T, K); a part whose first tensor is None is left out.
 
     weight, S (N, K) dense. H (PARTS, T, R) fp32 and B (N, R); or A (R, K) and B, for H made here, R <= BLOCK_R.
-    values at crow, col, in the order of permutation if there is one: SPARSE "gather" reads x entry by entry, "shared"
-    takes BLOCK_N rows that share their columns. DROPOUT: "x" of H's input, "out" of the low-rank part of out, or "".
+    values at crow, col, in the order of permutation if there is one: SPARSE "gather" and "gather_columns" read x entry
+    by entry, "shared" takes BLOCK_N rows that share their columns. DROPOUT: "x" of H's input, "out" of the low-rank part of out, or "".
     ACCUMULATE adds to what out holds. SCATTER: column n goes to the n-th non-empty row of crow (rows + 1,), each row of
     row_length entries; out then has `rows` columns.
     """
@@ -170,8 +174,9 @@ def linear_kernel(
             zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             delta = times_B(narrow(h, dtype), zero, B, n64, in_n, 0, R, stride_bn, stride_br, PRECISION)
             acc += scaled(delta, seed, t, n_tile * BLOCK_N, scaling, keep_scale, threshold, DROPOUT == "out")
-    if SPARSE == "gather":
-        acc = add_gathered(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, BLOCK_E)
+    if SPARSE == "gather" or SPARSE == "gather_columns":
+        by_columns: tl.constexpr = SPARSE == "gather_columns"
+        acc = add_gathered(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, by_columns, BLOCK_E)
     if SPARSE == "shared":
         acc = add_shared(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, PRECISION, BLOCK_K)
     if bias is not None:

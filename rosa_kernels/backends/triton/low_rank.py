@@ -49,9 +49,9 @@ def shrink_kernel(
     tl.store(target, acc, mask=(t < T)[:, None] & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "T_PER_SPLIT", "P_PARTS"])
+@triton.jit(do_not_specialize=["T", "BLOCKS_PER_SPLIT", "P_PARTS"])
 def outer_kernel(
-    out, shrunk, z, P, Q, seed, T, F, R, T_PER_SPLIT, P_PARTS, scaling, threshold, stride_zt, stride_zf,
+    out, shrunk, z, P, Q, seed, T, F, R, BLOCKS_PER_SPLIT, P_PARTS, scaling, threshold, stride_zt, stride_zf,
     stride_qf, stride_qr, stride_of, stride_or,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -67,8 +67,8 @@ def outer_kernel(
     if shrunk is not None:
         q = tl.load(Q + f64[:, None] * stride_qf + r64[None, :] * stride_qr, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0)
     acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
-    first = split * T_PER_SPLIT
-    last = min(first + T_PER_SPLIT, T)
+    first = split * BLOCKS_PER_SPLIT * BLOCK_T
+    last = min(first + BLOCKS_PER_SPLIT * BLOCK_T, T)
     for t0 in range(first, last, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         t64 = t.to(tl.int64)
@@ -96,11 +96,11 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     (T, K), R = x.shape, A.shape[0]
     config = configs.choose(configs.SHRINK, x.device, x.dtype, T)
     tiles = triton.cdiv(T, config["BLOCK_M"]), triton.cdiv(R, block_r(R))
-    splits, per_split = runtime.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
+    splits, blocks = runtime.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
     parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
     runtime.launch(
         shrink_kernel, (tiles[0], splits, tiles[1]),
-        parts, x, A, dropout.seed, T, K, R, per_split // config["BLOCK_K"], dropout.keep_scale, dropout.threshold, *x.stride(), *A.stride(),
+        parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, dropout.threshold, *x.stride(), *A.stride(),
         EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.fp32_precision(), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
     return parts
@@ -117,7 +117,7 @@ def outer(
     (T, F), R = z.shape, P.shape[2]
     config = configs.choose(configs.OUTER, z.device, z.dtype, T)
     tiles = triton.cdiv(F, config["BLOCK_F"]), triton.cdiv(R, block_r(R))
-    splits, per_split = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], z.device, at_most=32)
+    splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], z.device, at_most=32)
     shrunk = None
     if Q is not None:  # no features: one part of zeros
         shrunk = (torch.empty if F else torch.zeros)(max(1, tiles[0]), T, R, dtype=torch.float32, device=z.device)
@@ -126,7 +126,7 @@ def outer(
     stride_qf, stride_qr = (0, 0) if Q is None else Q.stride()
     runtime.launch(
         outer_kernel, (tiles[0], splits, tiles[1]),
-        parts, shrunk, z, P, Q, dropout.seed, T, F, R, per_split, P.shape[0], scaling * dropout.keep_scale, dropout.threshold,
+        parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0], scaling * dropout.keep_scale, dropout.threshold,
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
         PRECISION=runtime.fp32_precision(), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip

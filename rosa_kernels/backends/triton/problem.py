@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rosa_kernels.autograd import transposed_structure
@@ -65,3 +66,16 @@ def sparse_of(values: Tensor | None, crow: Tensor, col: Tensor, structure: int, 
     if values is None or values.shape[0] == 0:
         return None
     return Sparse(values.contiguous(), crow, col, structure, (crow.shape[0] - 1, in_features))
+
+
+TOKEN_PADDING = 128
+"""A multiple of every BLOCK_M and BLOCK_T of the kernels that read by_columns."""
+
+
+def by_columns(x: Tensor) -> Tensor:
+    """x (T, features) with neighbouring tokens next to each other in memory, zeros behind them up to a multiple of TOKEN_PADDING."""
+    T, features = x.shape
+    columns = torch.empty(features, -(-T // TOKEN_PADDING) * TOKEN_PADDING, dtype=x.dtype, device=x.device)
+    columns[:, :T] = x.T
+    columns[:, T:] = 0
+    return columns.T[:T]

@@ -46,11 +46,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def splits_of(length: int, block: int, tiles: int, device: torch.device, at_most: int) -> tuple[int, int]:
-    """(splits, elements a split): enough splits of a dimension of `length` to give two programs a multiprocessor.
-
-    A split is a multiple of `block`; there is at least one.
-    """
+    """(splits, blocks a split): enough splits of `length` elements to give two programs a multiprocessor; at least one."""
     wanted = triton.cdiv(2 * multiprocessors(device), max(1, tiles))
-    splits = max(1, min(wanted, at_most, triton.cdiv(length, block)))
-    per_split = triton.cdiv(triton.cdiv(length, splits), block) * block
-    return max(1, triton.cdiv(length, max(1, per_split))), max(block, per_split)
+    blocks = max(1, triton.cdiv(length, block))
+    blocks_a_split = triton.cdiv(blocks, max(1, min(wanted, at_most, blocks)))
+    return triton.cdiv(blocks, blocks_a_split), blocks_a_split

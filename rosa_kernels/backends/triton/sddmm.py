@@ -14,6 +14,7 @@ from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.arithmetic import dot, first_entry_at, narrow, row_of_entry, tile_position
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.parts import add_parts
+from rosa_kernels.backends.triton.problem import by_columns
 from rosa_kernels.pattern import BLOCK16, ROW
 from rosa_kernels.plan import gpu, gpu_table
 
@@ -35,9 +36,9 @@ def dyT_x(dy_columns, x_columns, in_m, in_n, first_t, last_t, stride_dyt, stride
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "nnz", "T_PER_SPLIT", "STEPS"])
+@triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
 def sddmm_tiled_kernel(
-    out, dy, x, crow, col, T, M, N, nnz, T_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    out, dy, x, crow, col, T, M, N, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +57,7 @@ def sddmm_tiled_kernel(
     if longest > 0:
         acc = dyT_x(
             dy + m.to(tl.int64) * stride_dym, x + n.to(tl.int64) * stride_xn, in_m, n < N,
-            split * T_PER_SPLIT, min((split + 1) * T_PER_SPLIT, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
+            split * BLOCKS_PER_SPLIT * BLOCK_T, min((split + 1) * BLOCKS_PER_SPLIT * BLOCK_T, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
         )  # fmt: skip
         for j in tl.range(0, longest, BLOCK_E, num_stages=1):
             entry = start[:, None] + j + tl.arange(0, BLOCK_E)[None, :]
@@ -67,9 +68,9 @@ def sddmm_tiled_kernel(
             tl.store(target, narrow(value, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "rows", "row_length", "nnz", "T_PER_SPLIT", "STEPS"])
+@triton.jit(do_not_specialize=["T", "rows", "row_length", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
 def sddmm_shared_kernel(
-    out, dy, x, crow, col, T, M, rows, row_length, nnz, T_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    out, dy, x, crow, col, T, M, rows, row_length, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
     SCATTERED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """As sddmm_tiled_kernel, where each BLOCK_M of the M rows share their columns.
@@ -92,18 +93,21 @@ def sddmm_shared_kernel(
         column = tl.load(col + start + n, mask=in_n, other=0)
         acc = dyT_x(
             dy + row.to(tl.int64) * stride_dym, x + column.to(tl.int64) * stride_xn, in_m, in_n,
-            split * T_PER_SPLIT, min((split + 1) * T_PER_SPLIT, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
+            split * BLOCKS_PER_SPLIT * BLOCK_T, min((split + 1) * BLOCKS_PER_SPLIT * BLOCK_T, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
         )  # fmt: skip
         target = out + split.to(tl.int64) * nnz + row_start[:, None] + n[None, :]
         tl.store(target, narrow(acc, out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "nnz", "T_PER_SPLIT", "STEPS"])
+@triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
 def sddmm_entries_kernel(
-    out, dy, x, crow, col, T, M, nnz, T_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    out, dy, x, crow, col, T, M, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    BY_COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """out[split] (nnz,): a program takes BLOCK_E entries, BLOCK_T tokens at a time."""
+    """out[split] (nnz,): a program takes BLOCK_E entries, BLOCK_T tokens at a time.
+
+    BY_COLUMNS: dy and x come from by_columns, whose zeros make a mask over tokens needless and the loads wide.
+    """
     entry = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     split = tl.program_id(1)
     inside = entry < nnz
@@ -112,10 +116,10 @@ def sddmm_entries_kernel(
     dy_columns = dy + row.to(tl.int64) * stride_dym
     x_columns = x + column.to(tl.int64) * stride_xn
     acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    last_t = min((split + 1) * T_PER_SPLIT, T)
-    for t0 in range(split * T_PER_SPLIT, last_t, BLOCK_T):
+    last_t = min((split + 1) * BLOCKS_PER_SPLIT * BLOCK_T, T)
+    for t0 in range(split * BLOCKS_PER_SPLIT * BLOCK_T, last_t, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        mask = (t < last_t)[:, None] & inside[None, :]
+        mask = inside[None, :] if BY_COLUMNS else (t < last_t)[:, None] & inside[None, :]
         t64 = t.to(tl.int64)[:, None]
         g = tl.load(dy_columns[None, :] + t64 * stride_dyt, mask=mask, other=0.0).to(tl.float32)
         acc += g * tl.load(x_columns[None, :] + t64 * stride_xt, mask=mask, other=0.0).to(tl.float32)
@@ -137,15 +141,14 @@ def take(way: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: 
     """sddmm by one of gpu.sddmm_ways; nnz > 0."""
     out = torch.empty(col.shape, dtype=dtype, device=x.device)
     if way == "entries_columns":
-        dy, x = _by_columns(dy), _by_columns(x)
-    launch = {"tiled": _tiled, "shared": _shared}.get(way, _entries)
-    launch(out, dy, x, crow, col, structure)
+        dy, x = by_columns(dy), by_columns(x)
+    if way in ("entries", "entries_columns"):
+        _entries(out, dy, x, crow, col, BY_COLUMNS=way == "entries_columns")
+    elif way == "tiled":
+        _tiled(out, dy, x, crow, col)
+    else:
+        _shared(out, dy, x, crow, col, structure)
     return out
-
-
-def _by_columns(x: Tensor) -> Tensor:
-    """The same matrix with neighbouring rows next to each other in memory."""
-    return x.T.contiguous().T
 
 
 def _with_parts(out: Tensor, splits: int, run) -> None:
@@ -158,14 +161,14 @@ def _with_parts(out: Tensor, splits: int, run) -> None:
     add_parts(out, parts)
 
 
-def _tiled(out, dy, x, crow, col, structure) -> None:
+def _tiled(out, dy, x, crow, col) -> None:
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_TILED, x.device, x.dtype, T)
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    splits, per_split = runtime.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
+    splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_tiled_kernel, (tiles, splits),
-        target, dy, x, crow, col, T, M, N, nnz, per_split, N.bit_length(), *dy.stride(), *x.stride(),
+        target, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
         PRECISION=runtime.fp32_precision(), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
     ))  # fmt: skip
 
@@ -178,19 +181,20 @@ def _shared(out, dy, x, crow, col, structure) -> None:
     M = nnz // N if structure == ROW else rows
     widest = N if structure in (ROW, BLOCK16) else nnz // rows
     tiles = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(widest, config["BLOCK_N"])
-    splits, per_split = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
+    splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_shared_kernel, (*tiles, splits),
-        target, dy, x, crow, col, T, M, rows, N, nnz, per_split, rows.bit_length(), *dy.stride(), *x.stride(),
+        target, dy, x, crow, col, T, M, rows, N, nnz, blocks, rows.bit_length(), *dy.stride(), *x.stride(),
         SCATTERED=structure == ROW, PRECISION=runtime.fp32_precision(), config=config,
     ))  # fmt: skip
 
 
-def _entries(out, dy, x, crow, col, structure) -> None:
+def _entries(out, dy, x, crow, col, BY_COLUMNS) -> None:
     (T, M), nnz = dy.shape, col.shape[0]
     tiles = triton.cdiv(nnz, _ENTRIES["BLOCK_E"])
-    splits, per_split = runtime.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
+    splits, blocks = runtime.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_entries_kernel, (tiles, splits),
-        target, dy, x, crow, col, T, M, nnz, per_split, M.bit_length(), *dy.stride(), *x.stride(), config=_ENTRIES,
+        target, dy, x, crow, col, T, M, nnz, blocks, M.bit_length(), *dy.stride(), *x.stride(),
+        BY_COLUMNS=BY_COLUMNS, config=_ENTRIES,
     ))  # fmt: skip
