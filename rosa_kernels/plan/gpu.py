@@ -17,7 +17,7 @@ count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
 """
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
 from rosa_kernels.plan.gpu_table import Rates
@@ -30,8 +30,7 @@ _SECTOR = 32
 """Bytes that a gather moves from L2 for one element."""
 
 
-@dataclass(frozen=True)
-class LinearCall:
+class LinearCall(NamedTuple):
     """y (tokens, N) from x (tokens, K), or dx likewise; sizes in elements."""
 
     tokens: int
@@ -49,8 +48,7 @@ class LinearCall:
     H_known: bool = False
 
 
-@dataclass(frozen=True)
-class LinearWay:
+class LinearWay(NamedTuple):
     """base: "kernel", "library", "merged" or "". H: made "inside" the kernel, "before" it, by the "library"; "known"; or "".
 
     S: "gather", "gather_columns" (from a copy of x by columns), "dense", "shared" (columns), "rows", "blocks", or "".
@@ -172,8 +170,7 @@ def dy_read_once(r: int) -> bool:
     return r <= 16
 
 
-@dataclass(frozen=True)
-class SDDMMCall:
+class SDDMMCall(NamedTuple):
     tokens: int
     M: int
     N: int

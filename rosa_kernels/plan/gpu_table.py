@@ -4,14 +4,13 @@ import functools
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """What large calls reach: FLOP/s of library GEMMs by operand, bytes/s, and the cost of one more kernel."""
 
     flops_16_bit: float
@@ -51,7 +50,7 @@ def read_table(path: Path) -> dict:
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        fields = Rates.__dataclass_fields__.keys()
+        fields = Rates._fields
         sound = all(name in fields and number > 0 for name, number in table["rates"].items())
         sound = sound and all(isinstance(position, int) and position >= 0 for position in table["configs"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,7 +87,7 @@ def _table(device: torch.device) -> dict:
 
 @functools.cache
 def rates(device: torch.device, target: str) -> Rates:
-    return Rates(**(vars(RATES[target]) | _table(device)["rates"]))
+    return RATES[target]._replace(**_table(device)["rates"])
 
 
 def config_key(kernel: str, element_size: int, bucket: int) -> str:

@@ -1,11 +1,10 @@
 """y and dx: takes the way that the plan chose, library calls first, then the linear kernel, then whole rows or blocks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from rosa_kernels.backends.triton import configs, runtime
@@ -19,8 +18,7 @@ from rosa_kernels.plan import gpu, gpu_table
 _GROUP_M = 8
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, H = x Aᵀ; dx in the same form, with dy for x and every matrix transposed.
 
     x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: A's product where it is known already,
@@ -52,7 +50,7 @@ class Linear:
             nnz=0 if S is None else S.nnz,
             structure=0 if S is None else S.structure,
             element_size=x.element_size(),
-            tf32=runtime.fp32_precision() == "tf32",
+            tf32=runtime.precision(x.dtype) == "tf32",
             base=self.weight is not None,
             dropout=self.drop_at,
             mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
@@ -119,7 +117,7 @@ def _dense_operand(S: Sparse, dtype: torch.dtype) -> Tensor:
 def _add_rows(out: Tensor, x: Tensor, S: Sparse) -> None:
     """out[:, rows] += x S_rowsᵀ."""
     rows = S.whole_rows()
-    block_n = min(64, max(16, triton.next_power_of_2(rows.shape[0])))
+    block_n = block_r(rows.shape[0])
     _launch(out, x, rows.shape[0], weight=rows, accumulate=True, scatter_to=S, block_n=block_n)
 
 
@@ -136,12 +134,12 @@ def _launch(
     values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
     strides = [(0, 0) if matrix is None else matrix.stride() for matrix in (weight, A, B, dense_S)]
     runtime.launch(
-        linear_kernel, (triton.cdiv(T, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),),
+        linear_kernel, (runtime.cdiv(T, config["BLOCK_M"]) * runtime.cdiv(N, config["BLOCK_N"]),),
         out, x, weight, None if bias is None else bias.contiguous(), H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
         T, N, K, R, 0 if H is None else H.shape[0], out.shape[1], K, out.shape[1].bit_length(),
         scaling, dropout.keep_scale, dropout.threshold, out.stride(0), *x.stride(), *(s for pair in strides for s in pair),
         DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None, EVEN_K=K % config["BLOCK_K"] == 0,
-        PRECISION=runtime.fp32_precision(), BLOCK_R=block_r(R), BLOCK_E=_block_e(config), GROUP_M=_GROUP_M, config=config,
+        PRECISION=runtime.precision(x.dtype), BLOCK_R=block_r(R), BLOCK_E=_block_e(config), GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip
 
 

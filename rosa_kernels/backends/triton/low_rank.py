@@ -88,20 +88,20 @@ def outer_kernel(
 
 def block_r(r: int) -> int:
     """Ranks in a tile: a power of two that the tensor cores take."""
-    return min(64, max(16, triton.next_power_of_2(r)))
+    return min(64, max(16, 1 << (r - 1).bit_length()))
 
 
 def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     """x̂ Aᵀ as fp32 parts (parts, T, r) to be added; x (T, K), A (r, K) of any strides."""
     (T, K), R = x.shape, A.shape[0]
     config = configs.choose(configs.SHRINK, x.device, x.dtype, T)
-    tiles = triton.cdiv(T, config["BLOCK_M"]), triton.cdiv(R, block_r(R))
+    tiles = runtime.cdiv(T, config["BLOCK_M"]), runtime.cdiv(R, block_r(R))
     splits, blocks = runtime.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
     parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
     runtime.launch(
         shrink_kernel, (tiles[0], splits, tiles[1]),
         parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, dropout.threshold, *x.stride(), *A.stride(),
-        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.fp32_precision(), BLOCK_R=block_r(R), config=config,
+        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x.dtype), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
     return parts
 
@@ -116,7 +116,7 @@ def outer(
     """
     (T, F), R = z.shape, P.shape[2]
     config = configs.choose(configs.OUTER, z.device, z.dtype, T)
-    tiles = triton.cdiv(F, config["BLOCK_F"]), triton.cdiv(R, block_r(R))
+    tiles = runtime.cdiv(F, config["BLOCK_F"]), runtime.cdiv(R, block_r(R))
     splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], z.device, at_most=32)
     shrunk = None
     if Q is not None:  # no features: one part of zeros
@@ -128,7 +128,7 @@ def outer(
         outer_kernel, (tiles[0], splits, tiles[1]),
         parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0], scaling * dropout.keep_scale, dropout.threshold,
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
-        PRECISION=runtime.fp32_precision(), BLOCK_R=block_r(R), config=config,
+        PRECISION=runtime.precision(z.dtype), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
     if splits > 1:
         add_parts(out, parts)

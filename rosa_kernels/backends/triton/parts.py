@@ -21,5 +21,5 @@ def sum_kernel(out, parts, size, PARTS, BLOCK: tl.constexpr):
 
 def add_parts(out: Tensor, parts: Tensor) -> None:
     """out = Σ_p parts[p]; parts (parts, *out.shape) fp32, both contiguous."""
-    grid = (triton.cdiv(out.numel(), _CONFIG["BLOCK"]),)
+    grid = (runtime.cdiv(out.numel(), _CONFIG["BLOCK"]),)
     runtime.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)

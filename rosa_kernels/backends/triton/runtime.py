@@ -4,7 +4,6 @@ import functools
 import os
 
 import torch
-import triton
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,9 +21,13 @@ def launch(kernel, grid: tuple[int, ...], *args, config, **constants) -> None:
             kernel[grid](*args, **constants, **config.blocks, **options)
 
 
-def fp32_precision() -> str:
-    """How fp32 operands are multiplied: "tf32" where PyTorch's own switch for matmuls says so, else "ieee"."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def precision(dtype: torch.dtype) -> str:
+    """How operands are multiplied: "tf32" for fp32 where PyTorch's own switch for matmuls says so, else "ieee"."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def cdiv(length: int, block: int) -> int:
+    return -(-length // block)
 
 
 @functools.cache
@@ -47,7 +50,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def splits_of(length: int, block: int, tiles: int, device: torch.device, at_most: int) -> tuple[int, int]:
     """(splits, blocks a split): enough splits of `length` elements to give two programs a multiprocessor; at least one."""
-    wanted = triton.cdiv(2 * multiprocessors(device), max(1, tiles))
-    blocks = max(1, triton.cdiv(length, block))
-    blocks_a_split = triton.cdiv(blocks, max(1, min(wanted, at_most, blocks)))
-    return triton.cdiv(blocks, blocks_a_split), blocks_a_split
+    wanted = cdiv(2 * multiprocessors(device), max(1, tiles))
+    blocks = max(1, cdiv(length, block))
+    blocks_a_split = cdiv(blocks, max(1, min(wanted, at_most, blocks)))
+    return cdiv(blocks, blocks_a_split), blocks_a_split

@@ -132,7 +132,7 @@ def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtyp
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     if nnz == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
-    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), runtime.fp32_precision() == "tf32")
+    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), runtime.precision(x.dtype) == "tf32")
     way = gpu.choose_sddmm(call, gpu_table.rates(x.device, runtime.target(x.device)))
     return take(way, dy, x, crow, col, structure, dtype)
 
@@ -164,12 +164,12 @@ def _with_parts(out: Tensor, splits: int, run) -> None:
 def _tiled(out, dy, x, crow, col) -> None:
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_TILED, x.device, x.dtype, T)
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    tiles = runtime.cdiv(M, config["BLOCK_M"]) * runtime.cdiv(N, config["BLOCK_N"])
     splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_tiled_kernel, (tiles, splits),
         target, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
-        PRECISION=runtime.fp32_precision(), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
+        PRECISION=runtime.precision(x.dtype), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
     ))  # fmt: skip
 
 
@@ -180,18 +180,18 @@ def _shared(out, dy, x, crow, col, structure) -> None:
         config = Config(config.blocks | {"BLOCK_M": 16}, config.num_warps, config.num_stages)
     M = nnz // N if structure == ROW else rows
     widest = N if structure in (ROW, BLOCK16) else nnz // rows
-    tiles = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(widest, config["BLOCK_N"])
+    tiles = runtime.cdiv(M, config["BLOCK_M"]), runtime.cdiv(widest, config["BLOCK_N"])
     splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_shared_kernel, (*tiles, splits),
         target, dy, x, crow, col, T, M, rows, N, nnz, blocks, rows.bit_length(), *dy.stride(), *x.stride(),
-        SCATTERED=structure == ROW, PRECISION=runtime.fp32_precision(), config=config,
+        SCATTERED=structure == ROW, PRECISION=runtime.precision(x.dtype), config=config,
     ))  # fmt: skip
 
 
 def _entries(out, dy, x, crow, col, BY_COLUMNS) -> None:
     (T, M), nnz = dy.shape, col.shape[0]
-    tiles = triton.cdiv(nnz, _ENTRIES["BLOCK_E"])
+    tiles = runtime.cdiv(nnz, _ENTRIES["BLOCK_E"])
     splits, blocks = runtime.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_entries_kernel, (tiles, splits),
