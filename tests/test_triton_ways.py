@@ -144,3 +144,21 @@ def test_the_choices_that_the_docstring_explains():
     assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16), h100).base == "kernel"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772), h100) == "tiled"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100) == "entries_columns"
+
+
+@interpreted
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_parts_added_first_or_by_their_readers(monkeypatch, dropout_p):
+    """H and dH come in parts here; whoever adds them, the numbers are right."""
+    case = LinearCase((90,), 300, 230, 8, "random", dropout_p=dropout_p)
+    keep = keep_mask(seed_drawn_after(SEED), case.tokens, case.in_features, dropout_p) if dropout_p else None
+    inputs = make_inputs(case, BF16)
+    expected = expected_linear(case, inputs, keep)
+    seen = set()
+    for first in (True, False):
+        monkeypatch.setattr(gpu, "parts_added_first", lambda parts, *sizes: seen.add(parts > 1) or first)
+        with rk.use_backend("triton"):
+            got = run_linear(case, inputs)
+        for name, result in got.items():
+            check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
+    assert seen == {True}

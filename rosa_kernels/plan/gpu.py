@@ -170,6 +170,17 @@ def dy_read_once(r: int) -> bool:
     return r <= 16
 
 
+def parts_added_first(parts: int, elements: int, readers: int, rates: Rates) -> bool:
+    """True where adding fp32 parts of H or dH once beats letting each of `readers` tiles of outputs add them.
+
+    elements: of one part. Each reader takes every part from L2.
+    """
+    one = 4 * elements
+    by_readers = readers * parts * one / rates.l2_bandwidth
+    first = rates.launch_seconds + (parts + 1) * one / rates.bandwidth + readers * one / rates.l2_bandwidth
+    return first < by_readers
+
+
 class SDDMMCall(NamedTuple):
     tokens: int
     M: int

@@ -15,12 +15,14 @@ except ModuleNotFoundError:
 else:
     from rosa_kernels.backends.triton.linear import Linear, linear
     from rosa_kernels.backends.triton.low_rank import outer, shrink
+    from rosa_kernels.backends.triton.parts import for_readers
     from rosa_kernels.backends.triton.problem import Dropout, sparse_of
     from rosa_kernels.backends.triton.scatter import add_in_place, sum_with
     from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
     from rosa_kernels.plan import gpu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = (8, 0)
 
 
 def unavailable_reason() -> str | None:
@@ -40,6 +42,9 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its tensors are on a CUDA or ROCm device, not on {device.type}"
     if dtype not in _DTYPES:
         return f"it computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < _OLDEST:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"it needs a GPU of compute capability 8.0 (Ampere) or newer, this one has {capability}"
     return None
 
 
@@ -97,13 +102,15 @@ def rosa_linear_backward(
 def _low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
     """(dA, dB, dH as parts and unscaled), None where not needed; dH where dA or dB made it on the way, for dx to use."""
     dA = dB = dH = None
+    dH_readers = x.shape[1] * (need_dx + need_dA)
     if need_dB:
-        H = shrink(x, lora_A, dropout)
+        H = for_readers(shrink(x, lora_A, dropout), dy.shape[1])
         by_the_way = (need_dx or need_dA) and gpu.dy_read_once(lora_B.shape[1])
         dB, dH = outer(dy, H, lora_B, scaling, features_first=True, Q=lora_B if by_the_way else None)
+        dH = None if dH is None else for_readers(dH, dH_readers)
     if need_dA:
         if dH is None:
-            dH = shrink(dy, lora_B.T)
+            dH = for_readers(shrink(dy, lora_B.T), dH_readers)
         dA, _ = outer(x, dH, lora_A, scaling, features_first=False, dropout=dropout)
     return dA, dB, dH
 

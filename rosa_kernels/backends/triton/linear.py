@@ -11,6 +11,7 @@ from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.linear_kernel import linear_kernel
 from rosa_kernels.backends.triton.low_rank import block_r, shrink
+from rosa_kernels.backends.triton.parts import for_readers
 from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout, Sparse, by_columns
 from rosa_kernels.backends.triton.scatter import dense
 from rosa_kernels.plan import gpu, gpu_table
@@ -96,7 +97,7 @@ def _run_kernel(out: Tensor, problem: Linear, way: gpu.LinearWay) -> None:
         A = problem.A if way.H == "inside" else None
         H = problem.H
         if way.H == "before":
-            H = shrink(x, problem.A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
+            H = for_readers(shrink(x, problem.A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT), problem.N)
     drop_at = problem.drop_at if B is not None and (A is not None or problem.drop_at == "out") else ""
     in_csr_form = way.S in ("gather", "gather_columns", "shared")
     _launch(

@@ -1,5 +1,6 @@
 """Sums over a split dimension: each split's program writes an fp32 part, and these are added in order, rounded once."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -7,8 +8,11 @@ from torch import Tensor
 from rosa_kernels.backends.triton import runtime
 from rosa_kernels.backends.triton.arithmetic import narrow, sum_of_parts
 from rosa_kernels.backends.triton.configs import Config
+from rosa_kernels.plan import gpu, gpu_table
 
 _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
+_READER = 128
+"""Outputs in a tile of the kernels that read parts."""
 
 
 @triton.jit(do_not_specialize=["size", "PARTS"])
@@ -23,3 +27,14 @@ def add_parts(out: Tensor, parts: Tensor) -> None:
     """out = Σ_p parts[p]; parts (parts, *out.shape) fp32, both contiguous."""
     grid = (runtime.cdiv(out.numel(), _CONFIG["BLOCK"]),)
     runtime.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
+
+
+def for_readers(parts: Tensor, features: int) -> Tensor:
+    """parts (parts, ...), or their sum as the only one: whichever costs less where tiles of all `features` outputs read them."""
+    rates = gpu_table.rates(parts.device, runtime.target(parts.device))
+    readers = runtime.cdiv(features, _READER)
+    if parts.shape[0] == 1 or not gpu.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates):
+        return parts
+    total = torch.empty(1, *parts.shape[1:], dtype=torch.float32, device=parts.device)
+    add_parts(total, parts)
+    return total
