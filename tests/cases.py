@@ -150,17 +150,20 @@ class LinearInputs:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def make_inputs(case: LinearCase, dtype: torch.dtype, seed: int = 0) -> LinearInputs:
-    """Each part of y is of order one, so that an error in any part shows."""
+CPU = torch.device("cpu")
+
+
+def make_inputs(case: LinearCase, dtype: torch.dtype, device: torch.device = CPU, seed: int = 0) -> LinearInputs:
+    """Each part of y is of order one, so that an error in any part shows. The numbers are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0, to=dtype, layout="contiguous"):
         drawn = torch.randn(*shape, dtype=torch.float64, generator=generator) * scale
-        return laid_out(drawn.to(to or dtype), layout)
+        return laid_out(drawn.to(to or dtype).to(device), layout)
 
     inputs, outputs, r = case.in_features, case.out_features, case.r
     fan_in = max(1, inputs) ** -0.5
-    pattern = None if case.pattern is None else PATTERNS[case.pattern]((outputs, inputs))
+    pattern = None if case.pattern is None else PATTERNS[case.pattern]((outputs, inputs)).to(device)
     values = None
     if pattern is not None:
         scale = max(1.0, pattern.density * inputs) ** -0.5
@@ -259,6 +262,7 @@ class SparseCase:
     values_dtype: torch.dtype | None = None
 
     id = LinearCase.id
+    tokens = LinearCase.tokens
 
     def as_linear(self) -> LinearCase:
         """The same tensors as a linear case makes; its weight takes x's layout (csr_add)."""

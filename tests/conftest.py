@@ -1,4 +1,8 @@
-"""Every test that asks for `backend` (and `dtype`) runs on each backend, with each dtype that it serves."""
+"""Every test that asks for `backend` (`dtype`, `device`) runs on each backend, with each dtype that it serves.
+
+On CPU tensors always; a test that asks for `device` also on a GPU where there is one (`-m gpu` picks those). TRITON_INTERPRET=1, in
+the environment before Triton is imported, makes another run of it: the Triton backend alone, interpreted, on CPU tensors.
+"""
 
 import os
 
@@ -14,36 +18,67 @@ from rosa_kernels.dispatch import refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CPU = torch.device("cpu")
-BACKENDS_ON_CPU_TENSORS = ("reference", "cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS_ON_CPU_TENSORS = ("triton",) if INTERPRETED else ("reference", "cpu")
+BACKENDS_ON_GPU_TENSORS = ("triton", "reference")
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40, print_blob=True)
 settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+if INTERPRETED:
+    import interpreter_guard
+    import interpreter_selection
+
+    interpreter_guard.install()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run")
+
 
 def pytest_configure(config):
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1 if INTERPRETED else min(2, os.cpu_count() or 1))
 
 
-def _backend_parameters(with_dtype: bool):
+def pytest_collection_modifyitems(config, items):
+    taken = [item for item in items if interpreter_selection.takes(item)] if INTERPRETED else list(items)
+    if part := config.getoption("part"):
+        first, parts = map(int, part.split("/"))
+        taken = taken[first::parts]
+    left_out = set(items) - set(taken)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = taken
+
+
+def _backends(on_gpu_too: bool):
+    """(name in the test's id, backend, device, marks)."""
     for backend in BACKENDS_ON_CPU_TENSORS:
+        yield backend, backend, CPU, ()
+    if on_gpu_too and torch.cuda.is_available() and not INTERPRETED:
+        for backend in BACKENDS_ON_GPU_TENSORS:
+            yield f"{backend}-cuda", backend, torch.device("cuda", torch.cuda.current_device()), (pytest.mark.gpu,)
+
+
+def _parameters(names: list[str]):
+    """One set of values for `names`, a subset of backend, dtype and device, for each combination that is served."""
+    for name, backend, device, marks in _backends(on_gpu_too="device" in names):
         reason = rk.available_backends()[backend]
         if reason is not None:
             skip = pytest.mark.skip(reason=f"backend {backend}: {reason}")
-            yield pytest.param(*((backend, None) if with_dtype else (backend,)), id=backend, marks=skip)
-        elif not with_dtype:
-            yield pytest.param(backend, id=backend)
-        else:
-            for name, dtype in DTYPES.items():
-                if refusal(backend, CPU, dtype) is None:
-                    yield pytest.param(backend, dtype, id=f"{backend}-{name}")
+            yield pytest.param(*({"backend": backend}.get(n) for n in names), id=name, marks=(*marks, skip))
+            continue
+        for dtype_name, dtype in DTYPES.items() if "dtype" in names else [("", None)]:
+            if dtype is None or refusal(backend, device, dtype) is None:
+                values = {"backend": backend, "dtype": dtype, "device": device}
+                yield pytest.param(*(values[n] for n in names), id=f"{name}-{dtype_name}".strip("-"), marks=marks)
 
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        names = [name for name in ("backend", "dtype") if name in metafunc.fixturenames]
-        parameters = list(_backend_parameters(with_dtype="dtype" in names))
-        metafunc.parametrize(",".join(names), parameters, indirect=["backend"])
+        names = [name for name in ("backend", "dtype", "device") if name in metafunc.fixturenames]
+        metafunc.parametrize(",".join(names), list(_parameters(names)), indirect=["backend"])
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ order of summing n terms in a precision of unit roundoff u then errs by at most 
 Numerical Algorithms", 2nd ed., section 3.1), and one rounding of a quantity q by at most u |q|. The bounds below allow
 the fp32 sums, one rounding of each result to its dtype and, where x is 16-bit, one rounding of H and of dH, and the error
 of PyTorch's own GEMMs for the base's part (at least one rounding; F.linear sometimes rounds before it adds the bias): no more.
+
+Results may be on any device; what they are compared with is computed on the CPU.
 """
 
 from dataclasses import dataclass
@@ -79,15 +81,16 @@ def expected_linear(case: LinearCase, inputs: LinearInputs, keep: Tensor | None 
     """What y is, under "y", and each gradient under its tensor's name. keep: (tokens, in_features) bools, dropout's mask, or None."""
     names = (*LinearInputs.DIFFERENTIABLE, "dy")
     given = {name: getattr(inputs, name) for name in names}
-    wide = {name: None if t is None else t.detach().double() for name, t in given.items()}
+    wide = {name: None if t is None else t.detach().cpu().double() for name, t in given.items()}
+    pattern = None if inputs.pattern is None else inputs.pattern.to("cpu")
     for name in ("x", "dy"):
         wide[name] = wide[name].reshape(case.tokens, wide[name].shape[-1])
     factor = None
     if keep is not None:
         factor = keep.double() * (0.0 if case.dropout_p >= 1 else 1 / (1 - case.dropout_p))
-    exact = _Parts(wide, inputs.pattern, case.scaling, factor)
+    exact = _Parts(wide, pattern, case.scaling, factor)
     absolute = _Parts(
-        {n: None if t is None else t.abs() for n, t in wide.items()}, inputs.pattern, abs(case.scaling), factor
+        {n: None if t is None else t.abs() for n, t in wide.items()}, pattern, abs(case.scaling), factor
     )
 
     values = {"y": exact.y, **exact.gradients}
@@ -112,8 +115,8 @@ def _roundings_of_intermediates(inputs: LinearInputs, exact: _Parts, absolute: _
     u = UNIT_ROUNDOFF[inputs.x.dtype]
     moved = {"y": u * exact.base.abs(), "x": u * exact.base_dx.abs()}
     if inputs.weight is not None:
-        library_y = F.linear(inputs.x, inputs.weight, inputs.bias).double().reshape(exact.base.shape)
-        library_dx = (inputs.dy @ inputs.weight).double().reshape(exact.base_dx.shape)
+        library_y = F.linear(inputs.x, inputs.weight, inputs.bias).cpu().double().reshape(exact.base.shape)
+        library_dx = (inputs.dy @ inputs.weight).cpu().double().reshape(exact.base_dx.shape)
         moved["y"] = moved["y"] + (library_y - exact.base).abs()
         moved["x"] = moved["x"] + (library_dx - exact.base_dx).abs()
     if exact.H is not None:
@@ -130,7 +133,7 @@ def check(name: str, got: Tensor, expected: Expected, like: Tensor) -> None:
         f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.value.shape)}"
     )
     assert got.is_contiguous(), f"{name}: strides {got.stride()}, as the fake promises contiguous"
-    excess = (got.detach().double() - expected.value).abs() - expected.bound
+    excess = (got.detach().cpu().double() - expected.value).abs() - expected.bound
     if excess.numel() and not bool((excess <= 0).all()):
         at = int(excess.nan_to_num(torch.inf).argmax())
         raise AssertionError(
@@ -149,6 +152,7 @@ def naive_linear(case: LinearCase, t: dict[str, Tensor], pattern) -> Tensor:
         y = y + (case.scaling * (x.to(A.dtype) @ A.T @ B.T.to(A.dtype))).to(x.dtype)
     if "values" in t:
         v = t["values"]
-        S = torch.zeros(pattern.shape, dtype=v.dtype).index_put(_positions(pattern), v)
+        positions = tuple(index.to(v.device) for index in _positions(pattern.to("cpu")))
+        S = torch.zeros(pattern.shape, dtype=v.dtype, device=v.device).index_put(positions, v)
         y = y + (x.to(v.dtype) @ S.T).to(x.dtype)
     return y

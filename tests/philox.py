@@ -35,10 +35,8 @@ def keep_mask(seed: int, tokens: int, in_features: int, p: float) -> torch.Tenso
     return torch.tensor(words, dtype=torch.int64).reshape(tokens, in_features) >= threshold
 
 
-def seed_drawn_after(manual_seed: int) -> int:
-    """The seed of the first dropout call after torch.manual_seed(manual_seed), by the package's documented draw."""
-    state = torch.get_rng_state()
-    torch.manual_seed(manual_seed)
-    seed = int(torch.randint(2**62, (1,), dtype=torch.int64))
-    torch.set_rng_state(state)
-    return seed
+def seed_drawn_after(manual_seed: int, device: torch.device = torch.device("cpu")) -> int:
+    """The seed of the first dropout call on a device after torch.manual_seed(manual_seed), by the package's documented draw."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        torch.manual_seed(manual_seed)
+        return int(torch.randint(2**62, (1,), dtype=torch.int64, device=device))

@@ -10,8 +10,9 @@ import torch
 
 import rosa_kernels as rk
 from rosa_kernels import dispatch
+from rosa_kernels.backends import triton
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PATTERN = rk.CSRPattern.random((5, 6), 0.4, seed=0)
 
 
@@ -40,7 +41,7 @@ def served_by(monkeypatch):
 
 def test_available_backends_says_why_not():
     reasons = rk.available_backends()
-    assert {"reference", "cpu"} <= reasons.keys() and reasons["reference"] is None
+    assert {"reference", "cpu", "triton"} <= reasons.keys() and reasons["reference"] is None
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values())
 
 
@@ -68,6 +69,72 @@ def test_the_cpu_backend_serves_its_promised_dtypes():
 def test_a_named_backend_never_hands_a_call_on():
     with rk.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' was asked for and cannot serve .*: .+"):
         spmm(torch.float64)
+
+
+class TestTriton:
+    """Whom the Triton backend serves; that it serves rightly is for test_ops."""
+
+    @pytest.fixture(autouse=True)
+    def _not_interpreted(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    @pytest.fixture
+    def h100(self, monkeypatch):
+        """As on a machine with such a GPU."""
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def test_without_triton_the_reason_names_the_command_that_installs_it(self, monkeypatch):
+        monkeypatch.setattr(triton, "triton", None)
+        assert f"{sys.executable} -m pip install triton" in rk.available_backends()["triton"]
+
+    def test_without_a_gpu_the_reason_says_so(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "no CUDA or ROCm device" in dispatch.refusal("triton", GPU, torch.float32)
+
+    def test_by_name_it_refuses_cpu_tensors(self):
+        with rk.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for and cannot serve .* on cpu: .+"):
+            spmm()
+
+    def test_cpu_tensors_are_for_the_interpreter(self, h100, monkeypatch):
+        assert "not on cpu" in dispatch.refusal("triton", CPU, torch.float32)
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert dispatch.refusal("triton", CPU, dtype) is None
+        assert "not float64" in dispatch.refusal("triton", CPU, torch.float64)
+
+    def test_auto_gives_it_gpu_tensors_of_the_dtypes_that_it_computes(self, h100):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert dispatch.automatic_choice(GPU, dtype) == "triton"
+        assert "not float64" in dispatch.refusal("triton", GPU, torch.float64)
+        assert dispatch.automatic_choice(GPU, torch.float64) == "reference"
+
+    def test_auto_never_gives_it_cpu_tensors(self, h100, monkeypatch):
+        chosen = {dtype: dispatch.automatic_choice(CPU, dtype) for dtype in (torch.float32, torch.float16, torch.float64)}
+        assert "triton" not in chosen.values()
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert chosen == {dtype: dispatch.automatic_choice(CPU, dtype) for dtype in chosen}
+
+    def test_gpus_older_than_ampere_go_to_the_reference(self, h100, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert "compute capability 8.0" in dispatch.refusal("triton", GPU, torch.float16)
+        assert dispatch.automatic_choice(GPU, torch.float16) == "reference"
+
+    def test_interpreted_it_serves_by_name_and_refuses_float64(self):
+        pytest.importorskip("triton", reason="backend triton: Triton is not installed")
+        code = """if True:
+            import torch, rosa_kernels as rk
+            pattern = rk.CSRPattern.random((5, 6), 0.4, seed=0)
+            def spmm(dtype):
+                return rk.spmm(torch.ones(3, 6, dtype=dtype), torch.ones(pattern.nnz, dtype=dtype), pattern)
+            with rk.use_backend("triton"):
+                print(torch.equal(spmm(torch.float32), torch.ones(3, 6) @ pattern.to_mask().T.float()))
+                spmm(torch.float64)
+        """
+        run = in_a_new_process(code, TRITON_INTERPRET="1")
+        assert run.stdout.strip() == "True", run.stderr
+        assert run.returncode == 1 and "RuntimeError: backend 'triton' was asked for and cannot serve torch.float64" in run.stderr
 
 
 def test_use_backend_nests_and_is_undone_by_an_error(served_by):
@@ -98,8 +165,8 @@ def test_unknown_names():
             pass
 
 
-def in_a_new_process(code, backend):
-    environment = os.environ | {"ROSA_KERNELS_BACKEND": backend}
+def in_a_new_process(code, backend="auto", **environment):
+    environment = os.environ | {"ROSA_KERNELS_BACKEND": backend} | environment
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 

@@ -66,11 +66,11 @@ def test_keep_rate_and_independence():
             assert abs(float((a * b).mean())) < 5 * p * (1 - p) / keep.numel() ** 0.5 * 1.01
 
 
-def masks_of(tokens, features, p, seed, dtype=torch.float32):
+def masks_of(tokens, features, p, seed, dtype, device):
     """dropout(1) in the forward and in the backward of the op: A = B = I and no other part."""
-    eye = torch.eye(features, dtype=dtype)
-    ones = torch.ones(tokens, features, dtype=dtype)
-    seed = torch.tensor([seed])
+    eye = torch.eye(features, dtype=dtype, device=device)
+    ones = torch.ones(tokens, features, dtype=dtype, device=device)
+    seed = torch.tensor([seed], device=device)
     forward = _ops.rosa_linear(ones, None, None, eye, eye, 1.0, None, None, None, 0, p, seed)
     needs = [True, False, False, True, True, False]
     backward = _ops.rosa_linear_backward(
@@ -82,28 +82,28 @@ def masks_of(tokens, features, p, seed, dtype=torch.float32):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("tokens,features", [(1, 1), (5, 7), (64, 33), (65, 64), (130, 50)])
 @pytest.mark.parametrize("seed", [3, 2**40 + 17])
-def test_one_mask_for_every_backend_forward_and_backward(backend, dtype, tokens, features, p, seed):
+def test_one_mask_for_every_backend_forward_and_backward(backend, dtype, device, tokens, features, p, seed):
     keep = keep_mask(seed, tokens, features, p)
-    forward, (dx, _, _, dA, dB, _) = masks_of(tokens, features, p, seed, dtype)
+    forward, (dx, _, _, dA, dB, _) = masks_of(tokens, features, p, seed, dtype, device)
     scaled = keep.double() / (1 - p)
     eps = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(forward.double(), scaled, rtol=eps, atol=0)
-    torch.testing.assert_close(dx.double(), scaled, rtol=eps, atol=0)
+    torch.testing.assert_close(forward.cpu().double(), scaled, rtol=eps, atol=0)
+    torch.testing.assert_close(dx.cpu().double(), scaled, rtol=eps, atol=0)
     # dA = dHᵀ x̂ sums x̂ over the tokens, dB = Gᵀ H likewise.
     counts = scaled.sum(0).expand(features, -1)
     eps += tokens * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    torch.testing.assert_close(dA.double(), counts, rtol=eps, atol=0)
-    torch.testing.assert_close(dB.double(), counts, rtol=eps, atol=0)
+    torch.testing.assert_close(dA.cpu().double(), counts, rtol=eps, atol=0)
+    torch.testing.assert_close(dB.cpu().double(), counts, rtol=eps, atol=0)
 
 
-def layer_tensors(tokens=70, features=40, dtype=torch.float32):
+def layer_tensors(device, dtype=torch.float32, tokens=70, features=40):
     pattern = rk.CSRPattern.random((features, features), 0.1, seed=1)
-    x, weight, lora_A = (torch.randn(n, features, dtype=dtype) for n in (tokens, features, 8))
-    return x, weight, lora_A, torch.randn(features, 8, dtype=dtype), torch.randn(pattern.nnz, dtype=dtype), pattern
+    sizes = (tokens, features), (features, features), (8, features), (features, 8), (pattern.nnz,)
+    return *(torch.randn(size, dtype=dtype).to(device) for size in sizes), pattern.to(device)
 
 
-def test_each_call_draws_anew_and_manual_seed_repeats_it(backend, dtype):
-    x, weight, A, B, values, pattern = layer_tensors(dtype=dtype)
+def test_each_call_draws_anew_and_manual_seed_repeats_it(backend, dtype, device):
+    x, weight, A, B, values, pattern = layer_tensors(device, dtype)
 
     def call():
         return rk.rosa_linear(x, weight, None, A, B, 1.0, values, pattern, dropout_p=0.5)
@@ -114,28 +114,32 @@ def test_each_call_draws_anew_and_manual_seed_repeats_it(backend, dtype):
     assert torch.equal(call(), first) and not torch.equal(first, second)
 
 
-def test_the_seed_is_one_torch_randint(backend):
-    x, weight, A, B, _, _ = layer_tensors()
+def test_the_seed_is_one_torch_randint(backend, device):
+    x, weight, A, B, _, _ = layer_tensors(device)
     torch.manual_seed(11)
     y = rk.lora_linear(x, weight, None, A, B, 1.0, dropout_p=0.5)
-    seed = torch.tensor([seed_drawn_after(11)])
+    seed = torch.tensor([seed_drawn_after(11, device)], device=device)
     assert torch.equal(y, _ops.rosa_linear(x, weight, None, A, B, 1.0, None, None, None, 0, 0.5, seed))
 
 
+def generator_state(device):
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+
+
 @pytest.mark.parametrize("off", ["p = 0", "not training"])
-def test_off_is_off(backend, dtype, off):
+def test_off_is_off(backend, dtype, device, off):
     """No seed is drawn, and y is that of a call without dropout, bit for bit."""
-    x, weight, A, B, values, pattern = layer_tensors(dtype=dtype)
-    state = torch.get_rng_state()
+    x, weight, A, B, values, pattern = layer_tensors(device, dtype)
+    state = generator_state(device)
     options = {"dropout_p": 0.0} if off == "p = 0" else {"dropout_p": 0.5, "training": False}
     y = rk.rosa_linear(x, weight, None, A, B, 1.0, values, pattern, **options)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator_state(device), state)
     assert torch.equal(y, rk.rosa_linear(x, weight, None, A, B, 1.0, values, pattern))
 
 
-def test_p_one_leaves_the_base_and_the_sparse_part(backend, dtype):
+def test_p_one_leaves_the_base_and_the_sparse_part(backend, dtype, device):
     """All of the low-rank path is dropped: zeros, not the 0 / 0 of a scale 1 / (1 - p)."""
-    x, weight, A, B, values, pattern = layer_tensors(dtype=dtype)
+    x, weight, A, B, values, pattern = layer_tensors(device, dtype)
     leaves = [t.requires_grad_() for t in (x, A, B, values)]
     y = rk.rosa_linear(x, weight, None, A, B, 1.0, values, pattern, dropout_p=1.0)
     expected = rk.sparse_linear(x, weight, None, values, pattern)
@@ -148,9 +152,9 @@ def test_p_one_leaves_the_base_and_the_sparse_part(backend, dtype):
         torch.testing.assert_close(got, same, rtol=0, atol=atol)
 
 
-def test_the_sparse_path_is_not_dropped(backend):
+def test_the_sparse_path_is_not_dropped(backend, device):
     """With lora_B = 0, dropout changes nothing."""
-    x, weight, A, B, values, pattern = layer_tensors()
+    x, weight, A, B, values, pattern = layer_tensors(device)
     leaves = [x.requires_grad_(), values.requires_grad_()]
     dropped = rk.rosa_linear(x, weight, None, A, torch.zeros_like(B), 1.0, values, pattern, dropout_p=0.5)
     whole = rk.sparse_linear(x, weight, None, values, pattern)
@@ -160,11 +164,11 @@ def test_the_sparse_path_is_not_dropped(backend):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_mean_over_masks_is_the_value_without_dropout(backend):
+def test_the_mean_over_masks_is_the_value_without_dropout(backend, device):
     """E[y] is unchanged by dropout: over 4,000 tokens of the same x, within five standard errors."""
     tokens, features, p = 4000, 24, 0.4
-    x = torch.randn(1, features).expand(tokens, features)
-    A, B = torch.randn(4, features), torch.randn(6, 4)
+    x = torch.randn(1, features).to(device).expand(tokens, features)
+    A, B = torch.randn(4, features).to(device), torch.randn(6, 4).to(device)
     y = rk.rosa_delta(x, A, B, 1.0, None, None, dropout_p=p).double()
     standard_error = y.std(0) / tokens**0.5
     assert bool(((y.mean(0) - (x[0] @ A.T @ B.T).double()).abs() < 5 * standard_error).all())

@@ -74,9 +74,9 @@ class TestGradcheck:
 @SIZES
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("pattern", ["random", "rows"])
-def test_every_combination_of_needed_gradients(backend, dtype, tokens, pattern, dropout_p):
+def test_every_combination_of_needed_gradients(backend, dtype, device, tokens, pattern, dropout_p):
     """Those asked for are the same, up to the order of sums, whatever else is asked for; the others stay None."""
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, pattern), dtype)
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, pattern), dtype, device)
     leaves = leaves_of(inputs)
     rosa(leaves, inputs.pattern, dropout_p=dropout_p).backward(inputs.dy)
     complete = {name: leaf.grad for name, leaf in leaves.items()}
@@ -93,8 +93,8 @@ def test_every_combination_of_needed_gradients(backend, dtype, tokens, pattern, 
                     torch.testing.assert_close(leaf.grad, complete[name], rtol=0, atol=tolerance * scale)
 
 
-def test_nothing_needed_makes_no_graph(backend):
-    inputs = make_inputs(LinearCase(), torch.float32)
+def test_nothing_needed_makes_no_graph(backend, device):
+    inputs = make_inputs(LinearCase(), torch.float32, device)
     t = inputs.tensors()
     assert rosa(t, inputs.pattern).grad_fn is None
     with torch.no_grad():
@@ -103,9 +103,9 @@ def test_nothing_needed_makes_no_graph(backend):
         assert rosa(t, inputs.pattern).is_inference()
 
 
-def test_is_once_differentiable(backend):
+def test_is_once_differentiable(backend, device):
     """A second derivative is refused, never silently wrong."""
-    inputs = make_inputs(LinearCase(), torch.float32)
+    inputs = make_inputs(LinearCase(), torch.float32, device)
     leaves = leaves_of(inputs)
     (dx,) = torch.autograd.grad(rosa(leaves, inputs.pattern).square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -113,9 +113,9 @@ def test_is_once_differentiable(backend):
 
 
 @SIZES
-def test_an_upstream_gradient_of_stride_zero(backend, dtype, tokens):
+def test_an_upstream_gradient_of_stride_zero(backend, dtype, device, tokens):
     """y.sum().backward() hands over one element, expanded."""
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), dtype)
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), dtype, device)
     leaves, copies = leaves_of(inputs), leaves_of(inputs)
     rosa(leaves, inputs.pattern).sum().backward()
     y = rosa(copies, inputs.pattern)
@@ -126,8 +126,8 @@ def test_an_upstream_gradient_of_stride_zero(backend, dtype, tokens):
 
 @SIZES
 @pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "values", "weight"])
-def test_changing_a_saved_tensor_in_place_is_an_error(backend, tokens, name):
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32)
+def test_changing_a_saved_tensor_in_place_is_an_error(backend, device, tokens, name):
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32, device)
     leaves = leaves_of(inputs)
     y = rosa(leaves, inputs.pattern)
     with torch.no_grad():
@@ -137,9 +137,9 @@ def test_changing_a_saved_tensor_in_place_is_an_error(backend, tokens, name):
 
 
 @SIZES
-def test_backward_reads_nothing_but_what_autograd_saved(backend, tokens):
+def test_backward_reads_nothing_but_what_autograd_saved(backend, device, tokens):
     """Poison every input behind autograd's back; what went through saved_tensors_hooks has copies to go on with."""
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32)
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32, device)
     whole = leaves_of(inputs)
     rosa(whole, inputs.pattern, dropout_p=0.3).backward(inputs.dy)
     leaves = leaves_of(inputs)
@@ -154,9 +154,9 @@ def test_backward_reads_nothing_but_what_autograd_saved(backend, tokens):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @SIZES
-def test_saves_little_beside_its_inputs(backend, dtype, tokens, dropout_p):
+def test_saves_little_beside_its_inputs(backend, dtype, device, tokens, dropout_p):
     """No copy of x in another layout or dtype, no materialised mask: at most H (tokens, r) in fp32, and a seed."""
-    inputs = make_inputs(LinearCase((tokens,), 330, 200, 4, lora_dtype=torch.float32), dtype)
+    inputs = make_inputs(LinearCase((tokens,), 330, 200, 4, lora_dtype=torch.float32), dtype, device)
     leaves = leaves_of(inputs)
     pattern = inputs.pattern
     known = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *pattern.transpose())}
@@ -180,9 +180,9 @@ def test_saves_little_beside_its_inputs(backend, dtype, tokens, dropout_p):
     [(True, True), (False, True), (False, False)],
     ids=["reentrant", "non-reentrant", "non-reentrant, x without gradient"],
 )
-def test_checkpointing(backend, tokens, use_reentrant, x_needs_grad):
+def test_checkpointing(backend, device, tokens, use_reentrant, x_needs_grad):
     """Adapters train under both kinds, and dropout's mask is the same when the forward runs again."""
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32)
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32, device)
     needing = NAMES if x_needs_grad else NAMES[1:]
     plain, leaves = leaves_of(inputs, needing), leaves_of(inputs, needing)
 
@@ -195,7 +195,7 @@ def test_checkpointing(backend, tokens, use_reentrant, x_needs_grad):
     layer(plain["x"], plain).backward(inputs.dy)
     torch.manual_seed(3)
     y = checkpoint(lambda x: layer(x, leaves), leaves["x"], use_reentrant=use_reentrant)
-    torch.randint(9, (1,))  # moves the generator between the two forwards
+    torch.randint(9, (1,), device=device)  # moves the generator between the two forwards
     y.backward(inputs.dy)
     for name in needing:
         assert torch.equal(leaves[name].grad, plain[name].grad), name
@@ -203,11 +203,11 @@ def test_checkpointing(backend, tokens, use_reentrant, x_needs_grad):
 
 @SIZES
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
-def test_autocast_casts_as_linear_does(backend, tokens, adapters):
+def test_autocast_casts_as_linear_does(backend, device, tokens, adapters):
     """x, weight and bias go to bf16, adapters stay, gradients come back in each tensor's own dtype."""
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, lora_dtype=adapters, values_dtype=adapters), torch.float32)
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, lora_dtype=adapters, values_dtype=adapters), torch.float32, device)
     leaves, casts = leaves_of(inputs), leaves_of(inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = rosa(leaves, inputs.pattern, dropout_p=0.3)
         assert y.dtype == F.linear(leaves["x"], leaves["weight"]).dtype == torch.bfloat16
     cast = {name: t.to(torch.bfloat16) if name in ("x", "weight", "bias") else t for name, t in casts.items()}
@@ -231,37 +231,37 @@ def test_autocast_leaves_float64_alone():
 @SIZES
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("where", [*NAMES, "dy"])
-def test_nan_and_inf_reach_every_result_they_should(backend, dtype, tokens, poison, where):
+def test_nan_and_inf_reach_every_result_they_should(backend, dtype, device, tokens, poison, where):
     """Where float64 arithmetic on the entries of S alone is not finite, the result is not; elsewhere it stays finite."""
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, "half"), dtype)
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, "half"), dtype, device)
     target = getattr(inputs, where)
     target[(target.shape[0] // 2,) + (0,) * (target.dim() - 1)] = poison
     leaves = leaves_of(inputs)
     y = rosa(leaves, inputs.pattern)
     y.backward(inputs.dy)
-    wide = {name: t.detach().double().requires_grad_() for name, t in inputs.tensors().items()}
-    rows, cols = inputs.pattern.to_mask().nonzero(as_tuple=True)
+    wide = {name: t.detach().cpu().double().requires_grad_() for name, t in inputs.tensors().items()}
+    rows, cols = inputs.pattern.to("cpu").to_mask().nonzero(as_tuple=True)
     S = torch.zeros(inputs.pattern.shape, dtype=torch.float64).index_put((rows, cols), wide["values"])
     exact = F.linear(wide["x"], wide["weight"] + S, wide["bias"])
     exact = exact + 0.75 * (wide["x"] @ wide["lora_A"].T) @ wide["lora_B"].T
-    exact.backward(inputs.dy.double())
-    assert torch.equal(y.isfinite(), exact.isfinite()), "y"
+    exact.backward(inputs.dy.cpu().double())
+    assert torch.equal(y.isfinite().cpu(), exact.isfinite()), "y"
     for name in NAMES:
-        assert torch.equal(leaves[name].grad.isfinite(), wide[name].grad.isfinite()), name
+        assert torch.equal(leaves[name].grad.isfinite().cpu(), wide[name].grad.isfinite()), name
 
 
 @pytest.mark.parametrize("tokens", [3, 70])
-def test_nan_in_the_sparse_ops(backend, dtype, tokens):
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, "half"), dtype)
-    mask = inputs.pattern.to_mask()
+def test_nan_in_the_sparse_ops(backend, dtype, device, tokens):
+    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, "half"), dtype, device)
+    mask = inputs.pattern.to("cpu").to_mask()
     dy = inputs.dy.clone()
     dy[1, 4] = float("nan")
-    assert torch.equal(rk.sddmm(dy, inputs.x, inputs.pattern).isnan(), mask.nonzero()[:, 0] == 4)
+    assert torch.equal(rk.sddmm(dy, inputs.x, inputs.pattern).isnan().cpu(), mask.nonzero()[:, 0] == 4)
     values = inputs.values.clone()
     values[9] = float("nan")
     row, col = mask.nonzero()[9].tolist()
     expected = torch.zeros(20, 33, dtype=torch.bool)
     expected[row, col] = True
-    assert torch.equal(rk.csr_add(inputs.weight, values, inputs.pattern).isnan(), expected)
+    assert torch.equal(rk.csr_add(inputs.weight, values, inputs.pattern).isnan().cpu(), expected)
     y = rk.spmm(inputs.x, values, inputs.pattern)
     assert bool(y[:, row].isnan().all()) and int(y.isnan().sum()) == tokens

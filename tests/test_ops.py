@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CSR_ADD_CASES, LINEAR_CASES, SDDMM_CASES, SPMM_CASES, LinearCase, make_inputs
+from cases import CPU, CSR_ADD_CASES, LINEAR_CASES, SDDMM_CASES, SPMM_CASES, LinearCase, make_inputs
 from oracle import UNIT_ROUNDOFF, Expected, check, compute_roundoff, expected_linear, naive_linear
 from philox import keep_mask, seed_drawn_after
 
@@ -50,12 +50,16 @@ def run_linear(case, inputs):
     return {"y": y, **dict(zip(leaves, gradients))}
 
 
-def check_linear(case, dtype):
-    inputs = make_inputs(case, dtype)
-    keep = None
-    if case.dropout_p:
-        keep = keep_mask(seed_drawn_after(SEED), case.tokens, case.in_features, case.dropout_p)
-    expected = expected_linear(case, inputs, keep)
+def mask_of(case, device):
+    """What dropout keeps in a call after torch.manual_seed(SEED); None without dropout."""
+    if not case.dropout_p:
+        return None
+    return keep_mask(seed_drawn_after(SEED, device), case.tokens, case.in_features, case.dropout_p)
+
+
+def check_linear(case, dtype, device=CPU):
+    inputs = make_inputs(case, dtype, device)
+    expected = expected_linear(case, inputs, mask_of(case, device))
     got = run_linear(case, inputs)
     assert got.keys() == expected.keys()
     for name, result in got.items():
@@ -63,25 +67,24 @@ def check_linear(case, dtype):
 
 
 @by_id(LINEAR_CASES)
-def test_linear(backend, dtype, case):
-    check_linear(case, dtype)
+def test_linear(backend, dtype, device, case):
+    check_linear(case, dtype, device)
 
 
 @by_id(LINEAR_CASES)
-def test_linear_without_grad_gives_the_same_numbers(backend, dtype, case):
-    inputs = make_inputs(case, dtype)
+def test_linear_without_grad_gives_the_same_numbers(backend, dtype, device, case):
+    inputs = make_inputs(case, dtype, device)
     torch.manual_seed(SEED)
     with torch.no_grad():
         y = linear(case, inputs, inputs.tensors())
-    keep = keep_mask(seed_drawn_after(SEED), case.tokens, case.in_features, case.dropout_p) if case.dropout_p else None
-    check("y", y, expected_linear(case, inputs, keep)["y"], inputs.x)
+    check("y", y, expected_linear(case, inputs, mask_of(case, device))["y"], inputs.x)
 
 
 @by_id([LinearCase((t,), 130, 100, 16, p) for t in (10, 90) for p in ("random", "rows", "columns")])
 @pytest.mark.parametrize("adapters", [None, torch.float32], ids=["same", "fp32 adapters"])
-def test_errors_are_no_worse_than_naive_pytorchs(backend, dtype, case, adapters):
+def test_errors_are_no_worse_than_naive_pytorchs(backend, dtype, device, case, adapters):
     """Twice the naive way's error, one rounding of the result and a few roundoffs of the sums, in Frobenius norm."""
-    inputs = make_inputs(LinearCase(**vars(case) | {"lora_dtype": adapters, "values_dtype": adapters}), dtype)
+    inputs = make_inputs(LinearCase(**vars(case) | {"lora_dtype": adapters, "values_dtype": adapters}), dtype, device)
     expected = expected_linear(case, inputs)
     got = run_linear(case, inputs)
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors().items()}
@@ -89,13 +92,13 @@ def test_errors_are_no_worse_than_naive_pytorchs(backend, dtype, case, adapters)
     naive = {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.dy)))}
     for name, result in got.items():
         exact = expected[name].value
-        allowed = 2 * (naive[name].double() - exact).norm()
+        allowed = 2 * (naive[name].cpu().double() - exact).norm()
         allowed += (UNIT_ROUNDOFF[result.dtype] + 8 * compute_roundoff(dtype)) * exact.norm()
-        assert (result.double() - exact).norm() <= allowed, name
+        assert (result.cpu().double() - exact).norm() <= allowed, name
 
 
-def sparse_inputs(case, dtype):
-    inputs = make_inputs(case.as_linear(), dtype)
+def sparse_inputs(case, dtype, device):
+    inputs = make_inputs(case.as_linear(), dtype, device)
     return inputs, expected_linear(LinearCase(**vars(case.as_linear()) | {"base": False}), _without_base(inputs))
 
 
@@ -104,8 +107,8 @@ def _without_base(inputs):
 
 
 @by_id(SPMM_CASES)
-def test_spmm(backend, dtype, case):
-    inputs, expected = sparse_inputs(case, dtype)
+def test_spmm(backend, dtype, device, case):
+    inputs, expected = sparse_inputs(case, dtype, device)
     x, values = inputs.x.detach().requires_grad_(), inputs.values.detach().requires_grad_()
     y = rk.spmm(x, values, inputs.pattern)
     dx, dvalues = torch.autograd.grad(y, (x, values), inputs.dy)
@@ -121,8 +124,8 @@ def test_spmm(backend, dtype, case):
 
 
 @by_id([case for case in SDDMM_CASES if case.values_dtype is None])
-def test_sddmm(backend, dtype, case):
-    inputs, expected = sparse_inputs(case, dtype)
+def test_sddmm(backend, dtype, device, case):
+    inputs, expected = sparse_inputs(case, dtype, device)
     dy, x = inputs.dy.detach().requires_grad_(), inputs.x.detach().requires_grad_()
     result = rk.sddmm(dy, x, inputs.pattern)
     check("sddmm", result, expected["values"], inputs.x)
@@ -135,29 +138,33 @@ def test_sddmm(backend, dtype, case):
 
 
 @by_id(CSR_ADD_CASES)
-def test_csr_add(backend, dtype, case):
-    inputs = make_inputs(case.as_linear(), dtype)
+def test_csr_add(backend, dtype, device, case):
+    inputs = make_inputs(case.as_linear(), dtype, device)
     weight, values = inputs.weight.detach().requires_grad_(), inputs.values.detach().requires_grad_()
     before = bits({"weight": weight})["weight"]
     total = rk.csr_add(weight, values, inputs.pattern)
-    rows, cols = inputs.pattern.to_mask().nonzero(as_tuple=True)
+    rows, cols = inputs.pattern.to("cpu").to_mask().nonzero(as_tuple=True)
     # One addition an entry in fp32 (float64) and one rounding; an entry that S leaves alone keeps its bits.
-    expected = inputs.weight.double().index_put((rows, cols), inputs.values.double(), accumulate=True)
+    wide_weight, wide_values = inputs.weight.cpu().double(), inputs.values.cpu().double()
+    expected = wide_weight.index_put((rows, cols), wide_values, accumulate=True)
     bound = torch.zeros_like(expected)
-    sums = inputs.weight.double().abs()[rows, cols] + inputs.values.double().abs()
+    sums = wide_weight.abs()[rows, cols] + wide_values.abs()
     bound[rows, cols] = 2 * compute_roundoff(dtype) * sums + UNIT_ROUNDOFF[dtype] * expected[rows, cols].abs()
     check("weight + S", total, Expected(expected, bound), inputs.weight)
     assert total.data_ptr() != weight.data_ptr() and torch.equal(bits({"weight": weight})["weight"], before)
-    upstream = torch.randn(inputs.pattern.shape).to(dtype)
+    upstream = torch.randn(inputs.pattern.shape).to(device, dtype)
     dweight, dvalues = torch.autograd.grad(total, (weight, values), upstream)
     assert torch.equal(dweight, upstream)
-    assert dvalues.dtype == inputs.values.dtype and torch.equal(dvalues, upstream[rows, cols].to(dvalues.dtype))
+    assert dvalues.dtype == inputs.values.dtype and torch.equal(dvalues.cpu(), upstream.cpu()[rows, cols].to(dvalues.dtype))
 
 
 @pytest.mark.parametrize("tokens", [6, 66])
-def test_a_fresh_adapter_changes_no_bit(backend, dtype, tokens):
-    """lora_B = 0 and values = 0, as at injection: y is F.linear's, bit for bit."""
-    inputs = make_inputs(LinearCase((tokens,), 66, 35, zero_values="all"), dtype)
+def test_a_fresh_adapter_changes_nothing(backend, dtype, device, tokens):
+    """lora_B = 0 and values = 0, as at injection: y is F.linear's; bit for bit where that computes the base.
+
+    A Triton kernel may sum the base's products in another order than the library: one rounding apart, and fp32's roundoff.
+    """
+    inputs = make_inputs(LinearCase((tokens,), 66, 35, zero_values="all"), dtype, device)
     y = rk.rosa_linear(
         inputs.x,
         inputs.weight,
@@ -168,15 +175,20 @@ def test_a_fresh_adapter_changes_no_bit(backend, dtype, tokens):
         inputs.values,
         inputs.pattern,
     )
-    assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
+    base = torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias)
+    if backend == "triton":
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(y, base, rtol=eps, atol=66 * torch.finfo(torch.float32).eps * float(base.abs().max()))
+    else:
+        assert torch.equal(y, base)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("pattern", ["random", "rows", "columns"])
 @pytest.mark.parametrize("tokens", [7, 500])
-def test_repeated_runs_give_the_same_bits(backend, dtype, tokens, pattern, dropout_p):
+def test_repeated_runs_give_the_same_bits(backend, dtype, device, tokens, pattern, dropout_p):
     case = LinearCase((tokens,), 130, 100, 16, pattern, dropout_p=dropout_p)
-    inputs = make_inputs(case, dtype)
+    inputs = make_inputs(case, dtype, device)
     first = run_linear(case, inputs)
     for _ in range(3):
         for name, again in run_linear(case, inputs).items():

@@ -1,0 +1,51 @@
+"""The Triton kernels pass the ops' tests under Triton's interpreter, in processes of their own.
+
+TRITON_INTERPRET is read when Triton is imported, and the interpreter is slow: the cores share the tests of interpreter_selection.py.
+interpreter_guard.py refuses there what the interpreter computes wrongly in bf16. `pytest -rA` shows how many passed.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="backend triton: Triton is not installed")
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="starts the interpreted run: this is one")
+
+TESTS = Path(__file__).parent
+FILES = (
+    "test_ops.py", "test_dropout.py", "test_gradients.py", "test_dispatch.py", "test_triton_ways.py", "test_interpreter_guard.py"
+)  # fmt: skip
+PROCESSES = max(1, len(os.sched_getaffinity(0)))
+FEWEST = 1200
+"""Tests that have to pass in all: far fewer means that a selection or a parameter went wrong, and nothing was held to the truth."""
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.Popen(
+        command, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def outcome(process: subprocess.Popen) -> tuple[str, int]:
+    """All that it wrote, and how many tests passed."""
+    output, _ = process.communicate()
+    passed = re.search(r"(\d+) passed", output)
+    return output, int(passed[1]) if passed else 0
+
+
+def test_the_interpreted_kernels_pass_the_ops_tests():
+    files = [str(TESTS / name) for name in FILES]
+    processes = [start(*files, f"--part={part}/{PROCESSES}") for part in range(PROCESSES)]
+    outcomes = [outcome(process) for process in processes]
+    for process, (output, _) in zip(processes, outcomes):
+        assert process.returncode == 0, output[-6000:]
+    passed = sum(count for _, count in outcomes)
+    print(f"{passed} interpreted tests passed in {PROCESSES} processes: {[output.splitlines()[-1] for output, _ in outcomes]}")
+    assert passed >= FEWEST
