@@ -1,7 +1,7 @@
 """What a launch of each Triton kernel moves and multiplies, counted from its grid, its blocks and its loops.
 
-A formula a kernel, with the kernel's own argument names. tests/test_triton_traffic.py holds every formula to what the kernels do
-under Triton's interpreter: the same elements asked for, the same distinct ones, the same FLOPs of dots.
+A formula a kernel, with the kernel's own argument names. tests/test_triton_traffic.py holds every formula to what the
+kernels do under Triton's interpreter: the same elements asked for, the same distinct ones, the same FLOPs of dots.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Access(NamedTuple):
     distinct: float
     """Different elements among them that memory has to give or take."""
     lanes_a_sector: float | None = None
-    """That one sector serves at once; None: as many as it has elements."""
+    """Of a gather or scatter, that one sector serves at once; None: of a tile, as many as a sector has elements."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Launch:
     def work(self) -> Work:
         return FORMULAS[self.kernel](self.grid, **self.arguments)
 
-    def l2_bytes(self) -> float:
-        """What the SMs ask of L2, in whole sectors, as if L1 kept nothing."""
+    def l2_bytes(self, gathered_only: bool = False) -> float:
+        """What the SMs ask of L2, in whole sectors, as if L1 kept nothing; of gathers and scatters alone if wished."""
         work = self.work()
-        return sum(self.sectors(access) * SECTOR for access in work.loads + work.stores)
+        counted = [a for a in work.loads + work.stores if a.lanes_a_sector is not None or not gathered_only]
+        return sum(self.sectors(access) * SECTOR for access in counted)
 
     def memory_bytes(self) -> float:
         """The least that memory moves: every distinct element once in and once out, in whole sectors."""
@@ -65,7 +66,9 @@ class Launch:
         largest = {}
         for access in accesses:
             tensor = self.arguments[access.tensor]
-            alone = access.distinct if access.lanes_a_sector is None else access.distinct * self._elements_a_sector(access)
+            alone = (
+                access.distinct if access.lanes_a_sector is None else access.distinct * self._elements_a_sector(access)
+            )
             moved = min(alone, tensor.numel()) * tensor.element_size()
             largest[access.tensor] = max(largest.get(access.tensor, 0), moved)
         return sum(largest.values())
@@ -112,7 +115,10 @@ def linear_kernel(
         loads += [Access("x", T * values.shape[0], T * K, 1), *_entries(N, tiles_m, values, permutation, BLOCK_E)]
     if SPARSE == "gather_columns":  # of all tokens of a tile: there are no masks over them
         tokens = tiles_m * BLOCK_M
-        loads += [Access("x", tokens * values.shape[0], tokens * K), *_entries(N, tiles_m, values, permutation, BLOCK_E)]
+        loads += [
+            Access("x", tokens * values.shape[0], tokens * K, SECTOR / x.element_size()),
+            *_entries(N, tiles_m, values, permutation, BLOCK_E),
+        ]
     if SPARSE == "shared":
         columns = values.shape[0] / N  # of each tile
         flops += 2 * programs * tile * _padded(columns, BLOCK_K) * _dots(x, values)
@@ -126,7 +132,7 @@ def linear_kernel(
 
 
 def _entries(N, tiles_m, values, permutation, BLOCK_E) -> list[Access]:
-    """A gather's own loads, BLOCK_E neighbours of each row at a time; L1 may well keep their sectors for the next ones."""
+    """A gather's own loads, BLOCK_E neighbours of each row at a time; L1 may keep their sectors for the next ones."""
     nnz = values.shape[0]
     loads = [
         Access("crow", 2 * N * tiles_m, N + 1),
@@ -192,7 +198,7 @@ def scatter_kernel(grid, *, base, values, N, ZERO, **_) -> Work:
 
 
 def sddmm_tiled_kernel(grid, *, col, T, M, N, BLOCK_M, BLOCK_N, BLOCK_T, **_) -> Work:
-    """Entries uniform at random: so many tiles hold none and are left out, and a search takes the halvings of a mean row."""
+    """Entries uniform at random: so many tiles hold none and are left out, and a search halves a mean row."""
     (tiles, splits), nnz = grid, col.shape[0]
     tiles_m, tiles_n = ceil(M / BLOCK_M), ceil(N / BLOCK_N)
     taken = 1 - (1 - nnz / (M * N)) ** (BLOCK_M * BLOCK_N)
@@ -223,16 +229,16 @@ def sddmm_shared_kernel(grid, *, col, T, M, rows, STEPS, SCATTERED, BLOCK_M, BLO
 
 
 def sddmm_entries_kernel(grid, *, dy, x, col, T, M, STEPS, BY_COLUMNS, BLOCK_T, BLOCK_E, **_) -> Work:
-    """Neighbouring entries are mostly of one row, so that their loads of dy meet in its sectors; those of x never do."""
+    """Neighbouring entries are mostly of one row: their loads of dy meet in its sectors, those of x never do."""
     (_tiles, splits), nnz = grid, col.shape[0]
     tokens = _padded(T, BLOCK_T) if BY_COLUMNS else T
-    elements = SECTOR // dy.element_size()
+    elements = SECTOR // x.element_size()
     shared = min(BLOCK_E, max(1, nnz / M)) * elements if BY_COLUMNS else min(BLOCK_E, max(1, nnz / M * elements))
     loads = [
         Access("crow", prod(grid) * BLOCK_E * STEPS, M + 1),
         Access("col", nnz * splits, nnz),
         Access("dy", tokens * nnz, tokens * M, shared),
-        Access("x", tokens * nnz, tokens * x.shape[1], None if BY_COLUMNS else 1),
+        Access("x", tokens * nnz, tokens * x.shape[1], elements if BY_COLUMNS else 1),
     ]
     return Work(0, loads, [Access("out", nnz * splits, nnz * splits)])
 

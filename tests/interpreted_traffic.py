@@ -1,7 +1,8 @@
-"""Runs ops under Triton's interpreter, counts what their kernels load, store and multiply, and prints it beside bench/kernel_traffic.py.
+"""Runs ops under Triton's interpreter and counts what their kernels load, store and multiply.
 
-A script of its own, because TRITON_INTERPRET=1 is read when Triton is imported: test_triton_traffic.py runs it. Prints a JSON list
-of {"case", "kernel", "flops": [counted, formula], "operands": {"load x": {"asked", "distinct", "sectors": [counted, formula]}}}.
+A script of its own, which test_triton_traffic.py runs: TRITON_INTERPRET=1 is read when Triton is imported. Prints a
+JSON list, the formulas of bench/kernel_traffic.py beside the counts: {"case", "kernel", "flops": [counted, formula],
+"operands": {"load x": {"asked": [counted, formula], "distinct": likewise, "sectors": likewise}, ...}} for each launch.
 """
 
 import itertools
@@ -130,7 +131,7 @@ def every_way(run):
     for position in itertools.count():
         longest = 1
 
-        def at_position(ways):
+        def at_position(ways, position=position):
             nonlocal longest
             longest = max(longest, len(ways))
             return ways[position % len(ways)]
@@ -162,13 +163,14 @@ def checkerboard(shape):
 
 
 def aligned():
-    """Whole sectors, and one entry a row, a sector and more from the next row's: no gather meets a sector of x twice in a tile."""
+    """Whole sectors, and one entry a row in a sector of x of its own: no gather meets a sector twice in a tile."""
     tokens, outputs, inputs = 32, 16, 256
     mask = torch.zeros(outputs, inputs, dtype=torch.bool)
     mask[torch.arange(outputs), torch.arange(outputs) * 16] = True
     S = CSRPattern.from_mask(mask)
     x, dy, weight, A, B = (
-        torch.randn(size).to(BF16) for size in ((tokens, inputs), (tokens, outputs), mask.shape, (16, inputs), (outputs, 16))
+        torch.randn(size).to(BF16)
+        for size in ((tokens, inputs), (tokens, outputs), mask.shape, (16, inputs), (outputs, 16))
     )
     values = torch.randn(outputs).to(BF16)
     backend.rosa_linear(x, weight, None, A, B, 2.0, values, S.crow_indices, S.col_indices, S.structure, 0.0, None)
@@ -177,19 +179,19 @@ def aligned():
 
 
 RAGGED, EVEN, TOKENS = (40, 50), (32, 64), 20
-CASES = {  # density 0.3: no tile is empty
+CASES = {  # density 0.15: no tile is empty
     "lora": lambda: step(TOKENS, *RAGGED, 5, None),
     "lora mixed dropout": lambda: step(TOKENS, *RAGGED, 70, None, dtype=BF16, dropout_p=0.3),
     "lora few": lambda: step(3, *RAGGED, 16, None, dtype=BF16, adapter_dtype=BF16),
-    "rosa": lambda: step(TOKENS, *RAGGED, 5, CSRPattern.random(RAGGED, 0.3, 1), dtype=BF16, adapter_dtype=BF16),
-    "rosa mixed": lambda: step(TOKENS, *EVEN, 5, CSRPattern.random(EVEN, 0.3, 1), dtype=BF16, dropout_p=0.3),
-    "rosa fp32": lambda: step(TOKENS, *RAGGED, 5, CSRPattern.random(RAGGED, 0.3, 1)),
+    "rosa": lambda: step(TOKENS, *RAGGED, 5, CSRPattern.random(RAGGED, 0.15, 1), dtype=BF16, adapter_dtype=BF16),
+    "rosa mixed": lambda: step(TOKENS, *EVEN, 5, CSRPattern.random(EVEN, 0.15, 1), dtype=BF16, dropout_p=0.3),
+    "rosa fp32": lambda: step(TOKENS, *RAGGED, 5, CSRPattern.random(RAGGED, 0.15, 1)),
     "rows": lambda: step(TOKENS, *RAGGED, 5, whole_rows(RAGGED), dtype=BF16),
     "columns": lambda: step(TOKENS, *RAGGED, 5, whole_columns(RAGGED)),
     "blocks": lambda: step(TOKENS, *EVEN, 5, checkerboard(EVEN)),
-    "sparse alone": lambda: step(TOKENS, *RAGGED, 0, CSRPattern.random(RAGGED, 0.3, 1), base=False),
+    "sparse alone": lambda: step(TOKENS, *RAGGED, 0, CSRPattern.random(RAGGED, 0.15, 1), base=False),
     "aligned": aligned,
-    "csr_add": lambda: csr_add(CSRPattern.random(RAGGED, 0.3, 1)),
+    "csr_add": lambda: csr_add(CSRPattern.random(RAGGED, 0.15, 1)),
 }
 
 
