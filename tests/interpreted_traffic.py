@@ -149,6 +149,12 @@ def csr_add(S):
     backend.csr_add(torch.randn(S.shape), torch.randn(S.nnz), S.crow_indices, S.col_indices)
 
 
+def as_many_tokens(run):
+    """run() with the ways of many tokens, as few as they are: gathers from a copy by columns."""
+    with mock.patch.object(gpu, "FEW_TOKENS", 0):
+        run()
+
+
 def whole_rows(shape):
     return CSRPattern.from_rows(torch.arange(1, shape[0], 5), shape)
 
@@ -190,7 +196,9 @@ CASES = {  # density 0.15: no tile is empty
     "columns": lambda: step(TOKENS, *RAGGED, 5, whole_columns(RAGGED)),
     "blocks": lambda: step(TOKENS, *EVEN, 5, checkerboard(EVEN)),
     "sparse alone": lambda: step(TOKENS, *RAGGED, 0, CSRPattern.random(RAGGED, 0.15, 1), base=False),
+    "sparse alone, many": lambda: as_many_tokens(CASES["sparse alone"]),
     "aligned": aligned,
+    "aligned, many": lambda: as_many_tokens(aligned),
     "csr_add": lambda: csr_add(CSRPattern.random(RAGGED, 0.15, 1)),
 }
 
