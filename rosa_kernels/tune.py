@@ -1,8 +1,8 @@
 """python -m rosa_kernels.tune: measures this GPU for the Triton backend, in a few minutes, and remembers it.
 
-What it writes: the rates that the cost model plans with (rosa_kernels/plan/gpu.py), and for each kernel, operand size and
-bucket of tokens which of its listed block sizes is the fastest. Later processes read the file; delete it to plan from
-data sheets again. Nothing is tuned during training: see rosa_kernels/backends/triton/configs.py.
+What it writes: the rates that the cost model plans with (rosa_kernels/plan/gpu.py), and for each kernel, operand
+size and bucket of tokens which of its listed block sizes is the fastest. Later processes read the file; delete it to
+plan from data sheets again. Nothing is tuned during training: see rosa_kernels/backends/triton/configs.py.
 """
 
 import argparse
@@ -74,12 +74,21 @@ class Measure:
         S = Sparse(values, self.pattern.crow_indices, self.pattern.col_indices, 0, self.pattern.shape)
         x = self.normal(n, T).T
         problem = Linear(x, n, S=S)
-        return self.pattern.nnz * T * x.element_size() / self.seconds(lambda: take(problem, gpu.LinearWay("", "", "gather")))
+        return (
+            self.pattern.nnz
+            * T
+            * x.element_size()
+            / self.seconds(lambda: take(problem, gpu.LinearWay("", "", "gather")))
+        )
 
     def config_calls(self, element_size: int, tokens: int) -> dict[str, Callable]:
         """A representative call of each tuned kernel."""
         n, dtype = self.features, DTYPES[element_size]
-        x, dy, weight = self.normal(tokens, n, dtype=dtype), self.normal(tokens, n, dtype=dtype), self.normal(n, n, dtype=dtype)
+        x, dy, weight = (
+            self.normal(tokens, n, dtype=dtype),
+            self.normal(tokens, n, dtype=dtype),
+            self.normal(n, n, dtype=dtype),
+        )
         A, B = self.normal(RANK, n, dtype=dtype), self.normal(n, RANK, dtype=dtype)
         parts = torch.randn(1, tokens, RANK, device=self.device)
         crow, col = self.pattern.crow_indices, self.pattern.col_indices
@@ -117,18 +126,31 @@ def median_seconds(call: Callable) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rosa_kernels.tune", description=__doc__.split("\n\n")[0].split(": ")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m rosa_kernels.tune", description=__doc__.split("\n\n")[0].split(": ")[1]
+    )
     parser.add_argument("--device", default="cuda", help="the GPU to measure (default: cuda)")
     device = torch.device(parser.parse_args(arguments).device)
     if device.type != "cuda" or not torch.cuda.is_available():
-        parser.exit(1, "tune measures CUDA and ROCm GPUs; there is none here\n" if device.type == "cuda" else f"no GPU: {device}\n")
+        parser.exit(
+            1,
+            "tune measures CUDA and ROCm GPUs; there is none here\n"
+            if device.type == "cuda"
+            else f"no GPU: {device}\n",
+        )
     device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
     with torch.cuda.device(device):
         measure = Measure(device, median_seconds)
         chosen = measure.configs()
         gpu_table.use_table(device, {"rates": {}, "configs": chosen})
-        table = {"device": name, "triton": triton.__version__, "torch": torch.__version__, "configs": chosen, "rates": measure.rates()}
+        table = {
+            "device": name,
+            "triton": triton.__version__,
+            "torch": torch.__version__,
+            "configs": chosen,
+            "rates": measure.rates(),
+        }
     table["date"] = datetime.date.today().isoformat()
     path = gpu_table.table_file(name)
     gpu_table.write_table(path, table)

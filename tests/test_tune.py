@@ -68,7 +68,8 @@ def test_tune_says_so_where_there_is_no_gpu(capsys):
 
 
 @pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="runs where TRITON_INTERPRET=1: test_triton_interpreter.py starts it"
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="runs where TRITON_INTERPRET=1: test_triton_interpreter.py starts it",
 )
 class TestMeasure:
     """On the interpreter, with a clock of our own."""

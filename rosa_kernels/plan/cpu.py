@@ -21,7 +21,8 @@ def merges(x: Tensor, weight: Tensor | None, seed: Tensor | None) -> bool:
 def low_rank_by_gemm(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None, seed) -> bool:
     """True where an unmerged low-rank part goes through the library's GEMMs.
 
-    Alone and all in x's dtype, it meets tuned bf16 instructions there that the kernels do not use yet. With S beside it one
-    pass over y for both is faster, and rounds y once less; dropout and mixed dtypes would cost the library extra copies.
+    Alone and all in x's dtype, it meets tuned bf16 instructions there that the kernels do not use yet. With S beside
+    it one pass over y for both is faster, and rounds y once less; dropout and mixed dtypes would cost the library
+    extra copies.
     """
     return lora_A is not None and values is None and seed is None and x.dtype == lora_A.dtype == lora_B.dtype

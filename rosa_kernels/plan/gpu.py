@@ -3,17 +3,18 @@
 Seconds = the larger of FLOPs / rate and bytes / bandwidth, plus a constant a launch; the cheapest legal way is taken. What the
 count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
 
-- Base. A library GEMM is faster than the kernel's loop, but the adapter then costs another read and write of y, 2 T N elements,
-  and a launch. The kernel's loop wins while the GEMM is small or bound by reading W (few tokens).
-- fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits or tf32,
-  whose operands would round small deltas away.
-- Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by columns, an
-  element (and 16 bytes a load). A dense S beside W in the kernel's loop costs the base's FLOPs once more, whatever d: it wins above d of about 0.5 %
-  at many tokens; densifying tiles of W + S inside the loop would round S into W, and making tiles of S there costs
-  more than reading them, because every tile of tokens would make them anew. With values wider than x a dense S takes two dots.
+- Base. A library GEMM is faster than the kernel's loop, but the adapter then costs another read and write of y, 2 T
+  N elements, and a launch. The kernel's loop wins while the GEMM is small or bound by reading W (few tokens).
+- fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits
+  or tf32, whose operands would round small deltas away.
+- Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by
+  columns, an element (and 16 bytes a load). A dense S beside W in the kernel's loop costs the base's FLOPs once
+  more, whatever d: it wins above d of about 0.5 % at many tokens; densifying tiles of W + S inside the loop would
+  round S into W, and making tiles of S there costs more than reading them, because every tile of tokens would make
+  them anew. With values wider than x a dense S takes two dots.
 - Rows are a GEMM with fewer outputs, columns and 16 x 16 blocks one with fewer inputs, gathered around the dots.
-- dS: a tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d; gathering by entry costs L2 reads that grow with
-  d, so it wins for fp32 or a very sparse S.
+- dS: a tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d; gathering by entry costs L2 reads that grow
+  with d, so it wins for fp32 or a very sparse S.
 """
 
 import functools
@@ -49,7 +50,8 @@ class LinearCall(NamedTuple):
 
 
 class LinearWay(NamedTuple):
-    """base: "kernel", "library", "merged" or "". H: made "inside" the kernel, "before" it, by the "library"; "known"; or "".
+    """base: "kernel", "library", "merged" or "". H: made "inside" the kernel, "before" it, by the "library";
+    "known"; or "".
 
     S: "gather", "gather_columns" (from a copy of x by columns), "dense", "shared" (columns), "rows", "blocks", or "".
     """
@@ -121,7 +123,11 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
         seconds += run(2 * T * N * call.r, 2 * T * N + call.r * (T + N))
     if way.S in ("rows", "blocks"):
         columns = call.nnz / K if way.S == "rows" else N
-        seconds += run(2 * T * call.nnz * (2 if call.mixed_values else 1), T * K + 2 * T * columns + call.nnz, rates.kernel_efficiency)
+        seconds += run(
+            2 * T * call.nnz * (2 if call.mixed_values else 1),
+            T * K + 2 * T * columns + call.nnz,
+            rates.kernel_efficiency,
+        )
     if way.S == "dense":
         seconds += run(0, (3 if call.mixed_values else 1) * N * K)
     if way.S == "gather_columns":
@@ -164,8 +170,8 @@ def gemm_rate(rates: Rates, element_size: int, tf32: bool) -> float:
 def dy_read_once(r: int) -> bool:
     """True where one kernel makes dB and dH from one read of dy.
 
-    A second read of dy moves T·O elements; making dH beside dB moves a part of it, T·r in fp32, written and read, for each 128
-    outputs: 2 · T · r · 4 bytes · O / 128 against 2 · T · O bytes in 16 bits. Half at r = 16, even at r = 32.
+    A second read of dy moves T·O elements; making dH beside dB moves a part of it, T·r in fp32, written and read,
+    for each 128 outputs: 2 · T · r · 4 bytes · O / 128 against 2 · T · O bytes in 16 bits. Half at r = 16, even at r = 32.
     """
     return r <= 16
 
@@ -192,7 +198,8 @@ class SDDMMCall(NamedTuple):
 
 
 def sddmm_ways(call: SDDMMCall) -> tuple[str, ...]:
-    """"shared" for rows, columns and 16 x 16 blocks; else "tiled", "entries", or "entries_columns" from copies of dy and x by columns."""
+    """ "shared" for rows, columns and 16 x 16 blocks; else "tiled", "entries", or "entries_columns" from copies of
+    dy and x by columns."""
     return ("shared",) if call.structure in (ROW, COLUMN, BLOCK16) else ("tiled", "entries", "entries_columns")
 
 

@@ -1,4 +1,5 @@
-"""What the cost model knows of a GPU: rates from data sheets, or those that `python -m rosa_kernels.tune` measured on it."""
+"""What the cost model knows of a GPU: rates from data sheets, or those that `python -m rosa_kernels.tune` measured
+on it."""
 
 import functools
 import json
@@ -23,8 +24,9 @@ class Rates(NamedTuple):
     launch_seconds: float = 4e-6
 
 
-# Dense peaks of the data sheets (A100 80 GB, H100 SXM, B200, MI300X) times 0.7 for the FLOP/s and 0.9 for the bytes/s that large
-# library calls reach; L2 as measured by Chips and Cheese (A100, H100), scaled with the memory for the others. None seen by us.
+# Dense peaks of the data sheets (A100 80 GB, H100 SXM, B200, MI300X) times 0.7 for the FLOP/s and 0.9 for the
+# bytes/s that large library calls reach; L2 as measured by Chips and Cheese (A100, H100), scaled with the memory for
+# the others. None seen by us.
 RATES = {
     "sm_80": Rates(218e12, 109e12, 14e12, 1.8e12, 4.4e12),
     "sm_90": Rates(692e12, 346e12, 47e12, 3.0e12, 5.5e12),
@@ -96,6 +98,7 @@ def config_key(kernel: str, element_size: int, bucket: int) -> str:
 
 @functools.cache
 def tuned_position(device: torch.device, kernel: str, element_size: int, bucket: int, listed: int) -> int:
-    """Position in a list of `listed` configurations; the first where nothing was tuned or the list has shrunk since."""
+    """Position in a list of `listed` configurations; the first where nothing was tuned or the list has shrunk
+    since."""
     position = _table(device)["configs"].get(config_key(kernel, element_size, bucket), 0)
     return position if position < listed else 0

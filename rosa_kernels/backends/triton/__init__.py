@@ -1,4 +1,4 @@
-"""The Triton kernels, for CUDA and ROCm GPUs; under TRITON_INTERPRET=1, asked for by name, on CPU tensors too (slowly)."""
+"""The Triton kernels, for CUDA and ROCm GPUs; under TRITON_INTERPRET=1, asked for by name, CPU tensors too."""
 
 import os
 import sys
@@ -100,7 +100,7 @@ def rosa_linear_backward(
 
 
 def _low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
-    """(dA, dB, dH as parts and unscaled), None where not needed; dH where dA or dB made it on the way, for dx to use."""
+    """(dA, dB, dH as unscaled parts): None where not needed, dH for dx where it was made on the way."""
     dA = dB = dH = None
     dH_readers = x.shape[1] * (need_dx + need_dA)
     if need_dB:

@@ -1,7 +1,8 @@
 """What the kernels share: dots, rounding, dropout's mask, searches in CSR indices, the order of tiles.
 
-Operands keep the dtype of x, sums are fp32. EMULATED is true under TRITON_INTERPRET=1: its bf16 arithmetic works on raw bits and
-its rounding to bf16 loses carries (Triton 3.7-3.9), so bf16 is widened before any arithmetic and rounded here.
+Operands keep the dtype of x, sums are fp32. EMULATED is true under TRITON_INTERPRET=1: its bf16 arithmetic works on
+raw bits and its rounding to bf16 loses carries (Triton 3.7-3.9), so bf16 is widened before any arithmetic and
+rounded here.
 """
 
 import os
@@ -52,7 +53,9 @@ def keep_tile(seed, tokens, first_feature, threshold, BLOCK_F: tl.constexpr):
     """
     groups = first_feature // 4 + tl.arange(0, BLOCK_F // 4)
     zeros = tl.zeros((tokens.shape[0], BLOCK_F // 4), tl.int32)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), zeros + groups[None, :], zeros + tokens[:, None].to(tl.int32), zeros, zeros)
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(seed), zeros + groups[None, :], zeros + tokens[:, None].to(tl.int32), zeros, zeros
+    )
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(tokens.shape[0], BLOCK_F)
     return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
 

@@ -1,7 +1,7 @@
-"""Block sizes, warps and pipeline stages: each target's short list for each kernel and bucket of tokens, the default first.
+"""Block sizes, warps and stages: each target's short list for each kernel and bucket of tokens, the default first.
 
-`python -m rosa_kernels.tune` times a list on the GPU at hand and remembers the winner by position. Nothing is tuned during
-a call: the same inputs then give the same bits in every process, and a CUDA graph can be captured at once.
+`python -m rosa_kernels.tune` times a list on the GPU at hand and remembers the winner by position. Nothing is tuned
+during a call: the same inputs then give the same bits in every process, and a CUDA graph can be captured at once.
 """
 
 import functools

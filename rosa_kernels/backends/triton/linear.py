@@ -1,4 +1,4 @@
-"""y and dx: takes the way that the plan chose, library calls first, then the linear kernel, then whole rows or blocks."""
+"""y and dx by the way that the plan chose: library calls, then the linear kernel, then whole rows or blocks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,8 +22,8 @@ _GROUP_M = 8
 class Linear(NamedTuple):
     """x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, H = x Aᵀ; dx in the same form, with dy for x and every matrix transposed.
 
-    x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: A's product where it is known already,
-    as parts (parts, T, r). drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
+    x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: x Aᵀ where it is known already, as
+    parts (parts, T, r). drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
     merged: makes weight + scaling B A + S (N, K).
     """
 
@@ -124,7 +124,8 @@ def _add_rows(out: Tensor, x: Tensor, S: Sparse) -> None:
 
 def _launch(
     out: Tensor, x: Tensor, N: int, *, weight=None, bias=None, H=None, A=None, B=None, scaling=1.0, dropout=NO_DROPOUT,
-    drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False, scatter_to: Sparse | None = None, block_n=None,
+    drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False, scatter_to: Sparse | None = None,
+    block_n: int | None = None,
 ) -> None:  # fmt: skip
     (T, K), R = x.shape, 0 if B is None else B.shape[1]
     config = configs.choose(configs.LINEAR, x.device, x.dtype, T)
@@ -133,15 +134,21 @@ def _launch(
     pattern = S or scatter_to
     crow = None if pattern is None else pattern.crow
     values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
-    strides = [(0, 0) if matrix is None else matrix.stride() for matrix in (weight, A, B, dense_S)]
+    bias = None if bias is None else bias.contiguous()
     runtime.launch(
         linear_kernel, (runtime.cdiv(T, config["BLOCK_M"]) * runtime.cdiv(N, config["BLOCK_N"]),),
-        out, x, weight, None if bias is None else bias.contiguous(), H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
+        out, x, weight, bias, H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
         T, N, K, R, 0 if H is None else H.shape[0], out.shape[1], K, out.shape[1].bit_length(),
-        scaling, dropout.keep_scale, dropout.threshold, out.stride(0), *x.stride(), *(s for pair in strides for s in pair),
-        DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None, EVEN_K=K % config["BLOCK_K"] == 0,
-        PRECISION=runtime.precision(x.dtype), BLOCK_R=block_r(R), BLOCK_E=_block_e(config), GROUP_M=_GROUP_M, config=config,
+        scaling, dropout.keep_scale, dropout.threshold,
+        out.stride(0), *x.stride(), *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
+        DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None,
+        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x.dtype),
+        BLOCK_R=block_r(R), BLOCK_E=_block_e(config), GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip
+
+
+def _strides(matrix: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if matrix is None else matrix.stride()
 
 
 def _block_e(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b + scaling · H Bᵀ + x Sᵀ in one accumulator and one rounding: the forward, and with W, A, B, S transposed also dx.
+"""y = x Wᵀ + b + scaling · H Bᵀ + x Sᵀ in one accumulator, rounded once; with W, A, B and S transposed also dx.
 
 Every part may be missing, so the same kernel adds an adapter to a y that a library GEMM made, and is spmm by itself.
 """
@@ -90,8 +90,9 @@ def add_dense(
 
 @triton.jit
 def add_gathered(
-    acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, BY_COLUMNS: tl.constexpr, BLOCK_E: tl.constexpr
-):
+    acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk,
+    BY_COLUMNS: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """acc + x Sᵀ, BLOCK_E entries of each row of S at a time; x is read by entry.
 
     BY_COLUMNS: x comes from by_columns, whose padding makes a mask over tokens needless and the loads wide.
@@ -113,8 +114,9 @@ def add_gathered(
 
 @triton.jit
 def add_shared(
-    acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """acc + x Sᵀ where the tile's rows of S share their columns: a dense product with those columns of x."""
     first_row = tl.min(n)
     start = tl.load(crow + first_row)
@@ -138,7 +140,8 @@ def add_shared(
 def linear_kernel(
     out, x, weight, bias, H, A, B, seed, S, values, crow, col, permutation,
     T, N, K, R, PARTS, rows, row_length, STEPS, scaling, keep_scale, threshold,
-    stride_ot, stride_xt, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_sn, stride_sk,
+    stride_ot, stride_xt, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    stride_sn, stride_sk,
     DROPOUT: tl.constexpr, SPARSE: tl.constexpr, ACCUMULATE: tl.constexpr, SCATTER: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
@@ -147,9 +150,9 @@ def linear_kernel(
 
     weight, S (N, K) dense. H (PARTS, T, R) fp32 and B (N, R); or A (R, K) and B, for H made here, R <= BLOCK_R.
     values at crow, col, in the order of permutation if there is one: SPARSE "gather" and "gather_columns" read x entry
-    by entry, "shared" takes BLOCK_N rows that share their columns. DROPOUT: "x" of H's input, "out" of the low-rank part of out, or "".
-    ACCUMULATE adds to what out holds. SCATTER: column n goes to the n-th non-empty row of crow (rows + 1,), each row of
-    row_length entries; out then has `rows` columns.
+    by entry, "shared" takes BLOCK_N rows that share their columns. DROPOUT: "x" of H's input, "out" of the low-rank
+    part of out, or "". ACCUMULATE adds to what out holds. SCATTER: column n goes to the n-th non-empty row of crow
+    (rows + 1,), each row of row_length entries; out then has `rows` columns.
     """
     m_tile, n_tile = tile_position(tl.program_id(0), T, N, BLOCK_M, BLOCK_N, GROUP_M)
     t = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)

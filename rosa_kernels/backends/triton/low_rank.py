@@ -1,7 +1,7 @@
-"""The low-rank part's products with tokens: H = x̂ Aᵀ ("shrink"), and dA = dHᵀ x̂, dB = Gᵀ H ("outer"), both memory-bound.
+"""The low-rank part's products over tokens: H = x̂ Aᵀ ("shrink"), dA = dHᵀ x̂ and dB = Gᵀ H ("outer"); memory-bound.
 
-Where one program a tile would leave the GPU idle, the long dimension is split; each split writes an fp32 part, and whoever
-reads them adds the parts in order: the same bits on every run.
+Where one program a tile would leave the GPU idle, the long dimension is split; each split writes an fp32 part, and
+whoever reads them adds the parts in order: the same bits on every run.
 """
 
 import torch
@@ -65,7 +65,9 @@ def outer_kernel(
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     f64, r64 = f.to(tl.int64), r.to(tl.int64)
     if shrunk is not None:
-        q = tl.load(Q + f64[:, None] * stride_qf + r64[None, :] * stride_qr, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0)
+        q = tl.load(
+            Q + f64[:, None] * stride_qf + r64[None, :] * stride_qr, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0
+        )
     acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
     first = split * BLOCKS_PER_SPLIT * BLOCK_T
     last = min(first + BLOCKS_PER_SPLIT * BLOCK_T, T)
@@ -74,12 +76,18 @@ def outer_kernel(
         t64 = t.to(tl.int64)
         small_mask = (t < last)[:, None] & (r < R)[None, :]
         small = t64[:, None] * R + r[None, :]
-        z_tile = tl.load(z + t64[:, None] * stride_zt + f64[None, :] * stride_zf, mask=(t < last)[:, None] & (f < F)[None, :], other=0.0)
+        z_tile = tl.load(
+            z + t64[:, None] * stride_zt + f64[None, :] * stride_zf,
+            mask=(t < last)[:, None] & (f < F)[None, :],
+            other=0.0,
+        )
         if shrunk is not None:
             h = dot_mixed(z_tile, q, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), PRECISION)
             tl.store(shrunk + tl.program_id(0).to(tl.int64) * T * R + small, h, mask=small_mask)
         if seed is not None:
-            z_tile = tl.where(keep_tile(seed, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F), z_tile, tl.zeros_like(z_tile))
+            z_tile = tl.where(
+                keep_tile(seed, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F), z_tile, tl.zeros_like(z_tile)
+            )
         p = narrow(sum_of_parts(P, small, small_mask, tl.cast(T, tl.int64) * R, P_PARTS), z_tile.dtype)
         acc = dot(tl.trans(z_tile), p, acc, PRECISION)
     target = out + split.to(tl.int64) * F * R + f64[:, None] * stride_of + r64[None, :] * stride_or
@@ -126,7 +134,8 @@ def outer(
     stride_qf, stride_qr = (0, 0) if Q is None else Q.stride()
     runtime.launch(
         outer_kernel, (tiles[0], splits, tiles[1]),
-        parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0], scaling * dropout.keep_scale, dropout.threshold,
+        parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0],
+        scaling * dropout.keep_scale, dropout.threshold,
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
         PRECISION=runtime.precision(z.dtype), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip

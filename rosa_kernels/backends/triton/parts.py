@@ -1,4 +1,4 @@
-"""Sums over a split dimension: each split's program writes an fp32 part, and these are added in order, rounded once."""
+"""Sums over a split dimension: each split's program writes an fp32 part; these are added in order, rounded once."""
 
 import torch
 import triton
@@ -30,7 +30,7 @@ def add_parts(out: Tensor, parts: Tensor) -> None:
 
 
 def for_readers(parts: Tensor, features: int) -> Tensor:
-    """parts (parts, ...), or their sum as the only one: whichever costs less where tiles of all `features` outputs read them."""
+    """parts (parts, ...) or their sum as the only one: whichever costs the tiles of all `features` outputs less."""
     rates = gpu_table.rates(parts.device, runtime.target(parts.device))
     readers = runtime.cdiv(features, _READER)
     if parts.shape[0] == 1 or not gpu.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates):

@@ -33,7 +33,7 @@ NO_DROPOUT = Dropout(None, 1.0, 0)
 
 @dataclass(frozen=True)
 class Sparse:
-    """S (N, K): values (nnz,) at crow (N + 1,), col (nnz,), entry e's value being values[permutation[e]] if there is one.
+    """S (N, K): values (nnz,) at crow (N + 1,), col (nnz,); with a permutation, entry e's value is values[permutation[e]].
 
     transpose_of: the S of row order that this one is the transpose of.
     """
@@ -73,7 +73,7 @@ TOKEN_PADDING = 128
 
 
 def by_columns(x: Tensor) -> Tensor:
-    """x (T, features) with neighbouring tokens next to each other in memory, zeros behind them up to a multiple of TOKEN_PADDING."""
+    """x (T, features) with tokens next to each other in memory, then zeros up to a multiple of TOKEN_PADDING."""
     T, features = x.shape
     columns = torch.empty(features, -(-T // TOKEN_PADDING) * TOKEN_PADDING, dtype=x.dtype, device=x.device)
     columns[:, :T] = x.T

@@ -9,7 +9,7 @@ EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def launch(kernel, grid: tuple[int, ...], *args, config, **constants) -> None:
-    """kernel[grid](*args, **constants) with the config's blocks, on the current stream of the tensors' device; an empty grid does nothing."""
+    """kernel[grid](*args, **constants) on the current stream of the tensors' device; an empty grid does nothing."""
     if 0 in grid:
         return
     options = {} if EMULATED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -49,7 +49,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def splits_of(length: int, block: int, tiles: int, device: torch.device, at_most: int) -> tuple[int, int]:
-    """(splits, blocks a split): enough splits of `length` elements to give two programs a multiprocessor; at least one."""
+    """(splits, blocks a split): at least one, at best two programs a multiprocessor; length counts elements."""
     wanted = cdiv(2 * multiprocessors(device), max(1, tiles))
     blocks = max(1, cdiv(length, block))
     blocks_a_split = cdiv(blocks, max(1, min(wanted, at_most, blocks)))

@@ -17,7 +17,7 @@ _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 def scatter_kernel(
     out, base, values, crow, col, N, stride_bm, stride_bn, stride_om, ZERO: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Row m of out = that of base (zeros for ZERO, as it is where base is None) + S's. A program a row: nothing races."""
+    """Row m of out = base's (zeros for ZERO, out's own where base is None) + S's. A program a row: nothing races."""
     row = tl.program_id(0)
     out_row = out + row.to(tl.int64) * stride_om
     n = tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
 """dS: Σ_t dy[t, row_e] x[t, col_e] for each entry e of a pattern.
 
-Three ways: "tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "shared" does so
-for rows that share their columns, with those columns alone; "entries" gathers by entry, each program the same number of entries,
-so that a long row holds nobody up. All may split the tokens; the parts are added in order.
+Three ways: "tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "shared" does
+so for rows that share their columns, with those columns alone; "entries" gathers by entry, each program the same
+number of entries, so that a long row holds nobody up. All may split the tokens; the parts are added in order.
 """
 
 import torch
@@ -23,8 +23,13 @@ _GROUP_M = 8
 
 
 @triton.jit
-def dyT_x(dy_columns, x_columns, in_m, in_n, first_t, last_t, stride_dyt, stride_xt, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) Σ_t dy[t, m] x[t, n] over tokens [first_t, last_t); *_columns point at token 0."""
+def dyT_x(
+    dy_columns, x_columns, in_m, in_n, split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) Σ_t dy[t, m] x[t, n] over the split's tokens; *_columns point at token 0."""
+    first_t = split * BLOCKS_PER_SPLIT * BLOCK_T
+    last_t = min(first_t + BLOCKS_PER_SPLIT * BLOCK_T, T)
     acc = tl.zeros((dy_columns.shape[0], x_columns.shape[0]), tl.float32)
     for t0 in range(first_t, last_t, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
@@ -57,7 +62,7 @@ def sddmm_tiled_kernel(
     if longest > 0:
         acc = dyT_x(
             dy + m.to(tl.int64) * stride_dym, x + n.to(tl.int64) * stride_xn, in_m, n < N,
-            split * BLOCKS_PER_SPLIT * BLOCK_T, min((split + 1) * BLOCKS_PER_SPLIT * BLOCK_T, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
+            split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt, PRECISION, BLOCK_T,
         )  # fmt: skip
         for j in tl.range(0, longest, BLOCK_E, num_stages=1):
             entry = start[:, None] + j + tl.arange(0, BLOCK_E)[None, :]
@@ -70,12 +75,13 @@ def sddmm_tiled_kernel(
 
 @triton.jit(do_not_specialize=["T", "rows", "row_length", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
 def sddmm_shared_kernel(
-    out, dy, x, crow, col, T, M, rows, row_length, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
-    SCATTERED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    out, dy, x, crow, col, T, M, rows, row_length, nnz, BLOCKS_PER_SPLIT, STEPS,
+    stride_dyt, stride_dym, stride_xt, stride_xn, SCATTERED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """As sddmm_tiled_kernel, where each BLOCK_M of the M rows share their columns.
 
-    SCATTERED: the M rows are the non-empty ones of crow (rows + 1,), each of row_length entries; else they are all rows.
+    SCATTERED: the M rows are the non-empty ones of crow (rows + 1,), each of row_length entries; else all rows.
     """
     split = tl.program_id(2)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,7 +99,7 @@ def sddmm_shared_kernel(
         column = tl.load(col + start + n, mask=in_n, other=0)
         acc = dyT_x(
             dy + row.to(tl.int64) * stride_dym, x + column.to(tl.int64) * stride_xn, in_m, in_n,
-            split * BLOCKS_PER_SPLIT * BLOCK_T, min((split + 1) * BLOCKS_PER_SPLIT * BLOCK_T, T), stride_dyt, stride_xt, PRECISION, BLOCK_T,
+            split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt, PRECISION, BLOCK_T,
         )  # fmt: skip
         target = out + split.to(tl.int64) * nnz + row_start[:, None] + n[None, :]
         tl.store(target, narrow(acc, out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
