@@ -63,6 +63,7 @@ class Measure:
             "flops_fp32": by_precision["ieee"],
             "bandwidth": 2 * large.nbytes / self.seconds(lambda: target.copy_(large)),
             "l2_bandwidth": self._gathered_bytes_per_second(),
+            "multiprocessors": runtime.multiprocessors(self.device),
             "kernel_efficiency": library / ours,
             "launch_seconds": self.seconds(lambda: nothing.zero_()),
         }

@@ -47,7 +47,7 @@ def call_of(case, dtype):
     }
     return gpu.LinearCall(
         case.tokens, case.out_features, case.in_features, case.r, int(case.pattern is not None), structure_of(case),
-        dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"],
+        dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"], mixed_values=mixed["values"],
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def test_linear_by_way(monkeypatch, case, dtype, way):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("way", ["tiled", "entries", "entries_columns"])
+@pytest.mark.parametrize("way", ["tiled", "entries", "entries_columns", "library"])
 @pytest.mark.parametrize("pattern", ["sparse", "empty_rows", "full", "last_entry", "blocks"])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_sddmm_by_way(monkeypatch, dtype, way, pattern, tokens):
@@ -143,10 +143,12 @@ def test_the_choices_that_the_docstring_explains():
     large = dict(tokens=4096, N=4096, K=4096, r=16)
     assert gpu.choose_linear(gpu.LinearCall(**large), h100).base == "library"
     assert gpu.choose_linear(gpu.LinearCall(**large, element_size=4, nnz=167772), h100).base == "merged"
-    assert gpu.choose_linear(gpu.LinearCall(**large, nnz=838860), h100).S == "dense"
-    assert gpu.choose_linear(gpu.LinearCall(**large, nnz=1677), h100).S.startswith("gather")
+    assert gpu.choose_linear(gpu.LinearCall(**large, nnz=838860), h100).S == "delta"
+    assert gpu.choose_linear(gpu.LinearCall(**large, nnz=838860, dropout="x"), h100).S == "dense"
+    assert gpu.choose_linear(gpu.LinearCall(**large, nnz=1677), h100).S == "gather_columns"
     assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16), h100).base == "kernel"
-    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772), h100) == "tiled"
+    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772), h100) == "library"
+    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772, mixed=True), h100) == "tiled"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100) == "entries_columns"
 
 

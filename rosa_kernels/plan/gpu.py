@@ -7,17 +7,18 @@ count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
   N elements, and a launch. The kernel's loop wins while the GEMM is small or bound by reading W (few tokens).
 - fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits
   or tf32, whose operands would round small deltas away.
-- Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by
-  columns, an element (and 16 bytes a load). A dense S beside W in the kernel's loop costs the base's FLOPs once
-  more, whatever d: it wins above d of about 0.5 % at many tokens; densifying tiles of W + S inside the loop would
-  round S into W, and making tiles of S there costs more than reading them, because every tile of tokens would make
-  them anew. With values wider than x a dense S takes two dots.
+- Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by columns
+  an element (and 16 bytes a load), so that is the way for a sparse S: d below 0.3 % at many tokens. A dense S costs the base's
+  FLOPs once more whatever d, beside W in the kernel's loop or, with s·BA in the same matrix, as a second library
+  GEMM: D = s·BA + S is rounded once as an operand, relative to itself; W is not. Tiles of W + S densified inside the loop would
+  round S into W; tiles of S made there would be made anew for every tile of tokens. Values wider than x take two dots.
 - Rows are a GEMM with fewer outputs, columns and 16 x 16 blocks one with fewer inputs, gathered around the dots.
-- dS: a tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d; gathering by entry costs L2 reads that grow
-  with d, so it wins for fp32 or a very sparse S.
+- dS. A tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d, and so does a library GEMM, which is faster but
+  keeps all of dW and rounds it; gathering by entry costs L2 reads that grow with d: the way for fp32 or a very sparse S.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
@@ -26,7 +27,7 @@ from rosa_kernels.plan.gpu_table import Rates
 LARGEST_R_INSIDE = 64
 """Largest rank whose H the linear kernel makes itself, for few tokens: each tile of outputs makes it anew."""
 FEW_TOKENS = 512
-"""Up to here x is gathered as it is; above, from a copy by columns."""
+"""Above, x is gathered from a copy by columns only."""
 _SECTOR = 32
 """Bytes that a gather moves from L2 for one element."""
 
@@ -75,22 +76,28 @@ def linear_ways(call: LinearCall) -> list[LinearWay]:
     if call.base and call.element_size == 4 and not call.tf32 and not call.dropout:
         ways.append(LinearWay("merged"))
     for base in ("library", "kernel") if call.base else ("",):
-        for S in _sparse_ways(call):
+        for S in _sparse_ways(call, base):
             ways += [LinearWay(base, H, S) for H in _low_rank_ways(call, base, S)]
     return ways
 
 
-def _sparse_ways(call: LinearCall) -> tuple[str, ...]:
+def _sparse_ways(call: LinearCall, base: str) -> tuple[str, ...]:
     if not call.nnz:
         return ("",)
     by_structure = {ROW: ("rows",), COLUMN: ("shared",), BLOCK16: ("blocks",)}
-    gather = "gather" if call.tokens <= FEW_TOKENS else "gather_columns"
-    return by_structure.get(call.structure, (gather, "dense"))
+    if call.structure in by_structure:
+        return by_structure[call.structure]
+    gather = ("gather",) if call.tokens <= FEW_TOKENS else ()
+    exact = not call.mixed_values and not (call.r and (call.mixed_lora or call.dropout))
+    delta = ("delta",) if base == "library" and exact else ()
+    return (*gather, "gather_columns", "dense", *delta)
 
 
 def _low_rank_ways(call: LinearCall, base: str, S: str) -> tuple[str, ...]:
     if not call.r:
         return ("",)
+    if S == "delta":
+        return ("delta",)
     if call.H_known:
         return ("known",)
     few = call.r <= LARGEST_R_INSIDE and call.tokens <= FEW_TOKENS
@@ -117,6 +124,12 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
         return run(2 * N * K * call.r, 3 * N * K) + run(0, 2 * call.nnz) + run(2 * T * N * K, T * (N + K) + N * K)
     if way.base == "library":
         seconds += run(2 * T * N * K, T * (N + K) + N * K)
+    if way.S == "delta":
+        seconds += (
+            run(2 * N * K * call.r, 2 * N * K) + run(0, 2 * call.nnz) + run(2 * T * N * K, T * (2 * N + K) + N * K)
+        )
+    if way.H == "before" and T > FEW_TOKENS:  # its parts are added
+        seconds += rates.launch_seconds
     if way.H in ("before", "library"):
         seconds += run(2 * T * K * call.r * (2 if call.mixed_lora else 1), T * K + call.r * (T + K))
     if way.H == "library":
@@ -126,7 +139,7 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
         seconds += run(
             2 * T * call.nnz * (2 if call.mixed_values else 1),
             T * K + 2 * T * columns + call.nnz,
-            rates.kernel_efficiency,
+            rates.kernel_efficiency * _filled(T, columns, rates),
         )
     if way.S == "dense":
         seconds += run(0, (3 if call.mixed_values else 1) * N * K)
@@ -134,8 +147,15 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
         seconds += run(0, 2 * T * K)
     if way.runs_the_kernel:
         flops, elements = _kernel_work(call, way)
-        seconds += run(flops, elements, rates.kernel_efficiency) + _gather_seconds(call, way.S, rates)
+        efficiency = rates.kernel_efficiency * _filled(T, N, rates)
+        seconds += run(flops, elements, efficiency) + _gather_seconds(call, way.S, rates)
     return seconds
+
+
+def _filled(T: float, N: float, rates: Rates) -> float:
+    """Share of the multiprocessors that work, on average, in the waves of a product's tiles."""
+    waves = max(1, T / 128) * max(1, N / 128) / rates.multiprocessors
+    return waves / math.ceil(waves)
 
 
 def _kernel_work(call: LinearCall, way: LinearWay) -> tuple[float, float]:
@@ -157,8 +177,8 @@ def _kernel_work(call: LinearCall, way: LinearWay) -> tuple[float, float]:
 
 
 def _gather_seconds(call: LinearCall, S: str, rates: Rates) -> float:
-    moved = {"gather": _SECTOR, "gather_columns": call.element_size}.get(S, 0)
-    return call.nnz * call.tokens * moved / rates.l2_bandwidth
+    moved = {"gather": _SECTOR * call.tokens, "gather_columns": max(_SECTOR, call.tokens * call.element_size)}
+    return call.nnz * moved.get(S, 0) / rates.l2_bandwidth
 
 
 def gemm_rate(rates: Rates, element_size: int, tf32: bool) -> float:
@@ -195,12 +215,15 @@ class SDDMMCall(NamedTuple):
     structure: int = 0
     element_size: int = 2
     tf32: bool = False
+    mixed: bool = False
 
 
 def sddmm_ways(call: SDDMMCall) -> tuple[str, ...]:
-    """ "shared" for rows, columns and 16 x 16 blocks; else "tiled", "entries", or "entries_columns" from copies of
-    dy and x by columns."""
-    return ("shared",) if call.structure in (ROW, COLUMN, BLOCK16) else ("tiled", "entries", "entries_columns")
+    """ "shared" for rows, columns and 16 x 16 blocks; else "tiled"; "entries", or "entries_columns" from copies of dy and x
+    by columns; or "library": dyᵀ x whole, by a library GEMM, and its entries, unless that would round them once more."""
+    if call.structure in (ROW, COLUMN, BLOCK16):
+        return ("shared",)
+    return ("tiled", "entries", "entries_columns", *(() if call.mixed else ("library",)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -210,13 +233,18 @@ def choose_sddmm(call: SDDMMCall, rates: Rates) -> str:
 
 def sddmm_seconds(call: SDDMMCall, way: str, rates: Rates) -> float:
     T, M, N, size = call.tokens, call.M, call.N, call.element_size
-    rate = gemm_rate(rates, size, call.tf32) * rates.kernel_efficiency
+    rate = gemm_rate(rates, size, call.tf32)
     floor = (T * (M + N) + call.nnz) * size / rates.bandwidth
+    if way == "library":
+        picking = (M * N + call.nnz * _SECTOR / size) * size / rates.bandwidth
+        return 2 * rates.launch_seconds + max(2 * T * M * N / rate, floor + M * N * size / rates.bandwidth) + picking
     if way == "shared":
-        return rates.launch_seconds + max(2 * T * call.nnz / rate, floor)
+        return rates.launch_seconds + max(2 * T * call.nnz / (rate * rates.kernel_efficiency), floor)
     if way == "tiled":
-        return rates.launch_seconds + max(2 * T * M * N / rate, floor)
+        efficiency = rates.kernel_efficiency * _filled(M, N, rates)
+        return rates.launch_seconds + max(2 * T * M * N / (rate * efficiency), floor)
+    # dy's column serves all entries of a row that a program holds; x's is another for each entry
     if way == "entries":
-        return rates.launch_seconds + max(2 * call.nnz * T * _SECTOR / rates.l2_bandwidth, floor)
+        return rates.launch_seconds + max(call.nnz * T * _SECTOR / rates.l2_bandwidth, floor)
     copies = 2 * rates.launch_seconds + 2 * T * (M + N) * size / rates.bandwidth
-    return copies + rates.launch_seconds + max(2 * call.nnz * T * size / rates.l2_bandwidth, floor)
+    return copies + rates.launch_seconds + max(call.nnz * T * size / rates.l2_bandwidth, floor)

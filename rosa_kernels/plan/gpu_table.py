@@ -19,6 +19,7 @@ class Rates(NamedTuple):
     flops_fp32: float
     bandwidth: float
     l2_bandwidth: float
+    multiprocessors: int
     kernel_efficiency: float = 0.8
     """FLOP/s of our own GEMM loop over the library's."""
     launch_seconds: float = 4e-6
@@ -28,12 +29,12 @@ class Rates(NamedTuple):
 # bytes/s that large library calls reach; L2 as measured by Chips and Cheese (A100, H100), scaled with the memory for
 # the others. None seen by us.
 RATES = {
-    "sm_80": Rates(218e12, 109e12, 14e12, 1.8e12, 4.4e12),
-    "sm_90": Rates(692e12, 346e12, 47e12, 3.0e12, 5.5e12),
-    "sm_100": Rates(1570e12, 780e12, 56e12, 7.2e12, 11e12),
-    "gfx942": Rates(915e12, 457e12, 114e12, 4.8e12, 8e12),
-    "other": Rates(100e12, 50e12, 15e12, 0.8e12, 2e12),
-    "interpreter": Rates(692e12, 346e12, 47e12, 3.0e12, 5.5e12),
+    "sm_80": Rates(218e12, 109e12, 14e12, 1.8e12, 4.4e12, 108),
+    "sm_90": Rates(692e12, 346e12, 47e12, 3.0e12, 5.5e12, 132),
+    "sm_100": Rates(1570e12, 780e12, 56e12, 7.2e12, 11e12, 148),
+    "gfx942": Rates(915e12, 457e12, 114e12, 4.8e12, 8e12, 304),
+    "other": Rates(100e12, 50e12, 15e12, 0.8e12, 2e12, 60),
+    "interpreter": Rates(692e12, 346e12, 47e12, 3.0e12, 5.5e12, 132),
 }
 
 

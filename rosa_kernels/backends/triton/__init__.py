@@ -17,7 +17,7 @@ else:
     from rosa_kernels.backends.triton.low_rank import outer, shrink
     from rosa_kernels.backends.triton.parts import for_readers
     from rosa_kernels.backends.triton.problem import Dropout, sparse_of
-    from rosa_kernels.backends.triton.scatter import add_in_place, sum_with
+    from rosa_kernels.backends.triton.scatter import add_in_place, dense, sum_with
     from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
     from rosa_kernels.plan import gpu
 
@@ -63,6 +63,7 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
         dropout=Dropout.of(dropout_p, seed),
         drop_at="" if seed is None else "x",
         merged=lambda: _merged(weight, lora_A, lora_B, scaling, S),
+        delta=lambda: _delta(weight, lora_A, lora_B, scaling, S),
     )
     return linear(problem).view(*x.shape[:-1], problem.N)
 
@@ -91,6 +92,7 @@ def rosa_linear_backward(
                 dropout,
                 "" if seed is None else "out",
                 lambda: _merged(weight, lora_A, lora_B, scaling, S).T,
+                lambda: _delta(weight, lora_A, lora_B, scaling, S).T,
             )
         ).view(x.shape)
     if need_dvalues:
@@ -121,6 +123,13 @@ def _merged(weight: Tensor, lora_A, lora_B, scaling: float, S) -> Tensor:
         return sum_with(weight, S)
     total = torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling).contiguous()
     return total if S is None else add_in_place(total, S)
+
+
+def _delta(weight: Tensor, lora_A, lora_B, scaling: float, S) -> Tensor:
+    """scaling · B A + S in weight's dtype, for one call."""
+    if lora_A is None:
+        return dense(S, weight.dtype)
+    return add_in_place(torch.addmm(weight, lora_B, lora_A, beta=0, alpha=scaling), S)
 
 
 def spmm(x, values, crow, col, structure):

@@ -44,12 +44,13 @@ def _linear(target: str, element_size: int, bucket: int) -> list[Config]:
     roomy = target in ("sm_80", "sm_90", "sm_100")
     stages = {"sm_80": 3, "sm_90": 4, "sm_100": 4}.get(target, 2)
     if block_m < 64:
-        return [_matmul(block_m, 64, 64, 4, stages), _matmul(block_m, 32, 128 if roomy else 64, 4, stages)]
+        return [_matmul(block_m, 32, 128 if roomy else 64, 4, stages), _matmul(block_m, 64, 64, 4, stages)]
     if bucket < 4:
         return [_matmul(64, 64, 64, 4, stages), _matmul(64, 128, 64, 4, 3 if roomy else 2)]
     if not roomy:
         return [_matmul(128, 64, 32, 4, 2), _matmul(64, 64, 32, 4, 2)]
-    return [_matmul(128, 128, 64, 8, 3), _matmul(128, 64, 64, 4, 3), _matmul(64, 128, 64, 4, 3)]
+    wide = [] if target == "sm_80" else [_matmul(128, 256, 64, 8, 3)]
+    return [_matmul(128, 128, 64, 8, 3), _matmul(128, 64, 64, 4, 3), *wide]
 
 
 def _shrink(target: str, element_size: int, bucket: int) -> list[Config]:

@@ -17,6 +17,7 @@ from rosa_kernels.backends.triton.scatter import dense
 from rosa_kernels.plan import gpu, gpu_table
 
 _GROUP_M = 8
+_SMALL_TILE = 32
 
 
 class Linear(NamedTuple):
@@ -24,7 +25,7 @@ class Linear(NamedTuple):
 
     x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: x Aᵀ where it is known already, as
     parts (parts, T, r). drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
-    merged: makes weight + scaling B A + S (N, K).
+    merged: makes weight + scaling B A + S (N, K); delta: makes scaling B A + S.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class Linear(NamedTuple):
     dropout: Dropout = NO_DROPOUT
     drop_at: str = ""
     merged: Callable[[], Tensor] | None = None
+    delta: Callable[[], Tensor] | None = None
 
     def call(self) -> gpu.LinearCall:
         """What the plan needs to know."""
@@ -75,6 +77,8 @@ def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
         out = F.linear(x, problem.weight, problem.bias).contiguous()
     else:
         out = torch.empty(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
+    if way.S == "delta":
+        out.addmm_(x, problem.delta().T)
     if way.H == "library":
         out.addmm_(x @ problem.A.T, problem.B.T, alpha=problem.scaling)
     if way.runs_the_kernel:
@@ -116,19 +120,19 @@ def _dense_operand(S: Sparse, dtype: torch.dtype) -> Tensor:
 
 
 def _add_rows(out: Tensor, x: Tensor, S: Sparse) -> None:
-    """out[:, rows] += x S_rowsᵀ."""
+    """out[:, rows] += x S_rowsᵀ: few outputs, so small tiles of tokens keep the GPU busy."""
     rows = S.whole_rows()
-    block_n = block_r(rows.shape[0])
-    _launch(out, x, rows.shape[0], weight=rows, accumulate=True, scatter_to=S, block_n=block_n)
+    count = rows.shape[0]
+    _launch(out, x, count, weight=rows, accumulate=True, scatter_to=S, block_n=block_r(count), most_tokens=_SMALL_TILE)
 
 
 def _launch(
     out: Tensor, x: Tensor, N: int, *, weight=None, bias=None, H=None, A=None, B=None, scaling=1.0, dropout=NO_DROPOUT,
     drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False, scatter_to: Sparse | None = None,
-    block_n: int | None = None,
+    block_n: int | None = None, most_tokens: int = 2**31,
 ) -> None:  # fmt: skip
     (T, K), R = x.shape, 0 if B is None else B.shape[1]
-    config = configs.choose(configs.LINEAR, x.device, x.dtype, T)
+    config = configs.choose(configs.LINEAR, x.device, x.dtype, min(T, most_tokens))
     if block_n is not None:
         config = Config(config.blocks | {"BLOCK_N": block_n}, config.num_warps, config.num_stages)
     pattern = S or scatter_to

@@ -77,5 +77,5 @@ def by_columns(x: Tensor) -> Tensor:
     T, features = x.shape
     columns = torch.empty(features, -(-T // TOKEN_PADDING) * TOKEN_PADDING, dtype=x.dtype, device=x.device)
     columns[:, :T] = x.T
-    columns[:, T:] = 0
+    columns[:, T:].zero_()
     return columns.T[:T]

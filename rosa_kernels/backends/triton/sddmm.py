@@ -1,6 +1,6 @@
 """dS: Σ_t dy[t, row_e] x[t, col_e] for each entry e of a pattern.
 
-Three ways: "tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "shared" does
+Four ways: "library" makes all of dyᵀ x by a library GEMM and picks; "tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "shared" does
 so for rows that share their columns, with those columns alone; "entries" gathers by entry, each program the same
 number of entries, so that a long row holds nobody up. All may split the tokens; the parts are added in order.
 """
@@ -19,6 +19,7 @@ from rosa_kernels.pattern import BLOCK16, ROW
 from rosa_kernels.plan import gpu, gpu_table
 
 _ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
+_PICK = Config({"BLOCK": 128}, num_warps=4, num_stages=1)
 _GROUP_M = 8
 
 
@@ -133,12 +134,27 @@ def sddmm_entries_kernel(
     tl.store(target, narrow(tl.sum(acc, axis=0), out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def pick_kernel(out, dW, crow, col, stride_m, stride_n, BLOCK: tl.constexpr):
+    """out (nnz,) = the pattern's entries of dW (M, N), a row a program."""
+    row = tl.program_id(0)
+    end = tl.load(crow + row + 1)
+    for first in range(tl.load(crow + row), end, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        inside = entry < end
+        column = tl.load(col + entry, mask=inside, other=0).to(tl.int64)
+        value = tl.load(dW + row.to(tl.int64) * stride_m + column * stride_n, mask=inside, other=0.0)
+        tl.store(out + entry, value, mask=inside)
+
+
 def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype) -> Tensor:
     """(nnz,) of dtype; dy (T, M), x (T, N) of one dtype and any strides."""
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     if nnz == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
-    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), runtime.precision(x.dtype) == "tf32")
+    call = gpu.SDDMMCall(
+        T, M, N, nnz, structure, x.element_size(), runtime.precision(x.dtype) == "tf32", dtype != x.dtype
+    )
     way = gpu.choose_sddmm(call, gpu_table.rates(x.device, runtime.target(x.device)))
     return take(way, dy, x, crow, col, structure, dtype)
 
@@ -150,6 +166,9 @@ def take(way: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: 
         dy, x = by_columns(dy), by_columns(x)
     if way in ("entries", "entries_columns"):
         _entries(out, dy, x, crow, col, BY_COLUMNS=way == "entries_columns")
+    elif way == "library":
+        dW = dy.T @ x
+        runtime.launch(pick_kernel, (dW.shape[0],), out, dW, crow, col, *dW.stride(), config=_PICK)
     elif way == "tiled":
         _tiled(out, dy, x, crow, col)
     else:
