@@ -1,7 +1,8 @@
 """Every test that asks for `backend` (`dtype`, `device`) runs on each backend, with each dtype that it serves.
 
-On CPU tensors always; a test that asks for `device` also on a GPU where there is one (`-m gpu` picks those). TRITON_INTERPRET=1, in
-the environment before Triton is imported, makes another run of it: the Triton backend alone, interpreted, on CPU tensors.
+On CPU tensors always; a test that asks for `device` also on a GPU where there is one (`-m gpu` picks those).
+TRITON_INTERPRET=1, in the environment before Triton is imported, makes another run of it: the Triton backend alone,
+interpreted, on CPU tensors.
 """
 
 import os
@@ -34,7 +35,12 @@ if INTERPRETED:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run")
+    parser.addoption(
+        "--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run"
+    )
+    parser.addoption(
+        "--all-kernels", action="store_true", help="test_triton_aot.py: every kernel, not a sample (about an hour)"
+    )
 
 
 def pytest_configure(config):

@@ -89,9 +89,7 @@ def expected_linear(case: LinearCase, inputs: LinearInputs, keep: Tensor | None 
     if keep is not None:
         factor = keep.double() * (0.0 if case.dropout_p >= 1 else 1 / (1 - case.dropout_p))
     exact = _Parts(wide, pattern, case.scaling, factor)
-    absolute = _Parts(
-        {n: None if t is None else t.abs() for n, t in wide.items()}, pattern, abs(case.scaling), factor
-    )
+    absolute = _Parts({n: None if t is None else t.abs() for n, t in wide.items()}, pattern, abs(case.scaling), factor)
 
     values = {"y": exact.y, **exact.gradients}
     magnitudes = {"y": absolute.y, **absolute.gradients}

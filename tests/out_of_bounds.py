@@ -1,4 +1,5 @@
-"""Kernels that read or write an element past a tensor's end, to see that AddressSanitizer catches it: test_triton_bounds.py runs this.
+"""Kernels that read or write an element past a tensor's end, to see that AddressSanitizer catches it:
+test_triton_bounds.py runs this.
 
 Run with TRITON_INTERPRET=1 and one argument, "nothing", "read" or "write": what to do past the end.
 """

@@ -36,7 +36,7 @@ def keep_mask(seed: int, tokens: int, in_features: int, p: float) -> torch.Tenso
 
 
 def seed_drawn_after(manual_seed: int, device: torch.device = torch.device("cpu")) -> int:
-    """The seed of the first dropout call on a device after torch.manual_seed(manual_seed), by the package's documented draw."""
+    """The seed of a device's first dropout call after torch.manual_seed(manual_seed), by the documented draw."""
     with torch.random.fork_rng([] if device.type == "cpu" else [device]):
         torch.manual_seed(manual_seed)
         return int(torch.randint(2**62, (1,), dtype=torch.int64, device=device))

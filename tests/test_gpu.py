@@ -1,4 +1,5 @@
-"""What only a GPU can show: CUDA graphs, streams, other devices, no waiting for the GPU, addresses past 2**31, tf32, torch.compile.
+"""What only a GPU can show: CUDA graphs, streams, other devices, no waiting for the GPU, addresses past 2**31, tf32,
+torch.compile.
 
 The ops' own tests (test_ops, test_dropout, test_gradients) run on it too: `pytest tests -m gpu` takes both.
 """
@@ -39,7 +40,10 @@ class Step:
     def __call__(self):
         """{"y": y, and each gradient by its tensor's name}."""
         y = linear(self.case, self.inputs, self.leaves)
-        return {"y": y.detach(), **dict(zip(self.leaves, torch.autograd.grad(y, list(self.leaves.values()), self.inputs.dy)))}
+        return {
+            "y": y.detach(),
+            **dict(zip(self.leaves, torch.autograd.grad(y, list(self.leaves.values()), self.inputs.dy))),
+        }
 
     def warm_up(self) -> None:
         """Compiles, and fills the caches of the pattern; on a stream of its own, as a capture asks for."""
@@ -167,7 +171,7 @@ def test_thousands_of_programs_give_the_same_bits(gpu, dtype, pattern):
 
 @pytest.mark.parametrize("in_features,out_features", [(2048, 16), (16, 2048)], ids=["x", "y"])
 def test_tensors_of_more_than_2_to_the_31_elements(gpu, in_features, out_features):
-    """The last tokens come out as they do in a call of their own; and so do the gradients, where the others' dy is 0."""
+    """The last tokens come out as in a call of their own; and so do the gradients, where the others' dy is 0."""
     tokens, last = 2**31 // 2048 + 70, 40
     needed = 5 * tokens * 2048 * 2
     if torch.cuda.get_device_properties(gpu).total_memory < needed:

@@ -205,7 +205,9 @@ def test_checkpointing(backend, device, tokens, use_reentrant, x_needs_grad):
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
 def test_autocast_casts_as_linear_does(backend, device, tokens, adapters):
     """x, weight and bias go to bf16, adapters stay, gradients come back in each tensor's own dtype."""
-    inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, lora_dtype=adapters, values_dtype=adapters), torch.float32, device)
+    inputs = make_inputs(
+        LinearCase((tokens,), 33, 20, 4, lora_dtype=adapters, values_dtype=adapters), torch.float32, device
+    )
     leaves, casts = leaves_of(inputs), leaves_of(inputs)
     with torch.autocast(device.type, torch.bfloat16):
         y = rosa(leaves, inputs.pattern, dropout_p=0.3)

@@ -14,7 +14,8 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="runs where TRITON_INTERPRET=1: test_triton_interpreter.py starts it"
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="runs where TRITON_INTERPRET=1: test_triton_interpreter.py starts it",
 )
 SIZE = 16
 
@@ -113,7 +114,9 @@ def test_planted_bf16_arithmetic_is_refused(kernel):
         run(kernel)
 
 
-@pytest.mark.parametrize("kernel", [add_kernel, compare_kernel, negate_kernel, fma_kernel, reduce_kernel, atomic_kernel])
+@pytest.mark.parametrize(
+    "kernel", [add_kernel, compare_kernel, negate_kernel, fma_kernel, reduce_kernel, atomic_kernel]
+)
 def test_the_same_in_fp32_is_not(kernel):
     _, out = run(kernel, torch.float32)
     assert out.any()
@@ -153,7 +156,7 @@ def test_subnormals_are_refused(given, wanted):
 
 
 def test_the_interpreter_still_rounds_to_bf16_wrongly():
-    """Once this fails, Triton has mended it: the refusal of fp32 -> bf16, and arithmetic.narrow's way around it, can go."""
+    """Once this fails, Triton has mended it: the refusal of fp32 -> bf16, and arithmetic.narrow's detour, can go."""
     just_below_two = torch.tensor([1.999, 2.001, 1.0 + 2**-8])
     right = just_below_two.to(torch.bfloat16).view(torch.uint16).numpy()
     with interpreter_guard.lifted():

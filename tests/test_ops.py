@@ -1,4 +1,6 @@
-"""Every op, forward and gradients, against dense float64 within the bounds of oracle.py; inputs are left as they were."""
+"""Every op, forward and gradients, against dense float64 within the bounds of oracle.py; inputs are left as they
+were.
+"""
 
 import pytest
 import torch
@@ -155,14 +157,15 @@ def test_csr_add(backend, dtype, device, case):
     upstream = torch.randn(inputs.pattern.shape).to(device, dtype)
     dweight, dvalues = torch.autograd.grad(total, (weight, values), upstream)
     assert torch.equal(dweight, upstream)
-    assert dvalues.dtype == inputs.values.dtype and torch.equal(dvalues.cpu(), upstream.cpu()[rows, cols].to(dvalues.dtype))
+    assert dvalues.dtype == inputs.values.dtype
+    assert torch.equal(dvalues.cpu(), upstream.cpu()[rows, cols].to(dvalues.dtype))
 
 
 @pytest.mark.parametrize("tokens", [6, 66])
 def test_a_fresh_adapter_changes_nothing(backend, dtype, device, tokens):
     """lora_B = 0 and values = 0, as at injection: y is F.linear's; bit for bit where that computes the base.
 
-    A Triton kernel may sum the base's products in another order than the library: one rounding apart, and fp32's roundoff.
+    A Triton kernel may sum the base's products in another order than the library: a rounding apart, and fp32's own.
     """
     inputs = make_inputs(LinearCase((tokens,), 66, 35, zero_values="all"), dtype, device)
     y = rk.rosa_linear(
@@ -177,8 +180,8 @@ def test_a_fresh_adapter_changes_nothing(backend, dtype, device, tokens):
     )
     base = torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias)
     if backend == "triton":
-        eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(y, base, rtol=eps, atol=66 * torch.finfo(torch.float32).eps * float(base.abs().max()))
+        sums = 66 * torch.finfo(torch.float32).eps * float(base.abs().max())
+        torch.testing.assert_close(y, base, rtol=torch.finfo(dtype).eps, atol=sums)
     else:
         assert torch.equal(y, base)
 

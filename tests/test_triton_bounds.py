@@ -1,7 +1,8 @@
-"""No Triton kernel reads or writes past a tensor: interpreted runs under AddressSanitizer, which knows every block of memory by the byte.
+"""No Triton kernel reads or writes past a tensor: interpreted runs under AddressSanitizer, which knows every block of
+memory by the byte.
 
-The interpreter moves each element by a memcpy, and the sanitizer's library checks both of its ends. Masks that are wrong by one show
-here even where the value read is thrown away.
+The interpreter moves each element by a memcpy, and the sanitizer's library checks both of its ends. Masks that are
+wrong by one show here even where the value read is thrown away.
 """
 
 import functools
@@ -15,7 +16,9 @@ import pytest
 
 pytest.importorskip("triton", reason="backend triton: Triton is not installed")
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="starts interpreted runs: this is one")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="starts interpreted runs: this is one"
+)
 
 TESTS = Path(__file__).parent
 EVERY = 12
