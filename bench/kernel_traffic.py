@@ -243,6 +243,12 @@ def sddmm_entries_kernel(grid, *, dy, x, col, T, M, STEPS, BY_COLUMNS, BLOCK_T, 
     return Work(0, loads, [Access("out", nnz * splits, nnz * splits)])
 
 
+def pick_kernel(grid, *, col, **_) -> Work:
+    (rows,), nnz = grid, col.shape[0]
+    loads = [Access("crow", 2 * rows, rows + 1), Access("col", nnz, nnz), Access("dW", nnz, nnz, 1)]
+    return Work(0, loads, [Access("out", nnz, nnz)])
+
+
 FORMULAS = {
     formula.__name__: formula
     for formula in (
@@ -254,5 +260,6 @@ FORMULAS = {
         sddmm_tiled_kernel,
         sddmm_shared_kernel,
         sddmm_entries_kernel,
+        pick_kernel,
     )
 }

@@ -22,6 +22,7 @@ KERNELS = {
     "sddmm_tiled_kernel",
     "sddmm_shared_kernel",
     "sddmm_entries_kernel",
+    "pick_kernel",
 }
 ALIGNED = {"aligned", "aligned, many"}
 """Cases whose sectors are known."""

@@ -148,7 +148,7 @@ def test_the_choices_that_the_docstring_explains():
     assert gpu.choose_linear(gpu.LinearCall(**large, nnz=1677), h100).S == "gather_columns"
     assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16), h100).base == "kernel"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772), h100) == "library"
-    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772, mixed=True), h100) == "tiled"
+    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 335544, mixed=True), h100) == "tiled"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100) == "entries_columns"
 
 

@@ -89,7 +89,7 @@ def _sparse_ways(call: LinearCall, base: str) -> tuple[str, ...]:
         return by_structure[call.structure]
     gather = ("gather",) if call.tokens <= FEW_TOKENS else ()
     exact = not call.mixed_values and not (call.r and (call.mixed_lora or call.dropout))
-    delta = ("delta",) if base == "library" and exact else ()
+    delta = ("delta",) if base != "kernel" and exact else ()
     return (*gather, "gather_columns", "dense", *delta)
 
 
@@ -148,7 +148,7 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
     if way.runs_the_kernel:
         flops, elements = _kernel_work(call, way)
         efficiency = rates.kernel_efficiency * _filled(T, N, rates)
-        seconds += run(flops, elements, efficiency) + _gather_seconds(call, way.S, rates)
+        seconds += run(flops, elements, efficiency) + _l2_seconds(call, way, rates)
     return seconds
 
 
@@ -166,7 +166,7 @@ def _kernel_work(call: LinearCall, way: LinearWay) -> tuple[float, float]:
     flops = 2.0 * T * N * call.r
     if way.base == "kernel":
         flops, elements = flops + 2.0 * T * N * K, elements + N * K
-    if way.H == "inside":  # once more for each tile of outputs
+    if way.H == "inside":  # for each tile of outputs anew
         flops += 2.0 * T * K * max(16, call.r) * -(-N // 128)
     if way.S == "dense":
         flops += 2.0 * T * N * K * (2 if call.mixed_values else 1)
@@ -176,9 +176,12 @@ def _kernel_work(call: LinearCall, way: LinearWay) -> tuple[float, float]:
     return flops, elements
 
 
-def _gather_seconds(call: LinearCall, S: str, rates: Rates) -> float:
-    moved = {"gather": _SECTOR * call.tokens, "gather_columns": max(_SECTOR, call.tokens * call.element_size)}
-    return call.nnz * moved.get(S, 0) / rates.l2_bandwidth
+def _l2_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
+    """Of reads that L2 serves again and again: x by entry of S, or for H in every tile of outputs."""
+    T, size = call.tokens, call.element_size
+    by_entry = {"gather": _SECTOR * T, "gather_columns": max(_SECTOR, T * size)}.get(way.S, 0)
+    for_H = T * call.K * size * call.N / 64 if way.H == "inside" and way.base != "kernel" else 0
+    return (call.nnz * by_entry + for_H) / rates.l2_bandwidth
 
 
 def gemm_rate(rates: Rates, element_size: int, tf32: bool) -> float:

@@ -63,7 +63,7 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
         dropout=Dropout.of(dropout_p, seed),
         drop_at="" if seed is None else "x",
         merged=lambda: _merged(weight, lora_A, lora_B, scaling, S),
-        delta=lambda: _delta(weight, lora_A, lora_B, scaling, S),
+        delta=lambda: _delta(x2.dtype, lora_A, lora_B, scaling, S),
     )
     return linear(problem).view(*x.shape[:-1], problem.N)
 
@@ -92,7 +92,7 @@ def rosa_linear_backward(
                 dropout,
                 "" if seed is None else "out",
                 lambda: _merged(weight, lora_A, lora_B, scaling, S).T,
-                lambda: _delta(weight, lora_A, lora_B, scaling, S).T,
+                lambda: _delta(x2.dtype, lora_A, lora_B, scaling, S).T,
             )
         ).view(x.shape)
     if need_dvalues:
@@ -125,17 +125,18 @@ def _merged(weight: Tensor, lora_A, lora_B, scaling: float, S) -> Tensor:
     return total if S is None else add_in_place(total, S)
 
 
-def _delta(weight: Tensor, lora_A, lora_B, scaling: float, S) -> Tensor:
-    """scaling · B A + S in weight's dtype, for one call."""
+def _delta(dtype: torch.dtype, lora_A, lora_B, scaling: float, S) -> Tensor:
+    """scaling · B A + S in the dtype of all three, for one call."""
     if lora_A is None:
-        return dense(S, weight.dtype)
-    return add_in_place(torch.addmm(weight, lora_B, lora_A, beta=0, alpha=scaling), S)
+        return dense(S, dtype)
+    return add_in_place(torch.addmm(lora_B[:, :1], lora_B, lora_A, beta=0, alpha=scaling), S)
 
 
 def spmm(x, values, crow, col, structure):
     x2 = as_matrix(x)
     N = crow.shape[0] - 1
-    return linear(Linear(x2, N, S=sparse_of(values, crow, col, structure, x2.shape[1]))).view(*x.shape[:-1], N)
+    S = sparse_of(values, crow, col, structure, x2.shape[1])
+    return linear(Linear(x2, N, S=S, delta=lambda: dense(S, x2.dtype))).view(*x.shape[:-1], N)
 
 
 def sddmm(dy, x, crow, col, structure):

@@ -73,6 +73,8 @@ def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
     x, S = problem.x, problem.S
     if way.base == "merged":
         return F.linear(x, problem.merged(), problem.bias).contiguous()
+    if way.base == "" and way.S == "delta":
+        return F.linear(x, problem.delta()).contiguous()
     if way.base == "library":
         out = F.linear(x, problem.weight, problem.bias).contiguous()
     else:
