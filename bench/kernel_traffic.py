@@ -82,8 +82,10 @@ def _padded(length: int, block: int) -> int:
 
 
 def _dots(a: torch.Tensor, b: torch.Tensor) -> int:
-    """dot_mixed takes a second operand of another dtype in two dots, unless the first is fp32."""
-    return 2 if b.dtype != a.dtype and a.dtype != torch.float32 else 1
+    """dot_mixed takes a second operand of another dtype in several dots, unless the first is fp32."""
+    if b.dtype == a.dtype or a.dtype == torch.float32:
+        return 1
+    return 3 if a.dtype == torch.bfloat16 else 2
 
 
 def linear_kernel(
@@ -164,12 +166,12 @@ def shrink_kernel(grid, *, x, A, seed, T, K, R, BLOCK_M, BLOCK_K, BLOCK_R, **_) 
     return Work(flops, loads, [Access("parts", splits * T * R, splits * T * R)])
 
 
-def outer_kernel(grid, *, shrunk, z, Q, seed, T, F, R, P_PARTS, BLOCK_T, BLOCK_F, BLOCK_R, **_) -> Work:
+def outer_kernel(grid, *, shrunk, z, P, Q, seed, T, F, R, P_PARTS, WIDE, BLOCK_T, BLOCK_F, BLOCK_R, **_) -> Work:
     tiles_f, splits, tiles_r = grid
     one_dot = 2 * tiles_f * BLOCK_F * tiles_r * BLOCK_R * _padded(T, BLOCK_T)
     loads = [Access("z", T * F * tiles_r, T * F), Access("P", P_PARTS * T * R * tiles_f, P_PARTS * T * R)]
     stores = [Access("out", splits * F * R, splits * F * R)]
-    flops = one_dot
+    flops = one_dot * (_dots(z, P) if WIDE else 1)
     if shrunk is not None:
         flops += one_dot * _dots(z, Q)
         loads.append(Access("Q", F * R * splits, F * R))

@@ -11,7 +11,7 @@ count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
   an element (and 16 bytes a load), so that is the way for a sparse S: d below 0.3 % at many tokens. A dense S costs the base's
   FLOPs once more whatever d, beside W in the kernel's loop or, with s·BA in the same matrix, as a second library
   GEMM: D = s·BA + S is rounded once as an operand, relative to itself; W is not. Tiles of W + S densified inside the loop would
-  round S into W; tiles of S made there would be made anew for every tile of tokens. Values wider than x take two dots.
+  round S into W; tiles of S made there would be made anew for every tile of tokens. Values wider than x take three dots.
 - Rows are a GEMM with fewer outputs, columns and 16 x 16 blocks one with fewer inputs, gathered around the dots.
 - dS. A tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d, and so does a library GEMM, which is faster but
   keeps all of dW and rounds it; gathering by entry costs L2 reads that grow with d: the way for fp32 or a very sparse S.
@@ -131,13 +131,13 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
     if way.H == "before" and T > FEW_TOKENS:  # its parts are added
         seconds += rates.launch_seconds
     if way.H in ("before", "library"):
-        seconds += run(2 * T * K * call.r * (2 if call.mixed_lora else 1), T * K + call.r * (T + K))
+        seconds += run(2 * T * K * call.r * (3 if call.mixed_lora else 1), T * K + call.r * (T + K))
     if way.H == "library":
         seconds += run(2 * T * N * call.r, 2 * T * N + call.r * (T + N))
     if way.S in ("rows", "blocks"):
         columns = call.nnz / K if way.S == "rows" else N
         seconds += run(
-            2 * T * call.nnz * (2 if call.mixed_values else 1),
+            2 * T * call.nnz * (3 if call.mixed_values else 1),
             T * K + 2 * T * columns + call.nnz,
             rates.kernel_efficiency * _filled(T, columns, rates),
         )
@@ -161,6 +161,7 @@ def _filled(T: float, N: float, rates: Rates) -> float:
 def _kernel_work(call: LinearCall, way: LinearWay) -> tuple[float, float]:
     """(FLOPs, elements moved) of the linear kernel without its gathers."""
     T, N, K = call.tokens, call.N, call.K
+    dots = 3 if call.mixed_values else 1
     reads_x = way.base == "kernel" or way.H == "inside" or way.S
     elements = T * N * (2 if way.base == "library" else 1) + (T * K if reads_x else 0)
     flops = 2.0 * T * N * call.r
@@ -169,10 +170,10 @@ def _kernel_work(call: LinearCall, way: LinearWay) -> tuple[float, float]:
     if way.H == "inside":  # for each tile of outputs anew
         flops += 2.0 * T * K * max(16, call.r) * -(-N // 128)
     if way.S == "dense":
-        flops += 2.0 * T * N * K * (2 if call.mixed_values else 1)
+        flops += 2.0 * T * N * K * dots
         elements += N * K * (2 if call.mixed_values else 1)
     if way.S == "shared":
-        flops += 2.0 * T * call.nnz * (2 if call.mixed_values else 1)
+        flops += 2.0 * T * call.nnz * dots
     return flops, elements
 
 

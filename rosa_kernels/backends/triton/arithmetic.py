@@ -34,14 +34,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_mixed(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b where b may be wider than a: then b is taken as the sum of two numbers of a's dtype."""
+    """acc + a b where b may be wider than a: then b is taken as a sum of numbers of a's dtype, to fp32's precision.
+
+    Three in bf16 (24 bits), two in fp16 (22 bits, and no finer than 2**-24).
+    """
     if b.dtype == a.dtype:
         return dot(a, b, acc, PRECISION)
     wide = b.to(tl.float32)
     if a.dtype == tl.float32:
         return dot(a, wide, acc, PRECISION)
     high = narrow(wide, a.dtype)
-    low = narrow(wide - high.to(tl.float32), a.dtype)
+    rest = wide - high.to(tl.float32)
+    low = narrow(rest, a.dtype)
+    if a.dtype == tl.bfloat16:
+        acc = dot(a, narrow(rest - low.to(tl.float32), a.dtype), acc, PRECISION)
     return dot(a, high, dot(a, low, acc, PRECISION), PRECISION)
 
 

@@ -117,7 +117,7 @@ def _run_kernel(out: Tensor, problem: Linear, way: gpu.LinearWay) -> None:
 
 
 def _dense_operand(S: Sparse, dtype: torch.dtype) -> Tensor:
-    """S dense in x's dtype, or in fp32 where its values are wider: the kernel then takes it in two dots."""
+    """S dense in x's dtype, or in fp32 where its values are wider: the kernel then splits it."""
     return dense(S, dtype if S.values.dtype == dtype else torch.float32)
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rosa_kernels.backends.triton import configs, runtime
-from rosa_kernels.backends.triton.arithmetic import dot, dot_mixed, keep_tile, narrow, sum_of_parts
+from rosa_kernels.backends.triton.arithmetic import dot_mixed, keep_tile, narrow, sum_of_parts
 from rosa_kernels.backends.triton.parts import add_parts
 from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout
 
@@ -53,11 +53,12 @@ def shrink_kernel(
 def outer_kernel(
     out, shrunk, z, P, Q, seed, T, F, R, BLOCKS_PER_SPLIT, P_PARTS, scaling, threshold, stride_zt, stride_zf,
     stride_qf, stride_qr, stride_of, stride_or,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One read of z (T, F) for two products.
 
-    out[split] (F, R) = scaling · ẑᵀ P over the split's tokens, P the sum of P_PARTS parts (T, R);
+    out[split] (F, R) = scaling · ẑᵀ P over the split's tokens, P the sum of P_PARTS parts (T, R),
+    rounded to z's dtype unless WIDE;
     shrunk[f] (T, R) = z Q over the program's BLOCK_F features, unless shrunk is None.
     """
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -88,8 +89,8 @@ def outer_kernel(
             z_tile = tl.where(
                 keep_tile(seed, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F), z_tile, tl.zeros_like(z_tile)
             )
-        p = narrow(sum_of_parts(P, small, small_mask, tl.cast(T, tl.int64) * R, P_PARTS), z_tile.dtype)
-        acc = dot(tl.trans(z_tile), p, acc, PRECISION)
+        p = sum_of_parts(P, small, small_mask, tl.cast(T, tl.int64) * R, P_PARTS)
+        acc = dot_mixed(tl.trans(z_tile), p if WIDE else narrow(p, z_tile.dtype), acc, PRECISION)
     target = out + split.to(tl.int64) * F * R + f64[:, None] * stride_of + r64[None, :] * stride_or
     tl.store(target, narrow(acc * scaling, out.dtype.element_ty), mask=(f < F)[:, None] & (r < R)[None, :])
 
@@ -137,7 +138,7 @@ def outer(
         parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0],
         scaling * dropout.keep_scale, dropout.threshold,
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
-        PRECISION=runtime.precision(z.dtype), BLOCK_R=block_r(R), config=config,
+        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=runtime.precision(z.dtype), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
     if splits > 1:
         add_parts(out, parts)
