@@ -41,6 +41,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-kernels", action="store_true", help="test_triton_aot.py: every kernel, not a sample (about an hour)"
     )
+    parser.addoption("--compile-table", metavar="FILE", help="test_triton_aot.py: write its table there, as markdown")
 
 
 def pytest_configure(config):
