@@ -39,7 +39,7 @@ def pytest_addoption(parser):
         "--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run"
     )
     parser.addoption(
-        "--all-kernels", action="store_true", help="test_triton_aot.py: every kernel, not a sample (about an hour)"
+        "--all-kernels", action="store_true", help="test_triton_aot.py: all 10,000 kernels, not a sample (hours)"
     )
     parser.addoption("--compile-table", metavar="FILE", help="test_triton_aot.py: write its table there, as markdown")
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not here: no spills, tensor cores for every dot, loops that fetch ahead.
+"""Every Triton kernel compiled for GPUs that are not here: no spills, tensor cores for dots, loops that fetch ahead.
 
 A sample by default: each configuration of each GPU's lists for LoRA and dS, each variant in the default configuration,
 and of the launches that differ only in which parts they have, those with most. `--all-kernels`: all of everything().
@@ -162,7 +162,7 @@ def faults(kernel: Specialised, compiled: Compiled) -> list[str]:
     found = []
     if compiled.local_bytes or compiled.local_accesses or compiled.spills:
         found.append(
-            f"{compiled.local_bytes} bytes of local memory, {compiled.local_accesses} accesses, spills: {compiled.spills}"
+            f"{compiled.local_bytes} bytes of local memory, {compiled.local_accesses} accesses, {compiled.spills} spilt"
         )
     if compiled.shared > CHIPS[chip].shared_limit:
         found.append(f"{compiled.shared} bytes of shared memory, {chip} has {CHIPS[chip].shared_limit}")
@@ -196,13 +196,15 @@ def slow_loops(kernel: Specialised, compiled: Compiled) -> list[str]:
     if kernel.chip.startswith("gfx"):
         if not compiled.count("global_load_dwordx", "buffer_load_dwordx"):
             found.append("no load takes more than 4 bytes")
-    elif not _transposed_by_copying(launch, compiled) and compiled.wide_copies < compiled.copies:
+    elif not _copies_by_element(launch, compiled) and compiled.wide_copies < compiled.copies:
         found.append(f"only {compiled.wide_copies} of {compiled.copies} copies into shared memory take 16 bytes")
     return found
 
 
-def _transposed_by_copying(launch: Launch, compiled: Compiled) -> bool:
-    """wgmma and tcgen05 take tf32 operands in one order alone: others are turned on their way, 4 bytes at a time."""
+def _copies_by_element(launch: Launch, compiled: Compiled) -> bool:
+    """A loop over shared columns gathers; tf32 operands, which wgmma and tcgen05 take in one order alone, are turned."""
+    if launch.arguments.get("SPARSE") == "shared":
+        return True
     return launch.precision == "tf32" and any(dot.unit in ("wgmma", "tcgen05") for dot in compiled.dots)
 
 
@@ -305,7 +307,8 @@ def table(finished: list[tuple[Specialised, Compiled]]) -> str:
         numbers = f"{compiled.registers} / {shared} / {instructions} / {compiled.local_bytes}"
         cells.setdefault(kernel.launch.variant, {}).setdefault(kernel.chip, f"{kernel.launch.tile}: {numbers}")
     lines = [
-        f"Triton {triton.__version__}. Tile, warps, stages: registers / shared / instructions, on tensor cores / bytes local",
+        f"Triton {triton.__version__}. Tile, warps, stages: "
+        "registers / shared / instructions, on tensor cores / bytes local",
         "",
         "| kernel | " + " | ".join(chips) + " |",
         "|---" * (1 + len(chips)) + "|",
