@@ -202,7 +202,7 @@ def slow_loops(kernel: Specialised, compiled: Compiled) -> list[str]:
 
 
 def _copies_by_element(launch: Launch, compiled: Compiled) -> bool:
-    """A loop over shared columns gathers; tf32 operands, which wgmma and tcgen05 take in one order alone, are turned."""
+    """A loop over shared columns gathers; tf32 operands, which wgmma and tcgen05 take in one order alone, turn."""
     if launch.arguments.get("SPARSE") == "shared":
         return True
     return launch.precision == "tf32" and any(dot.unit in ("wgmma", "tcgen05") for dot in compiled.dots)
