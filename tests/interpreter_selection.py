@@ -9,7 +9,7 @@ pattern.
 
 import torch
 
-FILES_OF_ITS_OWN = ("test_interpreter_guard.py", "test_triton_ways.py")
+FILES_OF_ITS_OWN = ("test_interpreter_guard.py", "test_triton_ways.py", "test_tune.py")
 FEW_TOKENS = 16
 TOKENS_IN_16_BITS = (63, 129)
 PATTERNS_IN_FP16 = (None, "sparse", "random")
