@@ -106,7 +106,7 @@ def linear_kernel(
     if B is not None:
         loads.append(Access("B", N * R * tiles_m, N * R))
     if DROPOUT:
-        loads.append(Access("seed", programs * (k_steps if DROPOUT == "x" else 1), 1))
+        loads.append(Access("seed", programs, 1))
     if weight is not None or S is not None or A is not None:
         loads.append(Access("x", T * K * tiles_n, T * K))
     for name, matrix in (("weight", weight), ("S", S)):
@@ -118,7 +118,7 @@ def linear_kernel(
     if SPARSE == "gather_columns":  # of all tokens of a tile: there are no masks over them
         tokens = tiles_m * BLOCK_M
         loads += [
-            Access("x", tokens * values.shape[0], tokens * K, SECTOR / x.element_size()),
+            Access("x_columns", tokens * values.shape[0], tokens * K, SECTOR / x.element_size()),
             *_entries(N, tiles_m, values, permutation, BLOCK_E),
         ]
     if SPARSE == "shared":
@@ -162,7 +162,7 @@ def shrink_kernel(grid, *, x, A, seed, T, K, R, BLOCK_M, BLOCK_K, BLOCK_R, **_) 
     flops = 2 * tiles_m * BLOCK_M * tiles_r * BLOCK_R * k_steps * BLOCK_K * _dots(x, A)
     loads = [Access("x", T * K * tiles_r, T * K), Access("A", R * K * tiles_m, R * K)]
     if seed is not None:
-        loads.append(Access("seed", tiles_m * tiles_r * k_steps, 1))
+        loads.append(Access("seed", prod(grid), 1))
     return Work(flops, loads, [Access("parts", splits * T * R, splits * T * R)])
 
 
@@ -177,7 +177,7 @@ def outer_kernel(grid, *, shrunk, z, P, Q, seed, T, F, R, P_PARTS, WIDE, BLOCK_T
         loads.append(Access("Q", F * R * splits, F * R))
         stores.append(Access("shrunk", tiles_f * T * R, tiles_f * T * R))
     if seed is not None:
-        loads.append(Access("seed", tiles_f * tiles_r * ceil(T / BLOCK_T), 1))
+        loads.append(Access("seed", prod(grid), 1))
     return Work(flops, loads, stores)
 
 

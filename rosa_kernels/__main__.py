@@ -37,7 +37,7 @@ def main() -> None:
         print(f"  {name:<10} {'ready' if reason is None else 'not available: ' + reason}")
     if cpu.unavailable_reason() is None:
         print(f"  cpu kernels: {cpu.instruction_set()} in use; {cpu.build_info()}")
-    print("\nwith backend \"auto\"")
+    print('\nwith backend "auto"')
     print(service_table())
 
 

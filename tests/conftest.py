@@ -10,6 +10,7 @@ import os
 # Before torch loads OpenMP: workers that spin between two small ops starve each other where cores are shared (20x here).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import interpreter_selection
 import pytest
 import torch
 from hypothesis import settings
@@ -29,7 +30,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if INTERPRETED:
     import interpreter_guard
-    import interpreter_selection
 
     interpreter_guard.install()
 
@@ -49,7 +49,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    taken = [item for item in items if interpreter_selection.takes(item)] if INTERPRETED else list(items)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    dropped = {item for item in on_gpu if not interpreter_selection.takes_on_gpu(item)}
+    taken = [item for item in items if (interpreter_selection.takes(item) if INTERPRETED else item not in dropped)]
     if part := config.getoption("part"):
         first, parts = map(int, part.split("/"))
         taken = taken[first::parts]

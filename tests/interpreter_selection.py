@@ -7,6 +7,8 @@ tiles; fp16, whose kernels differ from bf16's in nothing but the number format, 
 pattern.
 """
 
+import zlib
+
 import torch
 
 FILES_OF_ITS_OWN = ("test_interpreter_guard.py", "test_triton_ways.py", "test_tune.py")
@@ -25,6 +27,18 @@ def takes(item) -> bool:
     parameters = item.callspec.params
     rule = _RULES.get(item.originalname, _every_case_in_fp32)
     return rule(parameters, _tokens(parameters))
+
+
+def takes_on_gpu(item) -> bool:
+    """On a GPU a case costs about a second for each kernel that it is the first to compile: half of what is interpreted.
+
+    That leaves 338 of the 973 kernels of test_linear.
+    """
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") != "triton" or "case" not in parameters:
+        return True
+    rule = _RULES.get(item.originalname, _every_case_in_fp32)
+    return rule(parameters, _tokens(parameters)) and zlib.crc32(parameters["case"].id.encode()) % 2 == 0
 
 
 def _tokens(parameters) -> int:

@@ -54,7 +54,7 @@ def figures(launches, name):
 def test_every_kernel_was_counted_with_every_operand_it_may_have(launches):
     assert {launch["kernel"] for launch in launches} == KERNELS
     operands = {operand for launch in launches if launch["kernel"] == "linear_kernel" for operand in launch["operands"]}
-    named = ["x", "weight", "bias", "H", "A", "B", "seed", "S", "values", "crow", "col", "permutation", "out"]
+    named = ["x", "x_columns", "weight", "bias", "H", "A", "B", "seed", "S", "values", "crow", "col", "permutation", "out"]
     assert operands == {f"load {name}" for name in named} | {"store out"}
 
 
@@ -88,7 +88,7 @@ def test_sectors_that_loads_and_stores_ask_for(launches):
         if launch["case"] in ALIGNED and operand not in INDICES:
             assert formula == pytest.approx(counted), where
             checked.add(where)
-    gathers = ("linear_kernel: load x", "sddmm_entries_kernel: load dy", "sddmm_entries_kernel: load x")
+    gathers = ("linear_kernel: load x_columns", "sddmm_entries_kernel: load dy", "sddmm_entries_kernel: load x")
     assert checked >= {f"{case}: {gather}" for case in ALIGNED for gather in gathers}
 
 

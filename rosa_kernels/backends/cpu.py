@@ -53,9 +53,7 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     if plan.low_rank_by_gemm(x, lora_A, lora_B, values, seed):
         as_matrix(y).addmm_(as_matrix(x) @ lora_A.T, lora_B.T, alpha=scaling)
     else:
-        _add_forward(
-            y, x, _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col, structure, dropout_p, seed
-        )
+        _add_forward(y, x, _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col, structure, dropout_p, seed)
     return y
 
 
@@ -140,9 +138,7 @@ def _merged(weight, low_rank, values, crow, col):
 
 
 def _add_forward(y, x, low_rank, values, crow, col, structure, dropout_p, seed) -> None:
-    _kernels.forward(
-        as_matrix(y), _matrix(x), *low_rank, values, crow, col, structure, *_dropout(dropout_p, seed)
-    )
+    _kernels.forward(as_matrix(y), _matrix(x), *low_rank, values, crow, col, structure, *_dropout(dropout_p, seed))
 
 
 def _matrix(tensor):

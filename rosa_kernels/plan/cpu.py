@@ -8,8 +8,8 @@ def merges(x: Tensor, weight: Tensor | None, seed: Tensor | None) -> bool:
     """True where one GEMM by W + scaling · B A + S, made for the call, beats adding the adapter to y.
 
     In FLOPs per rank, merging costs out · in once and saves tokens · (in + out); it pays from
-    tokens = in · out / (in + out) on. It is exact enough in fp32 alone: bf16 would round small deltas away (8-60 % of them).
-    Dropout acts on the low-rank path's x and leaves nothing to merge.
+    tokens = in · out / (in + out) on. It is exact enough in fp32 alone: bf16 would round small deltas away (8-60 % of
+    them). Dropout acts on the low-rank path's x and leaves nothing to merge.
     """
     if weight is None or x.dtype != torch.float32 or seed is not None:
         return False

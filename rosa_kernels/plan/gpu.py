@@ -1,20 +1,24 @@
 """The cost model of the Triton backend: which kernels and library calls make y, dx and dS.
 
-Seconds = the larger of FLOPs / rate and bytes / bandwidth, plus a constant a launch; the cheapest legal way is taken. What the
-count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
+Seconds = the larger of FLOPs / rate and bytes / bandwidth, plus a constant a launch; the cheapest legal way is taken.
+What the count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
 
-- Base. A library GEMM is faster than the kernel's loop, but the adapter then costs another read and write of y, 2 T
-  N elements, and a launch. The kernel's loop wins while the GEMM is small or bound by reading W (few tokens).
-- fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits
-  or tf32, whose operands would round small deltas away.
-- Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by columns
-  an element (and 16 bytes a load), so that is the way for a sparse S: d below 0.3 % at many tokens. A dense S costs the base's
-  FLOPs once more whatever d, beside W in the kernel's loop or, with s·BA in the same matrix, as a second library
-  GEMM: D = s·BA + S is rounded once as an operand, relative to itself; W is not. Tiles of W + S densified inside the loop would
-  round S into W; tiles of S made there would be made anew for every tile of tokens. Values wider than x take three dots.
+- Base. A library GEMM is faster than the kernel's loop, but the adapter then costs another read and write of y, 2 T N
+  elements, and a launch. The kernel's loop wins while the GEMM is small or bound by reading W (few tokens).
+- fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits or
+  tf32, whose operands would round small deltas away.
+- Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by
+  columns an element (and 16 bytes a load), so that is the way for a sparse S: d below 0.3 % at many tokens. A dense S
+  costs the base's FLOPs once more whatever d, beside W in the kernel's loop or, with s·BA in the same matrix, as a
+  second library GEMM: D = s·BA + S is rounded once as an operand, relative to itself; W is not. Tiles of W + S
+  densified inside the loop would round S into W; tiles of S made there would be made anew for every tile of tokens.
+  Values wider than x take three dots. Compiled for sm_90 in 128 x 128 x 64 tiles, a step of the loop is 116
+  instructions with W alone and 163 with S beside it (512 more cycles of the tensor cores); an entry of each of 128
+  rows, gathered by columns, is 435: even near 38 entries in a row at K = 4096 (tests/test_triton_aot.py).
 - Rows are a GEMM with fewer outputs, columns and 16 x 16 blocks one with fewer inputs, gathered around the dots.
-- dS. A tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d, and so does a library GEMM, which is faster but
-  keeps all of dW and rounds it; gathering by entry costs L2 reads that grow with d: the way for fp32 or a very sparse S.
+- dS. A tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d, and so does a library GEMM, which is faster
+  but keeps all of dW and rounds it; gathering by entry costs L2 reads that grow with d: the way for fp32 or a very
+  sparse S.
 """
 
 import functools
@@ -54,7 +58,8 @@ class LinearWay(NamedTuple):
     """base: "kernel", "library", "merged" or "". H: made "inside" the kernel, "before" it, by the "library";
     "known"; or "".
 
-    S: "gather", "gather_columns" (from a copy of x by columns), "dense", "shared" (columns), "rows", "blocks", or "".
+    S: "gather", "gather_columns" (from a copy of x by columns), "dense" beside W in the kernel, "shared" (columns),
+    "rows", "blocks", or "". H and S "delta": one matrix scaling · B A + S, multiplied by the library.
     """
 
     base: str
@@ -195,7 +200,7 @@ def dy_read_once(r: int) -> bool:
     """True where one kernel makes dB and dH from one read of dy.
 
     A second read of dy moves T·O elements; making dH beside dB moves a part of it, T·r in fp32, written and read,
-    for each 128 outputs: 2 · T · r · 4 bytes · O / 128 against 2 · T · O bytes in 16 bits. Half at r = 16, even at r = 32.
+    for each 128 outputs: 2 · T · r · 4 bytes · O / 128 against 2 · T · O bytes in 16 bits. Half at r = 16.
     """
     return r <= 16
 
@@ -223,8 +228,8 @@ class SDDMMCall(NamedTuple):
 
 
 def sddmm_ways(call: SDDMMCall) -> tuple[str, ...]:
-    """ "shared" for rows, columns and 16 x 16 blocks; else "tiled"; "entries", or "entries_columns" from copies of dy and x
-    by columns; or "library": dyᵀ x whole, by a library GEMM, and its entries, unless that would round them once more."""
+    """ "shared" for rows, columns and 16 x 16 blocks. Else "tiled"; "entries", or "entries_columns" from copies of dy
+    and x by columns; or "library", all of dyᵀ x, of which the entries are picked: not where that rounds them once more."""
     if call.structure in (ROW, COLUMN, BLOCK16):
         return ("shared",)
     return ("tiled", "entries", "entries_columns", *(() if call.mixed else ("library",)))

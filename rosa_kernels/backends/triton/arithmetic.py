@@ -52,16 +52,14 @@ def dot_mixed(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(seed, tokens, first_feature, threshold, BLOCK_F: tl.constexpr):
+def keep_tile(key, tokens, first_feature, threshold, BLOCK_F: tl.constexpr):
     """(len(tokens), BLOCK_F) bools: the elements that dropout keeps, as rosa_kernels/dropout.py defines them.
 
-    first_feature is a multiple of 4. threshold: that of drop_threshold, less 2**31, so that it fits an int32.
+    key: the seed's value. first_feature: a multiple of 4. threshold: drop_threshold's less 2**31, as int32 holds it.
     """
     groups = first_feature // 4 + tl.arange(0, BLOCK_F // 4)
     zeros = tl.zeros((tokens.shape[0], BLOCK_F // 4), tl.int32)
-    w0, w1, w2, w3 = tl.philox(
-        tl.load(seed), zeros + groups[None, :], zeros + tokens[:, None].to(tl.int32), zeros, zeros
-    )
+    w0, w1, w2, w3 = tl.philox(key, zeros + groups[None, :], zeros + tokens[:, None].to(tl.int32), zeros, zeros)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(tokens.shape[0], BLOCK_F)
     return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
 

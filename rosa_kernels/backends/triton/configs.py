@@ -46,7 +46,7 @@ def _linear(target: str, element_size: int, bucket: int) -> list[Config]:
     if block_m < 64:
         return [_matmul(block_m, 32, 128 if roomy else 64, 4, stages), _matmul(block_m, 64, 64, 4, stages)]
     if bucket < 4:
-        return [_matmul(64, 64, 64, 4, stages), _matmul(64, 128, 64, 4, 3 if roomy else 2)]
+        return [_matmul(64, 64, 64, 4, stages), _matmul(64, 32, 64, 4, stages)]
     if not roomy:
         return [_matmul(128, 64, 32, 4, 2), _matmul(64, 64, 32, 4, 2)]
     wide = [] if target == "sm_80" else [_matmul(128, 256, 64, 8, 3)]

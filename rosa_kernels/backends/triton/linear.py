@@ -107,7 +107,7 @@ def _run_kernel(out: Tensor, problem: Linear, way: gpu.LinearWay) -> None:
     drop_at = problem.drop_at if B is not None and (A is not None or problem.drop_at == "out") else ""
     in_csr_form = way.S in ("gather", "gather_columns", "shared")
     _launch(
-        out, by_columns(x) if way.S == "gather_columns" else x, problem.N,
+        out, x, problem.N, x_columns=by_columns(x) if way.S == "gather_columns" else None,
         weight=problem.weight if in_loop else None, bias=problem.bias if in_loop else None,
         H=H, A=A, B=B, scaling=problem.scaling, dropout=problem.dropout if drop_at else NO_DROPOUT, drop_at=drop_at,
         S=S if in_csr_form else None, sparse=way.S if in_csr_form else "",
@@ -129,27 +129,27 @@ def _add_rows(out: Tensor, x: Tensor, S: Sparse) -> None:
 
 
 def _launch(
-    out: Tensor, x: Tensor, N: int, *, weight=None, bias=None, H=None, A=None, B=None, scaling=1.0, dropout=NO_DROPOUT,
-    drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False, scatter_to: Sparse | None = None,
+    out: Tensor, x: Tensor, N: int, *, x_columns=None, weight=None, bias=None, H=None, A=None, B=None, scaling=1.0,
+    dropout=NO_DROPOUT, drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False,
+    scatter_to: Sparse | None = None,
     block_n: int | None = None, most_tokens: int = 2**31,
 ) -> None:  # fmt: skip
     (T, K), R = x.shape, 0 if B is None else B.shape[1]
-    config = configs.choose(configs.LINEAR, x.device, x.dtype, min(T, most_tokens))
-    if block_n is not None:
-        config = Config(config.blocks | {"BLOCK_N": block_n}, config.num_warps, config.num_stages)
+    config = _config(x, N, min(T, most_tokens), sparse, block_n)
     pattern = S or scatter_to
     crow = None if pattern is None else pattern.crow
     values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
     bias = None if bias is None else bias.contiguous()
     runtime.launch(
         linear_kernel, (runtime.cdiv(T, config["BLOCK_M"]) * runtime.cdiv(N, config["BLOCK_N"]),),
-        out, x, weight, bias, H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
+        out, x, x_columns, weight, bias, H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
         T, N, K, R, 0 if H is None else H.shape[0], out.shape[1], K, out.shape[1].bit_length(),
         scaling, dropout.keep_scale, dropout.threshold,
-        out.stride(0), *x.stride(), *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
+        out.stride(0), *x.stride(), _strides(x_columns)[1],
+        *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
         DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None,
         EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x.dtype),
-        BLOCK_R=block_r(R), BLOCK_E=_block_e(config), GROUP_M=_GROUP_M, config=config,
+        BLOCK_R=_block_r(R, H, B, x.dtype), BLOCK_E=_block_e(config, x.element_size()), GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip
 
 
@@ -157,6 +157,24 @@ def _strides(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
-def _block_e(config: Config) -> int:
-    """Entries of a row that a gather takes at a time: as many as leave each thread 32 products in flight."""
-    return max(1, 32 * 32 * config.num_warps // (config["BLOCK_M"] * config["BLOCK_N"]))
+def _config(x: Tensor, N: int, tokens: int, sparse: str, block_n: int | None) -> Config:
+    """The tokens' configuration; a smaller tile where a thread's registers would not hold what it needs besides."""
+    if N % 8 or x.shape[1] % 8:  # no wide loads: a pointer an element
+        tokens = min(tokens, _SMALL_TILE)
+    config = configs.choose(configs.LINEAR, x.device, x.dtype, tokens)
+    if block_n is None and sparse.startswith("gather"):
+        block_n = min(config["BLOCK_N"], 128)
+    if block_n is None or block_n == config["BLOCK_N"]:
+        return config
+    return Config(config.blocks | {"BLOCK_N": block_n}, config.num_warps, config.num_stages)
+
+
+def _block_r(R: int, H: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> int:
+    """Ranks at a time; fewer where B is split into numbers of x's dtype. H made in the kernel takes all at once."""
+    return block_r(R) if H is None or B.dtype == dtype else min(32, block_r(R))
+
+
+def _block_e(config: Config, element_size: int) -> int:
+    """Entries of a row that a gather takes at a time: as many as leave each thread 64 bytes of products in flight."""
+    elements = 64 // element_size
+    return max(1, elements * 32 * config.num_warps // (config["BLOCK_M"] * config["BLOCK_N"]))

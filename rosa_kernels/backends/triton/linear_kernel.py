@@ -40,17 +40,17 @@ def H_times_B(
 
 
 @triton.jit
-def scaled(delta, seed, t, first_n, scaling, keep_scale, threshold, DROP_OUT: tl.constexpr):
+def scaled(delta, key, t, first_n, scaling, keep_scale, threshold, DROP_OUT: tl.constexpr):
     """scaling · delta, behind dropout where the backward puts it: on the columns of dx."""
     if DROP_OUT:
-        kept = keep_tile(seed, t, first_n, threshold, delta.shape[1])
+        kept = keep_tile(key, t, first_n, threshold, delta.shape[1])
         return tl.where(kept, delta * (scaling * keep_scale), 0.0)
     return delta * scaling
 
 
 @triton.jit
 def add_dense(
-    acc, x_rows, weight, S, A, seed, t, in_t, n64, in_n, K, R, keep_scale, threshold,
+    acc, x_rows, weight, S, A, key, t, in_t, n64, in_n, K, R, keep_scale, threshold,
     stride_xk, stride_wn, stride_wk, stride_sn, stride_sk, stride_ar, stride_ak,
     DROP_X: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def add_dense(
             s_at += block * stride_sk
         if A is not None:
             if DROP_X:
-                x_tile = tl.where(keep_tile(seed, t, first_k, threshold, BLOCK_K), x_tile, tl.zeros_like(x_tile))
+                x_tile = tl.where(keep_tile(key, t, first_k, threshold, BLOCK_K), x_tile, tl.zeros_like(x_tile))
             a_mask = (r < R)[None, :] if EVEN_K else (r < R)[None, :] & in_k[:, None]
             h = dot_mixed(x_tile, tl.load(a_at, mask=a_mask, other=0.0), h, PRECISION)
             a_at += block * stride_ak
@@ -95,7 +95,7 @@ def add_gathered(
 ):  # fmt: skip
     """acc + x Sᵀ, BLOCK_E entries of each row of S at a time; x is read by entry.
 
-    BY_COLUMNS: x comes from by_columns, whose padding makes a mask over tokens needless and the loads wide.
+    BY_COLUMNS: x_rows point into a copy from by_columns, whose padding makes loads wide and needs no mask over tokens.
     """
     start = tl.load(crow + n, mask=in_n, other=0)
     end = tl.load(crow + n + 1, mask=in_n, other=0)
@@ -136,11 +136,11 @@ def add_shared(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "PARTS", "rows", "row_length", "STEPS"])
+@triton.jit(do_not_specialize=["T", "rows", "row_length", "STEPS"])
 def linear_kernel(
-    out, x, weight, bias, H, A, B, seed, S, values, crow, col, permutation,
+    out, x, x_columns, weight, bias, H, A, B, seed, S, values, crow, col, permutation,
     T, N, K, R, PARTS, rows, row_length, STEPS, scaling, keep_scale, threshold,
-    stride_ot, stride_xt, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    stride_ot, stride_xt, stride_xk, stride_ck, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_sn, stride_sk,
     DROPOUT: tl.constexpr, SPARSE: tl.constexpr, ACCUMULATE: tl.constexpr, SCATTER: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -149,10 +149,10 @@ def linear_kernel(
     """out (T, N) from x (T, K); a part whose first tensor is None is left out.
 
     weight, S (N, K) dense. H (PARTS, T, R) fp32 and B (N, R); or A (R, K) and B, for H made here, R <= BLOCK_R.
-    values at crow, col, in the order of permutation if there is one: SPARSE "gather" and "gather_columns" read x entry
-    by entry, "shared" takes BLOCK_N rows that share their columns. DROPOUT: "x" of H's input, "out" of the low-rank
-    part of out, or "". ACCUMULATE adds to what out holds. SCATTER: column n goes to the n-th non-empty row of crow
-    (rows + 1,), each row of row_length entries; out then has `rows` columns.
+    values at crow, col, in the order of permutation if there is one: SPARSE "gather" reads x entry by entry,
+    "gather_columns" x_columns, its copy by columns; "shared" takes BLOCK_N rows that share their columns. DROPOUT:
+    "x" of H's input, "out" of the low-rank part of out, or "". ACCUMULATE adds to what out holds. SCATTER: column n
+    goes to the n-th non-empty row of crow (rows + 1,), each row of row_length entries; out then has `rows` columns.
     """
     m_tile, n_tile = tile_position(tl.program_id(0), T, N, BLOCK_M, BLOCK_N, GROUP_M)
     t = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -161,25 +161,28 @@ def linear_kernel(
     in_t, in_n = t < T, n < N
     x_rows = x + t64[:, None] * stride_xt
     dtype: tl.constexpr = x.dtype.element_ty
+    key = None if seed is None else tl.load(seed)
 
     if H is not None:
         acc = H_times_B(H, B, t64, in_t, n64, in_n, T, R, PARTS, stride_bn, stride_br, dtype, PRECISION, BLOCK_R)
-        acc = scaled(acc, seed, t, n_tile * BLOCK_N, scaling, keep_scale, threshold, DROPOUT == "out")
+        acc = scaled(acc, key, t, n_tile * BLOCK_N, scaling, keep_scale, threshold, DROPOUT == "out")
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if (weight is not None) or (S is not None) or (A is not None):
         acc, h = add_dense(
-            acc, x_rows, weight, S, A, seed, t, in_t, n64, in_n, K, R, keep_scale, threshold,
+            acc, x_rows, weight, S, A, key, t, in_t, n64, in_n, K, R, keep_scale, threshold,
             stride_xk, stride_wn, stride_wk, stride_sn, stride_sk, stride_ar, stride_ak,
             DROPOUT == "x", EVEN_K, PRECISION, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         if A is not None:
             zero = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             delta = times_B(narrow(h, dtype), zero, B, n64, in_n, 0, R, stride_bn, stride_br, PRECISION)
-            acc += scaled(delta, seed, t, n_tile * BLOCK_N, scaling, keep_scale, threshold, DROPOUT == "out")
-    if SPARSE == "gather" or SPARSE == "gather_columns":
-        by_columns: tl.constexpr = SPARSE == "gather_columns"
-        acc = add_gathered(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, by_columns, BLOCK_E)
+            acc += scaled(delta, key, t, n_tile * BLOCK_N, scaling, keep_scale, threshold, DROPOUT == "out")
+    if SPARSE == "gather":
+        acc = add_gathered(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, False, BLOCK_E)
+    if SPARSE == "gather_columns":
+        columns = x_columns + t64[:, None]
+        acc = add_gathered(acc, columns, in_t, n, in_n, values, crow, col, permutation, stride_ck, True, BLOCK_E)
     if SPARSE == "shared":
         acc = add_shared(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, PRECISION, BLOCK_K)
     if bias is not None:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.arithmetic import dot_mixed, keep_tile, narrow, sum_of_parts
-from rosa_kernels.backends.triton.parts import add_parts
+from rosa_kernels.backends.triton.configs import Config
+from rosa_kernels.backends.triton.parts import add_parts, one_part
 from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout
+
+_FEW_TOKENS = 64
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS_PER_SPLIT"])
@@ -32,6 +35,7 @@ def shrink_kernel(
     a_at = A + k64[:, None] * stride_ak + r.to(tl.int64)[None, :] * stride_ar
     block = tl.full((), BLOCK_K, tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    key = None if seed is None else tl.load(seed)
     for k0 in range(first, last, BLOCK_K):
         inside = k0 + k < K
         x_mask = (t < T)[:, None] if EVEN_K else (t < T)[:, None] & inside[None, :]
@@ -39,7 +43,7 @@ def shrink_kernel(
         x_tile = tl.load(x_at, mask=x_mask, other=0.0)
         a = tl.load(a_at, mask=a_mask, other=0.0)
         if seed is not None:
-            x_tile = tl.where(keep_tile(seed, t, k0, threshold, BLOCK_K), x_tile, tl.zeros_like(x_tile))
+            x_tile = tl.where(keep_tile(key, t, k0, threshold, BLOCK_K), x_tile, tl.zeros_like(x_tile))
         acc = dot_mixed(x_tile, a, acc, PRECISION)
         x_at += block * stride_xk
         a_at += block * stride_ak
@@ -49,7 +53,7 @@ def shrink_kernel(
     tl.store(target, acc, mask=(t < T)[:, None] & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "BLOCKS_PER_SPLIT", "P_PARTS"])
+@triton.jit(do_not_specialize=["T", "BLOCKS_PER_SPLIT"])
 def outer_kernel(
     out, shrunk, z, P, Q, seed, T, F, R, BLOCKS_PER_SPLIT, P_PARTS, scaling, threshold, stride_zt, stride_zf,
     stride_qf, stride_qr, stride_of, stride_or,
@@ -70,6 +74,7 @@ def outer_kernel(
             Q + f64[:, None] * stride_qf + r64[None, :] * stride_qr, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0
         )
     acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
+    key = None if seed is None else tl.load(seed)
     first = split * BLOCKS_PER_SPLIT * BLOCK_T
     last = min(first + BLOCKS_PER_SPLIT * BLOCK_T, T)
     for t0 in range(first, last, BLOCK_T):
@@ -87,7 +92,7 @@ def outer_kernel(
             tl.store(shrunk + tl.program_id(0).to(tl.int64) * T * R + small, h, mask=small_mask)
         if seed is not None:
             z_tile = tl.where(
-                keep_tile(seed, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F), z_tile, tl.zeros_like(z_tile)
+                keep_tile(key, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F), z_tile, tl.zeros_like(z_tile)
             )
         p = sum_of_parts(P, small, small_mask, tl.cast(T, tl.int64) * R, P_PARTS)
         acc = dot_mixed(tl.trans(z_tile), p if WIDE else narrow(p, z_tile.dtype), acc, PRECISION)
@@ -104,6 +109,8 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     """x̂ Aᵀ as fp32 parts (parts, T, r) to be added; x (T, K), A (r, K) of any strides."""
     (T, K), R = x.shape, A.shape[0]
     config = configs.choose(configs.SHRINK, x.device, x.dtype, T)
+    if A.dtype != x.dtype and block_r(R) == 64:  # A, split into numbers of x's dtype, fills the registers
+        config = Config(config.blocks | {"BLOCK_K": 32}, config.num_warps, config.num_stages)
     tiles = runtime.cdiv(T, config["BLOCK_M"]), runtime.cdiv(R, block_r(R))
     splits, blocks = runtime.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
     parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
@@ -124,6 +131,8 @@ def outer(
     The first has the shape and dtype of `like`: (F, r) where features_first, else (r, F).
     """
     (T, F), R = z.shape, P.shape[2]
+    if T > _FEW_TOKENS:  # a loop over parts would keep the one over tokens from fetching ahead
+        P = one_part(P)
     config = configs.choose(configs.OUTER, z.device, z.dtype, T)
     tiles = runtime.cdiv(F, config["BLOCK_F"]), runtime.cdiv(R, block_r(R))
     splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], z.device, at_most=32)
@@ -138,7 +147,8 @@ def outer(
         parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0],
         scaling * dropout.keep_scale, dropout.threshold,
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
-        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=runtime.precision(z.dtype), BLOCK_R=block_r(R), config=config,
+        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=runtime.precision(z.dtype), BLOCK_R=block_r(R),
+        config=config,
     )  # fmt: skip
     if splits > 1:
         add_parts(out, parts)

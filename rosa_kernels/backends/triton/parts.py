@@ -15,7 +15,7 @@ _READER = 128
 """Outputs in a tile of the kernels that read parts."""
 
 
-@triton.jit(do_not_specialize=["size", "PARTS"])
+@triton.jit(do_not_specialize=["PARTS"])
 def sum_kernel(out, parts, size, PARTS, BLOCK: tl.constexpr):
     """out (size,) = Σ_p parts[p] (PARTS, size)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -29,12 +29,18 @@ def add_parts(out: Tensor, parts: Tensor) -> None:
     runtime.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
 
 
-def for_readers(parts: Tensor, features: int) -> Tensor:
-    """parts (parts, ...) or their sum as the only one: whichever costs the tiles of all `features` outputs less."""
-    rates = gpu_table.rates(parts.device, runtime.target(parts.device))
-    readers = runtime.cdiv(features, _READER)
-    if parts.shape[0] == 1 or not gpu.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates):
+def one_part(parts: Tensor) -> Tensor:
+    """(1, ...): the sum of parts (parts, ...)."""
+    if parts.shape[0] == 1:
         return parts
     total = torch.empty(1, *parts.shape[1:], dtype=torch.float32, device=parts.device)
     add_parts(total, parts)
     return total
+
+
+def for_readers(parts: Tensor, features: int) -> Tensor:
+    """parts (parts, ...) or their sum as the only one: whichever costs the tiles of all `features` outputs less."""
+    rates = gpu_table.rates(parts.device, runtime.target(parts.device))
+    readers = runtime.cdiv(features, _READER)
+    first = gpu.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates)
+    return one_part(parts) if first else parts

@@ -33,7 +33,7 @@ NO_DROPOUT = Dropout(None, 1.0, 0)
 
 @dataclass(frozen=True)
 class Sparse:
-    """S (N, K): values (nnz,) at crow (N + 1,), col (nnz,); with a permutation, entry e's value is values[permutation[e]].
+    """S (N, K): values (nnz,) at crow (N + 1,), col (nnz,); entry e's is values[permutation[e]] if there is one.
 
     transpose_of: the S of row order that this one is the transpose of.
     """

@@ -1,8 +1,9 @@
 """dS: Σ_t dy[t, row_e] x[t, col_e] for each entry e of a pattern.
 
-Four ways: "library" makes all of dyᵀ x by a library GEMM and picks; "tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "shared" does
-so for rows that share their columns, with those columns alone; "entries" gathers by entry, each program the same
-number of entries, so that a long row holds nobody up. All may split the tokens; the parts are added in order.
+Four ways: "library" makes all of dyᵀ x by a library GEMM and picks; "tiled" multiplies whole tiles of dyᵀ x on the
+tensor cores and keeps the pattern's entries; "shared" does so for rows that share their columns, with those columns
+alone; "entries" gathers by entry, each program the same number of entries, so that a long row holds nobody up. All
+may split the tokens; the parts are added in order.
 """
 
 import torch
@@ -189,6 +190,9 @@ def _with_parts(out: Tensor, splits: int, run) -> None:
 def _tiled(out, dy, x, crow, col) -> None:
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_TILED, x.device, x.dtype, T)
+    if M % 8 or N % 8:  # no wide loads: a pointer an element
+        smaller = {name: min(64, config[name]) for name in ("BLOCK_M", "BLOCK_N")}
+        config = Config(config.blocks | smaller, 4, 2)
     tiles = runtime.cdiv(M, config["BLOCK_M"]) * runtime.cdiv(N, config["BLOCK_N"])
     splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
