@@ -63,7 +63,7 @@ def automatic_choice(device: torch.device, dtype: torch.dtype) -> str:
 
 def backend_for(tensor: torch.Tensor):
     """The backend module that serves ops on this tensor (x, dy or weight: they share device and dtype)."""
-    key = _chosen, tensor.device.type, tensor.dtype
+    key = _chosen, tensor.device, tensor.dtype
     module = _served.get(key)
     if module is None:
         module = _served[key] = _find_backend(tensor.device, tensor.dtype)

@@ -127,19 +127,15 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
         raise ValueError(f"weight: expected shape {pattern.shape} as the pattern, got {tuple(weight.shape)}")
     _check_values(values, pattern, weight.device)
     if _wants_grad(weight, values):
-        return CSRAddFunction.apply(weight, values, pattern.crow_indices, pattern.col_indices, pattern.row_of_entry())
+        return CSRAddFunction.apply(
+            weight, values, pattern.crow_indices, pattern.col_indices, pattern.row_of_entry()
+        )
     return _ops.csr_add(weight, values, pattern.crow_indices, pattern.col_indices)
 
 
 def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training):
     _check_type("x", x, Tensor)
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("lora_A", lora_A),
-        ("lora_B", lora_B),
-        ("values", values),
-    ):
+    for name, tensor in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B), ("values", values)):
         if tensor is not None:
             _check_type(name, tensor, Tensor)
     if pattern is not None:

@@ -1,7 +1,7 @@
 """torch.ops.rosa_kernels.*: every op's schema, its fake for tracing, and its call into the backend that serves it.
 
 Ops are flat: tensors, numbers, no autograd (that is autograd.py), no checks (those are functional.py's). The pattern arrives
-as its index tensors and one of pattern.STRUCTURES as an int; a seed is given exactly when dropout is on.
+as its index tensors and its structure, an int of pattern.py; a seed is given exactly when dropout is on.
 """
 
 import torch
@@ -64,7 +64,9 @@ def _(
         lora_B is not None and lora_B.shape,
         values is not None and values.shape,
     )
-    return [source.new_empty(shape) if need else dy.new_empty(0) for need, source, shape in zip(needs, sources, shapes)]
+    return [
+        source.new_empty(shape) if need else dy.new_empty(0) for need, source, shape in zip(needs, sources, shapes)
+    ]
 
 
 @torch.library.register_fake("rosa_kernels::spmm", lib=_library)

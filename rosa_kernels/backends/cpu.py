@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from rosa_kernels.plan import cpu as plan
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.dropout import drop_threshold
+from rosa_kernels.plan import cpu as plan
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _library = next(Path(__file__).parent.parent.glob("_C*.so"), None)
