@@ -17,6 +17,7 @@ from hypothesis import settings
 
 import rosa_kernels as rk
 from rosa_kernels.dispatch import refusal
+from rosa_kernels.plan import gpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CPU = torch.device("cpu")
@@ -95,6 +96,14 @@ def backend(request):
     """The name of the backend that serves every op of the test."""
     with rk.use_backend(request.param):
         yield request.param
+
+
+if INTERPRETED:
+
+    @pytest.fixture(autouse=True)
+    def _low_rank_gradients_by_the_kernels(monkeypatch):
+        """For such small calls the plan would leave them to the library; test_triton_ways.py tests that too."""
+        monkeypatch.setattr(gpu, "low_rank_gradients_by_library", lambda *sizes: False)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ interpreted = pytest.mark.skipif(
     reason="runs where TRITON_INTERPRET=1: test_triton_interpreter.py starts it",
 )
 FP32, BF16 = torch.float32, torch.bfloat16
+by_library = gpu.low_rank_gradients_by_library  # as it is where conftest.py leaves it alone
 
 WAYS_CASES = [
     LinearCase((5,), 66, 35, 3),
@@ -90,6 +91,30 @@ def test_linear_by_way(monkeypatch, case, dtype, way):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dx_way", ["known", "library"])
+@pytest.mark.parametrize("pattern", [None, "columns"])
+def test_low_rank_gradients_by_library(monkeypatch, dtype, dx_way, pattern):
+    case = LinearCase((20,), 66, 35, 4, pattern, x_layout="padded", adapter_layout="transposed")
+    inputs = make_inputs(case, dtype)
+    wanted = gpu.LinearWay("library", dx_way, "rows" if pattern else "")
+    taken = []
+
+    def force(call, rates):
+        taken.append(nearest(gpu.linear_ways(call), wanted))
+        return taken[-1]
+
+    monkeypatch.setattr(gpu, "low_rank_gradients_by_library", lambda *sizes: True)
+    monkeypatch.setattr(gpu, "choose_linear", force)
+    with rk.use_backend("triton"):
+        got = run_linear(case, inputs)
+    expected = expected_linear(case, inputs)
+    for name, result in got.items():
+        check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
+    assert taken[1].H == dx_way
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("way", ["tiled", "entries", "entries_columns", "library"])
 @pytest.mark.parametrize("pattern", ["sparse", "empty_rows", "full", "last_entry", "blocks"])
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -147,6 +172,7 @@ def test_the_choices_that_the_docstring_explains():
     assert gpu.choose_linear(gpu.LinearCall(**large, nnz=838860, dropout="x"), h100).S == "dense"
     assert gpu.choose_linear(gpu.LinearCall(**large, nnz=1677), h100).S == "gather_columns"
     assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16), h100).base == "kernel"
+    assert by_library(4096, 768, 2, h100) and not by_library(8192, 4096, 2, h100) and not by_library(4, 768, 2, h100)
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772), h100) == "library"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 335544, mixed=True), h100) == "tiled"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100) == "entries_columns"

@@ -192,6 +192,7 @@ def recorded(case: Case, target: str, *, every_config: bool = True) -> list[Laun
             (configs, "choose", listed),
             (gpu, "choose_linear", lambda call, rates: way(gpu.linear_ways(call))),
             (gpu, "choose_sddmm", lambda call, rates: way(gpu.sddmm_ways(call))),
+            (gpu, "low_rank_gradients_by_library", lambda *sizes: False),
         ]
         with contextlib.ExitStack() as stack:
             for module, name, stand_in in stand_ins:

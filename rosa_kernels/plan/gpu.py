@@ -52,6 +52,8 @@ class LinearCall(NamedTuple):
     mixed_lora: bool = False
     mixed_values: bool = False
     H_known: bool = False
+    H_whole: bool = False
+    """Known in one part and in the dtype of x, as a library GEMM takes it."""
 
 
 class LinearWay(NamedTuple):
@@ -103,11 +105,11 @@ def _low_rank_ways(call: LinearCall, base: str, S: str) -> tuple[str, ...]:
         return ("",)
     if S == "delta":
         return ("delta",)
+    by_library = base == "library" and S not in _S_IN_THE_KERNEL and not call.dropout and not call.mixed_lora
     if call.H_known:
-        return ("known",)
+        return ("known", "library") if by_library and call.H_whole else ("known",)
     few = call.r <= LARGEST_R_INSIDE and call.tokens <= FEW_TOKENS
     inside = ("inside",) if few else ()
-    by_library = base == "library" and S not in _S_IN_THE_KERNEL and not call.dropout and not call.mixed_lora
     return (*inside, "before", *(("library",) if by_library else ()))
 
 
@@ -135,7 +137,7 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
         )
     if way.H == "before" and T > FEW_TOKENS:  # its parts are added
         seconds += rates.launch_seconds
-    if way.H in ("before", "library"):
+    if way.H in ("before", "library") and not call.H_known:
         seconds += run(2 * T * K * call.r * (3 if call.mixed_lora else 1), T * K + call.r * (T + K))
     if way.H == "library":
         seconds += run(2 * T * N * call.r, 2 * T * N + call.r * (T + N))
@@ -196,6 +198,15 @@ def gemm_rate(rates: Rates, element_size: int, tf32: bool) -> float:
     return rates.flops_tf32 if tf32 else rates.flops_fp32
 
 
+def low_rank_gradients_by_library(tokens: int, N: int, element_size: int, rates: Rates) -> bool:
+    """True where library GEMMs for H, dH, dA and dB beat the kernels, where dropout and dtypes allow them.
+
+    They are 4 launches in place of 7, with the additions of parts, but read dy (tokens, N) twice. Few tokens come in no
+    parts: 3 launches.
+    """
+    return tokens > 64 and 3 * rates.launch_seconds > tokens * N * element_size / rates.bandwidth
+
+
 def dy_read_once(r: int) -> bool:
     """True where one kernel makes dB and dH from one read of dy.
 
@@ -229,7 +240,7 @@ class SDDMMCall(NamedTuple):
 
 def sddmm_ways(call: SDDMMCall) -> tuple[str, ...]:
     """ "shared" for rows, columns and 16 x 16 blocks. Else "tiled"; "entries", or "entries_columns" from copies of dy
-    and x by columns; or "library", all of dyᵀ x, of which the entries are picked: not where that rounds them once more."""
+    and x by columns; or "library", all of dyᵀ x and a pick of its entries, unless that rounds them once more."""
     if call.structure in (ROW, COLUMN, BLOCK16):
         return ("shared",)
     return ("tiled", "entries", "entries_columns", *(() if call.mixed else ("library",)))

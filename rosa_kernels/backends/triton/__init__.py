@@ -13,13 +13,14 @@ try:
 except ModuleNotFoundError:
     triton = None
 else:
+    from rosa_kernels.backends.triton import runtime
     from rosa_kernels.backends.triton.linear import Linear, linear
     from rosa_kernels.backends.triton.low_rank import outer, shrink
     from rosa_kernels.backends.triton.parts import for_readers
     from rosa_kernels.backends.triton.problem import Dropout, sparse_of
     from rosa_kernels.backends.triton.scatter import add_in_place, dense, sum_with
     from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
-    from rosa_kernels.plan import gpu
+    from rosa_kernels.plan import gpu, gpu_table
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
@@ -103,6 +104,12 @@ def rosa_linear_backward(
 
 def _low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
     """(dA, dB, dH as unscaled parts): None where not needed, dH for dx where it was made on the way."""
+    if not (need_dA or need_dB):
+        return None, None, None
+    if dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype:
+        rates = gpu_table.rates(x.device, runtime.target(x.device))
+        if gpu.low_rank_gradients_by_library(*dy.shape, x.element_size(), rates):
+            return _low_rank_gradients_by_library(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
     dA = dB = dH = None
     dH_readers = x.shape[1] * (need_dx + need_dA)
     if need_dB:
@@ -115,6 +122,17 @@ def _low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_d
             dH = for_readers(shrink(dy, lora_B.T), dH_readers)
         dA, _ = outer(x, dH, lora_A, scaling, features_first=False, dropout=dropout)
     return dA, dB, dH
+
+
+def _low_rank_gradients_by_library(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB):
+    dA = dB = dH = None
+    if need_dx or need_dA:
+        dH = dy @ lora_B
+    if need_dA:
+        dA = torch.addmm(lora_A, dH.T, x, beta=0, alpha=scaling)
+    if need_dB:
+        dB = torch.addmm(lora_B, dy.T, x @ lora_A.T, beta=0, alpha=scaling)
+    return dA, dB, None if dH is None else dH[None]
 
 
 def _merged(weight: Tensor, lora_A, lora_B, scaling: float, S) -> Tensor:

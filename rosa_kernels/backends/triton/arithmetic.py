@@ -66,10 +66,10 @@ def keep_tile(key, tokens, first_feature, threshold, BLOCK_F: tl.constexpr):
 
 @triton.jit
 def sum_of_parts(parts, offsets, mask, part_size, PARTS):
-    """Σ_p parts[p] at the offsets, in order; parts is fp32, (PARTS, part_size), part_size an int64."""
-    total = tl.load(parts + offsets, mask=mask, other=0.0)
+    """Σ_p parts[p] at the offsets, in order and in fp32; parts (PARTS, part_size), part_size an int64."""
+    total = tl.load(parts + offsets, mask=mask, other=0.0).to(tl.float32)
     for part in range(1, PARTS):
-        total += tl.load(parts + part * part_size + offsets, mask=mask, other=0.0)
+        total += tl.load(parts + part * part_size + offsets, mask=mask, other=0.0).to(tl.float32)
     return total
 
 

@@ -59,6 +59,7 @@ class Linear(NamedTuple):
             mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
             mixed_values=S is not None and S.values.dtype != x.dtype,
             H_known=self.H is not None,
+            H_whole=self.H is not None and self.H.dtype == x.dtype and self.H.shape[0] == 1,
         )
 
 
@@ -82,7 +83,8 @@ def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
     if way.S == "delta":
         out.addmm_(x, problem.delta().T)
     if way.H == "library":
-        out.addmm_(x @ problem.A.T, problem.B.T, alpha=problem.scaling)
+        H = x @ problem.A.T if problem.H is None else problem.H[0]
+        out.addmm_(H, problem.B.T, alpha=problem.scaling)
     if way.runs_the_kernel:
         _run_kernel(out, problem, way)
     elif way.base == "":
