@@ -123,7 +123,8 @@ def compiler(request, tmp_path_factory):
     """For the tests selected; in a cache of its own, so that all is compiled anew."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton-cache")))
-        wanted = [item.callspec.params["kernel"] for item in request.session.items if "kernel" in _parameters(item)]
+        own = [item for item in request.session.items if item.path == request.path]
+        wanted = [item.callspec.params["kernel"] for item in own if "kernel" in _parameters(item)]
         compiler = Compiler(wanted)
         request.config.pluginmanager.register(compiler)
         yield compiler
