@@ -87,7 +87,7 @@ _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
 """Matrix products, by the position of their first factor."""
 _WRITES_ALONE = {_aten.zeros, _aten.zero_, _aten.fill_}
 _READS_AND_WRITES = {_aten.clone, _aten._to_copy, _aten.mul_, _aten.sum}
-_AT_PLACES = {_aten.index, _aten.index_put_, _aten.index_add_}
+_AT_PLACES = {_aten.index, _aten.index_select, _aten.index_put_, _aten.index_add_}
 """Elements at places here and there: a sector of memory each."""
 
 
@@ -109,7 +109,7 @@ def _library_cost(function, args, result) -> Cost:
 
 
 def _bytes_at_places(function, args, result) -> float:
-    if function == _aten.index:
+    if function in (_aten.index, _aten.index_select):
         return _scattered(result, args[0]) + _bytes(result)
     source = args[2] if function == _aten.index_put_ else args[3]
     moves = 1 if function == _aten.index_put_ else 2

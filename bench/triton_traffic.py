@@ -245,9 +245,10 @@ def choices_of(run: Callable[[], object]) -> list[Choice]:
         choices.append(Choice(part, name_of(way), costs))
         return take_linear(problem, way)
 
-    def sddmm(way, dy, x, crow, col, structure, dtype):
-        ways = gpu.sddmm_ways(gpu.SDDMMCall(*dy.shape, x.shape[1], col.shape[0], structure, x.element_size()))
-        arguments = (dy, x, crow, col, structure, dtype)
+    def sddmm(way, dy, x, crow, col, structure, dtype, rows):
+        call = gpu.SDDMMCall(*dy.shape, x.shape[1], col.shape[0], structure, x.element_size(), rows_known=rows is not None)
+        ways = gpu.sddmm_ways(call)
+        arguments = (dy, x, crow, col, structure, dtype, rows)
         costs = {other: costs_of(lambda other=other: take_sddmm(other, *arguments)) for other in ways}
         choices.append(Choice("dS", way, costs))
         return take_sddmm(way, *arguments)

@@ -127,6 +127,21 @@ def test_sddmm_by_way(monkeypatch, dtype, way, pattern, tokens):
         check("sddmm", rk.sddmm(inputs.dy, inputs.x, inputs.pattern), expected, inputs.x)
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("way", ["shared", "packed"])
+@pytest.mark.parametrize("pattern", ["rows", "columns", "full"])
+def test_sddmm_of_whole_rows_and_columns_by_way(monkeypatch, dtype, way, pattern):
+    case = LinearCase((20,), 66, 50, 0, pattern, x_layout="strided", dy_layout="transposed")
+    inputs = make_inputs(case, dtype)
+    seen = []
+    monkeypatch.setattr(gpu, "choose_sddmm", lambda call, rates: seen.append(gpu.sddmm_ways(call)) or way)
+    with rk.use_backend("triton"):
+        got = run_linear(case, inputs)
+    check("values", got["values"], expected_linear(case, inputs)["values"], inputs.values)
+    assert seen == [("shared", "packed")]
+
+
 def calls():
     for tokens in (1, 16, 300, 4096, 32768):
         for N, K in ((64, 64), (768, 768), (3072, 768), (4096, 4096), (4096, 14336)):
@@ -158,7 +173,7 @@ def test_16_bit_and_tf32_deltas_are_never_merged():
 def test_structures_have_their_own_ways():
     for structure, S in ((ROW, "rows"), (COLUMN, "shared"), (BLOCK16, "blocks")):
         assert {way.S for way in gpu.linear_ways(gpu.LinearCall(99, 64, 64, 4, 640, structure))} == {S}
-        assert gpu.sddmm_ways(gpu.SDDMMCall(99, 64, 64, 640, structure)) == ("shared",)
+        assert gpu.sddmm_ways(gpu.SDDMMCall(99, 64, 64, 640, structure, mixed=True)) == ("shared",)
 
 
 def test_the_choices_that_the_docstring_explains():

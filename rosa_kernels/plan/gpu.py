@@ -204,7 +204,7 @@ def low_rank_gradients_by_library(tokens: int, N: int, element_size: int, rates:
     They are 4 launches in place of 7, with the additions of parts, but read dy (tokens, N) twice. Few tokens come in no
     parts: 3 launches.
     """
-    return tokens > 64 and 3 * rates.launch_seconds > tokens * N * element_size / rates.bandwidth
+    return tokens > 32 and 3 * rates.launch_seconds > tokens * N * element_size / rates.bandwidth
 
 
 def dy_read_once(r: int) -> bool:
@@ -236,13 +236,17 @@ class SDDMMCall(NamedTuple):
     element_size: int = 2
     tf32: bool = False
     mixed: bool = False
+    rows_known: bool = False
+    """Whether the non-empty rows are at hand, for structure ROW."""
 
 
 def sddmm_ways(call: SDDMMCall) -> tuple[str, ...]:
-    """ "shared" for rows, columns and 16 x 16 blocks. Else "tiled"; "entries", or "entries_columns" from copies of dy
-    and x by columns; or "library", all of dyᵀ x and a pick of its entries, unless that rounds them once more."""
+    """ "shared" for rows, columns and 16 x 16 blocks, or "packed": a copy of the columns of dy or x that they need, and
+    a library GEMM. Else "tiled"; "entries", or "entries_columns" from copies of dy and x by columns; or "library": all
+    of dyᵀ x and a pick of its entries. Not by the library where that rounds once more."""
     if call.structure in (ROW, COLUMN, BLOCK16):
-        return ("shared",)
+        known = call.structure == COLUMN or (call.structure == ROW and call.rows_known)
+        return ("shared", "packed") if known and not call.mixed else ("shared",)
     return ("tiled", "entries", "entries_columns", *(() if call.mixed else ("library",)))
 
 
@@ -258,8 +262,15 @@ def sddmm_seconds(call: SDDMMCall, way: str, rates: Rates) -> float:
     if way == "library":
         picking = (M * N + call.nnz * _SECTOR / size) * size / rates.bandwidth
         return 2 * rates.launch_seconds + max(2 * T * M * N / rate, floor + M * N * size / rates.bandwidth) + picking
-    if way == "shared":
-        return rates.launch_seconds + max(2 * T * call.nnz / (rate * rates.kernel_efficiency), floor)
+    if way == "shared":  # gathered columns come by the sector, for each tile of the others again
+        across = (N if call.structure == ROW else M) / 64
+        packed = call.nnz / (N if call.structure == ROW else M)
+        gathered = T * packed * _SECTOR * across / rates.l2_bandwidth
+        return rates.launch_seconds + max(2 * T * call.nnz / (rate * rates.kernel_efficiency), floor, gathered)
+    if way == "packed":
+        packed = T * call.nnz / (N if call.structure == ROW else M)
+        copying = packed * (_SECTOR + size) / rates.bandwidth
+        return 2 * rates.launch_seconds + copying + max(2 * T * call.nnz / rate, floor)
     if way == "tiled":
         efficiency = rates.kernel_efficiency * _filled(M, N, rates)
         return rates.launch_seconds + max(2 * T * M * N / (rate * efficiency), floor)

@@ -20,6 +20,7 @@ else:
     from rosa_kernels.backends.triton.problem import Dropout, sparse_of
     from rosa_kernels.backends.triton.scatter import add_in_place, dense, sum_with
     from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
+    from rosa_kernels.pattern import ROW
     from rosa_kernels.plan import gpu, gpu_table
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,7 +98,8 @@ def rosa_linear_backward(
             )
         ).view(x.shape)
     if need_dvalues:
-        dvalues = _sddmm(dy2, x2, crow, col, structure, values.dtype)
+        rows = row[: S.nnz // x2.shape[1]] if S is not None and structure == ROW else None  # of the first column
+        dvalues = _sddmm(dy2, x2, crow, col, structure, values.dtype, rows)
     gradients = (dx, dy2.T @ x2 if need_dweight else None, dy2.sum(0) if need_dbias else None, dA, dB, dvalues)
     return [dy.new_empty(0) if gradient is None else gradient for gradient in gradients]
 

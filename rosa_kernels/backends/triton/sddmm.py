@@ -148,20 +148,34 @@ def pick_kernel(out, dW, crow, col, stride_m, stride_n, BLOCK: tl.constexpr):
         tl.store(out + entry, value, mask=inside)
 
 
-def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype) -> Tensor:
-    """(nnz,) of dtype; dy (T, M), x (T, N) of one dtype and any strides."""
+def sddmm(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype, rows: Tensor | None = None
+) -> Tensor:
+    """(nnz,) of dtype; dy (T, M), x (T, N) of one dtype and any strides. rows: those not empty, where known."""
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     if nnz == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
-    call = gpu.SDDMMCall(
-        T, M, N, nnz, structure, x.element_size(), runtime.precision(x.dtype) == "tf32", dtype != x.dtype
-    )
+    tf32 = runtime.precision(x.dtype) == "tf32"
+    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype, rows is not None)
     way = gpu.choose_sddmm(call, gpu_table.rates(x.device, runtime.target(x.device)))
-    return take(way, dy, x, crow, col, structure, dtype)
+    return take(way, dy, x, crow, col, structure, dtype, rows)
 
 
-def take(way: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype) -> Tensor:
+def take(
+    way: str,
+    dy: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    structure: int,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> Tensor:
     """sddmm by one of gpu.sddmm_ways; nnz > 0."""
+    if way == "packed":
+        if structure == ROW:
+            return (dy.index_select(1, rows).T @ x).view(-1)
+        return (dy.T @ x.index_select(1, col[: col.shape[0] // dy.shape[1]])).view(-1)
     out = torch.empty(col.shape, dtype=dtype, device=x.device)
     if way == "entries_columns":
         dy, x = by_columns(dy), by_columns(x)
