@@ -10,6 +10,10 @@ UNSTRUCTURED, ROW, COLUMN, BLOCK, BLOCK16 = range(5)
 STRUCTURES = ("unstructured", "row", "column", "block")
 
 
+MOST_ENTRIES = 2**31 - 2**20
+"""A kernel's last step past the end must not wrap an int32."""
+
+
 class CSRPattern:
     """The fixed sparsity pattern of S in compressed sparse row form; the values live elsewhere.
 
@@ -226,8 +230,8 @@ def _check_indices(crow: Tensor, col: Tensor, shape: tuple[int, int]) -> None:
         raise ValueError(f"col_indices: expected on {crow.device} as crow_indices, got {col.device}")
     if crow.numel() != shape[0] + 1:
         raise ValueError(f"crow_indices: expected out_features + 1 = {shape[0] + 1} entries, got {crow.numel()}")
-    if col.numel() >= 2**31:
-        raise ValueError(f"col_indices: expected fewer than 2**31 entries, got {col.numel()}")
+    if col.numel() > MOST_ENTRIES:
+        raise ValueError(f"col_indices: expected at most {MOST_ENTRIES} entries, got {col.numel()}")
     crow, col = crow.long(), col.long()
     first, last, nnz = int(crow[0]), int(crow[-1]), col.numel()
     if first != 0 or last != nnz:

@@ -199,7 +199,7 @@ def test_tf32_is_used_only_where_pytorch_is_told_to(gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     tf32 = relative_error(linear(case, inputs, inputs.tensors()), exact)
     assert ieee < 2**-18
-    assert tf32 < 2**-10
+    assert tf32 < 2**-9
     if not torch.version.hip and torch.cuda.get_device_capability(gpu) >= (8, 0):
         assert tf32 > 2**-16
 

@@ -41,6 +41,11 @@ VARIANTS = [
     Case(structure=UNSTRUCTURED, out_features=770, in_features=771, r=17),
     Case(tokens=200, dtype=FP16, dropout_p=0.1),
 ]
+LARGEST = [
+    Case(structure=UNSTRUCTURED),
+    Case(structure=UNSTRUCTURED, lora_dtype=FP32, values_dtype=FP32),
+    Case(structure=COLUMN, values_dtype=FP32),
+]
 
 
 def sample(chip: str) -> list[Launch]:
@@ -52,6 +57,8 @@ def sample(chip: str) -> list[Launch]:
     ]
     for case in VARIANTS if chip != "other" else ():
         launches += recorded(case, chip, every_config=False)
+    for case in LARGEST if chip != "other" else ():  # what fills shared memory, in every configuration
+        launches += [launch for launch in recorded(case, chip) if launch.has("S") or launch.has("values")]
     return with_most_parts([launch for launch in launches if launch.name != "linear" or _is_more_than_low_rank(launch)])
 
 

@@ -19,7 +19,7 @@ def table_of_the_cpu():
 
 
 def test_a_table_survives_the_file(tmp_path):
-    table = {"rates": {"bandwidth": 1e12}, "configs": {"linear/2/4": 1}, "device": "some GPU"}
+    table = {"rates": {"bandwidth": 1e12}, "configs": {"linear/2/4": "BLOCK_M=64"}, "device": "some GPU"}
     path = tmp_path / "deep" / "gpu.json"
     gpu_table.write_table(path, table)
     assert gpu_table.read_table(path) == table
@@ -28,9 +28,10 @@ def test_a_table_survives_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"rates": {}}', '{"rates": {"speed": 1}, "configs": {}}', '{"rates": {"bandwidth": -1}, "configs": {}}',
-     '{"rates": {"bandwidth": "fast"}, "configs": {}}', '{"rates": {}, "configs": {"linear/2/4": 1.5}}',
-     '{"rates": {}, "configs": {"linear/2/4": -1}}'],
+    ["", "[]", "{}", '{"rates": {}}', '{"rates": {"speed": 1}, "configs": {}}',
+     '{"rates": {"bandwidth": -1}, "configs": {}}',
+     '{"rates": {"bandwidth": "fast"}, "configs": {}}', '{"rates": {}, "configs": {"linear/2/4": 1}}',
+     '{"rates": {}, "configs": {"linear/2/4": null}}'],
 )  # fmt: skip
 def test_a_file_that_is_no_table_is_an_error_that_names_it(tmp_path, text):
     path = tmp_path / "gpu.json"
@@ -49,11 +50,15 @@ def test_a_measured_rate_replaces_the_data_sheets(table_of_the_cpu):
     assert gpu_table.rates(CPU, "sm_90") == gpu_table.RATES["sm_90"]._replace(bandwidth=7.0)
 
 
-def test_a_position_beyond_the_list_is_the_first(table_of_the_cpu):
-    table_of_the_cpu({"rates": {}, "configs": {"linear/2/4": 5}})
-    assert gpu_table.tuned_position(CPU, "linear", 2, 4, 6) == 5
-    assert gpu_table.tuned_position(CPU, "linear", 2, 4, 5) == 0
-    assert gpu_table.tuned_position(CPU, "linear", 2, 3, 5) == 0
+def test_a_tuned_configuration_is_chosen_while_it_is_listed(table_of_the_cpu):
+    configs = pytest.importorskip("rosa_kernels.backends.triton.configs", reason="Triton is not installed")
+    first, second = configs.configs("linear", "sm_90", 2, 4)[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs.runtime, "target", lambda device: "sm_90")
+        for label, chosen in ((second.label, second), (first.label, first), ("BLOCK_M=3", first)):
+            table_of_the_cpu({"rates": {}, "configs": {"linear/2/4": label}})
+            assert configs.choose("linear", CPU, torch.bfloat16, 4096) is chosen
+            assert configs.choose("linear", CPU, torch.bfloat16, 64) is not second
 
 
 def test_tune_says_so_where_there_is_no_gpu(capsys):
@@ -91,15 +96,18 @@ class TestMeasure:
 
     def test_configs_takes_the_fastest_of_each_list(self, monkeypatch, table_of_the_cpu):
         from rosa_kernels import tune
-        from rosa_kernels.backends.triton import configs
+        from rosa_kernels.backends.triton import configs, runtime
 
-        kept = configs.configs.__wrapped__
-        monkeypatch.setattr(configs, "configs", lambda *key: kept(*key) * 3)
-        times = iter(range(10**6, 0, -1))
+        monkeypatch.setattr(runtime, "target", lambda device: "sm_90")
+        monkeypatch.setattr(runtime, "launch", lambda *args, **keywords: None)
+        calls = iter(range(10**6))
 
         def seconds(call):
             call()
-            return next(times)  # each faster than the one before
+            return 0.9 ** next(calls)  # each call faster than the one before
 
         chosen = tune.Measure(CPU, seconds, features=32).configs()
-        assert len(chosen) == 5 * 2 * 3 and set(chosen.values()) == {2}
+        assert len(chosen) == 5 * 2 * 3
+        for key, label in chosen.items():
+            kernel, element_size, bucket = key.split("/")
+            assert label == configs.configs(kernel, "sm_90", int(element_size), int(bucket))[-1].label

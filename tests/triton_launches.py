@@ -188,7 +188,7 @@ def recorded(case: Case, target: str, *, every_config: bool = True) -> list[Laun
             (JITFunction, "run", launch),
             (runtime, "target", lambda device: target),
             (runtime, "multiprocessors", lambda device: 132),
-            (runtime, "precision", lambda dtype: precision if dtype == FP32 else "ieee"),
+            (runtime, "precision", lambda x: precision if x.dtype == FP32 else "ieee"),
             (configs, "choose", listed),
             (gpu, "choose_linear", lambda call, rates: way(gpu.linear_ways(call))),
             (gpu, "choose_sddmm", lambda call, rates: way(gpu.sddmm_ways(call))),

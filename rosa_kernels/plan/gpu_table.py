@@ -46,7 +46,7 @@ def table_file(device_name: str) -> Path:
 
 
 def read_table(path: Path) -> dict:
-    """{"rates": {field of Rates: number > 0}, "configs": {config_key: position >= 0}}; more keys are left alone.
+    """{"rates": {field of Rates: number > 0}, "configs": {config_key: label}}; more keys are left alone.
 
     Raises:
         ValueError: for a file that is not such a table.
@@ -55,11 +55,11 @@ def read_table(path: Path) -> dict:
         table = json.loads(path.read_text(encoding="utf-8"))
         fields = Rates._fields
         sound = all(name in fields and number > 0 for name, number in table["rates"].items())
-        sound = sound and all(isinstance(position, int) and position >= 0 for position in table["configs"].values())
+        sound = sound and all(isinstance(label, str) for label in table["configs"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is not a table of python -m rosa_kernels.tune ({error!r}); delete it") from error
     if not sound:
-        raise ValueError(f"{path}: holds an unknown rate, or a rate or position out of range; delete it")
+        raise ValueError(f"{path}: holds an unknown rate, one out of range, or no label of a configuration; delete it")
     return table
 
 
@@ -78,7 +78,7 @@ def use_table(device: torch.device, table: dict) -> None:
     """Plan for this device by the given table from now on."""
     _tables[device] = table
     rates.cache_clear()
-    tuned_position.cache_clear()
+    tuned_label.cache_clear()
 
 
 def _table(device: torch.device) -> dict:
@@ -98,8 +98,6 @@ def config_key(kernel: str, element_size: int, bucket: int) -> str:
 
 
 @functools.cache
-def tuned_position(device: torch.device, kernel: str, element_size: int, bucket: int, listed: int) -> int:
-    """Position in a list of `listed` configurations; the first where nothing was tuned or the list has shrunk
-    since."""
-    position = _table(device)["configs"].get(config_key(kernel, element_size, bucket), 0)
-    return position if position < listed else 0
+def tuned_label(device: torch.device, kernel: str, element_size: int, bucket: int) -> str | None:
+    """The label of the configuration that was the fastest on this GPU; None where it was not tuned."""
+    return _table(device)["configs"].get(config_key(kernel, element_size, bucket))

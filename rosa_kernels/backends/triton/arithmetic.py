@@ -44,7 +44,8 @@ def dot_mixed(a, b, acc, PRECISION: tl.constexpr):
     if a.dtype == tl.float32:
         return dot(a, wide, acc, PRECISION)
     high = narrow(wide, a.dtype)
-    rest = wide - high.to(tl.float32)
+    infinite = tl.abs(high.to(tl.float32)) == float("inf")  # of fp16, beyond 65504: the product is too, not NaN
+    rest = tl.where(infinite, 0.0, wide - high.to(tl.float32))
     low = narrow(rest, a.dtype)
     if a.dtype == tl.bfloat16:
         acc = dot(a, narrow(rest - low.to(tl.float32), a.dtype), acc, PRECISION)
@@ -79,7 +80,7 @@ def row_of_entry(crow, rows, entries, STEPS):
     low = tl.zeros_like(entries)
     high = low + rows
     for _ in range(STEPS):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         below = tl.load(crow + middle) <= entries
         low = tl.where(below, middle, low)
         high = tl.where(below, high, middle)
@@ -92,7 +93,7 @@ def first_entry_at(col, start, end, column, STEPS):
     low = start
     high = end
     for _ in range(STEPS):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2
         open_ = low < high
         below = open_ & (tl.load(col + middle, mask=open_, other=0) < column)
         low = tl.where(below, middle + 1, low)

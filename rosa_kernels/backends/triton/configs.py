@@ -1,7 +1,7 @@
 """Block sizes, warps and stages: each target's short list for each kernel and bucket of tokens, the default first.
 
-`python -m rosa_kernels.tune` times a list on the GPU at hand and remembers the winner by position. Nothing is tuned
-during a call: the same inputs then give the same bits in every process, and a CUDA graph can be captured at once.
+`python -m rosa_kernels.tune` times a list on the GPU at hand and remembers the winner. Nothing is tuned during a
+call: the same inputs then give the same bits in every process, and CUDA graphs can be captured after one warm call.
 """
 
 import functools
@@ -22,6 +22,11 @@ class Config:
     blocks: dict[str, int] = field(hash=False)
     num_warps: int
     num_stages: int
+
+    @functools.cached_property
+    def label(self) -> str:
+        blocks = ",".join(f"{name}={size}" for name, size in self.blocks.items())
+        return f"{blocks},warps={self.num_warps},stages={self.num_stages}"
 
     def __getitem__(self, name: str) -> int:
         return self.blocks[name]
@@ -115,4 +120,5 @@ def choose(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int) -
     """The tuned configuration of the list where this GPU was tuned, else the first."""
     bucket = token_bucket(tokens)
     listed = configs(kernel, runtime.target(device), dtype.itemsize, bucket)
-    return listed[gpu_table.tuned_position(device, kernel, dtype.itemsize, bucket, len(listed))]
+    label = gpu_table.tuned_label(device, kernel, dtype.itemsize, bucket)
+    return next((config for config in listed if config.label == label), listed[0])

@@ -53,7 +53,7 @@ class Linear(NamedTuple):
             nnz=0 if S is None else S.nnz,
             structure=0 if S is None else S.structure,
             element_size=x.element_size(),
-            tf32=runtime.precision(x.dtype) == "tf32",
+            tf32=runtime.precision(x) == "tf32",
             base=self.weight is not None,
             dropout=self.drop_at,
             mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
@@ -137,7 +137,8 @@ def _launch(
     block_n: int | None = None, most_tokens: int = 2**31,
 ) -> None:  # fmt: skip
     (T, K), R = x.shape, 0 if B is None else B.shape[1]
-    config = _config(x, N, min(T, most_tokens), sparse, block_n)
+    has_S = bool(sparse) or dense_S is not None
+    config = _config(x, N, min(T, most_tokens), has_S, block_n)
     pattern = S or scatter_to
     crow = None if pattern is None else pattern.crow
     values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
@@ -150,7 +151,7 @@ def _launch(
         out.stride(0), *x.stride(), _strides(x_columns)[1],
         *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
         DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None,
-        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x.dtype),
+        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x),
         BLOCK_R=_block_r(R, H, B, x.dtype), BLOCK_E=_block_e(config, x.element_size()), GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip
 
@@ -159,12 +160,12 @@ def _strides(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
-def _config(x: Tensor, N: int, tokens: int, sparse: str, block_n: int | None) -> Config:
-    """The tokens' configuration; a smaller tile where a thread's registers would not hold what it needs besides."""
+def _config(x: Tensor, N: int, tokens: int, has_S: bool, block_n: int | None) -> Config:
+    """The tokens' configuration; a smaller tile where registers or shared memory would not hold what else is needed."""
     if N % 8 or x.shape[1] % 8:  # no wide loads: a pointer an element
         tokens = min(tokens, _SMALL_TILE)
     config = configs.choose(configs.LINEAR, x.device, x.dtype, tokens)
-    if block_n is None and sparse.startswith("gather"):
+    if block_n is None and has_S:
         block_n = min(config["BLOCK_N"], 128)
     if block_n is None or block_n == config["BLOCK_N"]:
         return config

@@ -117,7 +117,7 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     runtime.launch(
         shrink_kernel, (tiles[0], splits, tiles[1]),
         parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, dropout.threshold, *x.stride(), *A.stride(),
-        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x.dtype), BLOCK_R=block_r(R), config=config,
+        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
     return parts
 
@@ -147,7 +147,7 @@ def outer(
         parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0],
         scaling * dropout.keep_scale, dropout.threshold,
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
-        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=runtime.precision(z.dtype), BLOCK_R=block_r(R),
+        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=runtime.precision(z), BLOCK_R=block_r(R),
         config=config,
     )  # fmt: skip
     if splits > 1:

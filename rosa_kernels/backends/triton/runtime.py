@@ -4,6 +4,7 @@ import functools
 import os
 
 import torch
+from torch import Tensor
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -23,9 +24,11 @@ def launch(kernel, grid: tuple[int, ...], *args, config, **constants) -> None:
             kernel[grid](*args, **constants, **config.blocks, **options)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How operands are multiplied: "tf32" for fp32 where PyTorch's own switch for matmuls says so, else "ieee"."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def precision(x: Tensor) -> str:
+    """How x is multiplied: "tf32" for fp32 where PyTorch's switch for matmuls says so and the GPU can, else "ieee"."""
+    if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "ieee" if torch.version.hip and target(x.device) != "gfx942" else "tf32"
 
 
 def cdiv(length: int, block: int) -> int:

@@ -155,7 +155,7 @@ def sddmm(
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     if nnz == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
-    tf32 = runtime.precision(x.dtype) == "tf32"
+    tf32 = runtime.precision(x) == "tf32"
     call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype, rows is not None)
     way = gpu.choose_sddmm(call, gpu_table.rates(x.device, runtime.target(x.device)))
     return take(way, dy, x, crow, col, structure, dtype, rows)
@@ -212,7 +212,7 @@ def _tiled(out, dy, x, crow, col) -> None:
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_tiled_kernel, (tiles, splits),
         target, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
-        PRECISION=runtime.precision(x.dtype), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
+        PRECISION=runtime.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
     ))  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def _shared(out, dy, x, crow, col, structure) -> None:
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_shared_kernel, (*tiles, splits),
         target, dy, x, crow, col, T, M, rows, N, nnz, blocks, rows.bit_length(), *dy.stride(), *x.stride(),
-        SCATTERED=structure == ROW, PRECISION=runtime.precision(x.dtype), config=config,
+        SCATTERED=structure == ROW, PRECISION=runtime.precision(x), config=config,
     ))  # fmt: skip
 
 
