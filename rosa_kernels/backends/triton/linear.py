@@ -139,6 +139,9 @@ def _launch(
     (T, K), R = x.shape, 0 if B is None else B.shape[1]
     has_S = bool(sparse) or dense_S is not None
     config = _config(x, N, min(T, most_tokens), has_S, block_n)
+    if sparse == "shared" and S.values.dtype != x.dtype:  # a pointer an element, each value split
+        tile = {name: min(64, config[name]) for name in ("BLOCK_M", "BLOCK_N")}
+        config = Config(tile | {"BLOCK_K": 32}, num_warps=4, num_stages=2)
     pattern = S or scatter_to
     crow = None if pattern is None else pattern.crow
     values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
