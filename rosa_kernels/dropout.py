@@ -18,6 +18,11 @@ def drop_threshold(p: float) -> int:
     return round(p * 2**32)
 
 
+def keep_scale(p: float) -> float:
+    """What kept elements are multiplied by: 1 / (1 - p), and 0 for p = 1."""
+    return 0.0 if p >= 1 else 1 / (1 - p)
+
+
 def new_seed(device: torch.device) -> Tensor:
     """(1,) int64 drawn from PyTorch's generator of that device; never read on the host."""
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device)

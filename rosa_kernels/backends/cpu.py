@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from rosa_kernels.backends.gemms import low_rank_gradients
 from rosa_kernels.backends.shapes import as_matrix
-from rosa_kernels.dropout import drop_threshold
+from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.plan import cpu as plan
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -72,7 +73,9 @@ def rosa_linear_backward(
         dx2 = torch.zeros_like(x2) if weight is None else dy2 @ weight
     dx_to_add = None if merges else dx2
     if not merges and plan.low_rank_by_gemm(x, lora_A, lora_B, values, seed):
-        dA, dB = _low_rank_backward(dx_to_add, dy2, x2, lora_A, lora_B, scaling, need_dA, need_dB)
+        dA, dB, dH = low_rank_gradients(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
+        if dx_to_add is not None:
+            dx_to_add.addmm_(dH, lora_A, alpha=scaling)
         dvalues = None
     else:
         dA, dB, dvalues = (
@@ -93,20 +96,6 @@ def rosa_linear_backward(
         dvalues.to(values.dtype) if need_dvalues else None,
     )
     return [dy.new_empty(0) if gradient is None else gradient for gradient in gradients]
-
-
-def _low_rank_backward(dx, dy, x, lora_A, lora_B, scaling, need_dA, need_dB):
-    """Adds scaling · dy B A to dx unless it is None; returns dA and dB, None where not needed. All in one dtype."""
-    dA = dB = None
-    if dx is not None or need_dA:
-        dH = dy @ lora_B
-    if dx is not None:
-        dx.addmm_(dH, lora_A, alpha=scaling)
-    if need_dA:
-        dA = torch.addmm(lora_A, dH.T, x, beta=0, alpha=scaling)
-    if need_dB:
-        dB = torch.addmm(lora_B, dy.T, x @ lora_A.T, beta=0, alpha=scaling)
-    return dA, dB
 
 
 def spmm(x, values, crow, col, structure):
@@ -162,4 +151,4 @@ def _dropout(dropout_p, seed):
     """(seed, threshold, scale) as the kernels take them."""
     if seed is None:
         return None, 0, 1.0
-    return seed, drop_threshold(dropout_p), 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
+    return seed, drop_threshold(dropout_p), keep_scale(dropout_p)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rosa_kernels.backends.shapes import as_matrix
-from rosa_kernels.dropout import keep_mask
+from rosa_kernels.dropout import keep_mask, keep_scale
 
 
 def unavailable_reason() -> str | None:
@@ -44,8 +43,7 @@ def _dense(values: Tensor, crow: Tensor, col: Tensor, in_features: int, dtype: t
 def _dropout_factor(x2: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """(T, in_features): 1 / (1 - p) where kept, 0 where dropped."""
     keep = keep_mask(seed, x2.shape[0], x2.shape[1], dropout_p)
-    scale = 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p)
-    return keep.to(x2.dtype) * scale
+    return keep.to(x2.dtype) * keep_scale(dropout_p)
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):

@@ -6,6 +6,7 @@ import sys
 import torch
 from torch import Tensor
 
+from rosa_kernels.backends.gemms import low_rank_gradients
 from rosa_kernels.backends.shapes import as_matrix
 
 try:
@@ -111,7 +112,8 @@ def _low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_d
     if dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype:
         rates = gpu_table.rates(x.device, runtime.target(x.device))
         if gpu.low_rank_gradients_by_library(*dy.shape, x.element_size(), rates):
-            return _low_rank_gradients_by_library(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
+            dA, dB, dH = low_rank_gradients(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
+            return dA, dB, None if dH is None else dH[None]
     dA = dB = dH = None
     dH_readers = x.shape[1] * (need_dx + need_dA)
     if need_dB:
@@ -124,17 +126,6 @@ def _low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_d
             dH = for_readers(shrink(dy, lora_B.T), dH_readers)
         dA, _ = outer(x, dH, lora_A, scaling, features_first=False, dropout=dropout)
     return dA, dB, dH
-
-
-def _low_rank_gradients_by_library(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB):
-    dA = dB = dH = None
-    if need_dx or need_dA:
-        dH = dy @ lora_B
-    if need_dA:
-        dA = torch.addmm(lora_A, dH.T, x, beta=0, alpha=scaling)
-    if need_dB:
-        dB = torch.addmm(lora_B, dy.T, x @ lora_A.T, beta=0, alpha=scaling)
-    return dA, dB, None if dH is None else dH[None]
 
 
 def _merged(weight: Tensor, lora_A, lora_B, scaling: float, S) -> Tensor:

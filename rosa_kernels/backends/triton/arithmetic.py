@@ -5,12 +5,12 @@ raw bits and its rounding to bf16 loses carries (Triton 3.7-3.9), so bf16 is wid
 rounded here.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
-EMULATED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from rosa_kernels.backends.triton import runtime
+
+EMULATED = tl.constexpr(runtime.EMULATED)
 
 
 @triton.jit

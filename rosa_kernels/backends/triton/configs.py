@@ -4,6 +4,7 @@
 call: the same inputs then give the same bits in every process, and CUDA graphs can be captured after one warm call.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 
@@ -27,6 +28,9 @@ class Config:
     def label(self) -> str:
         blocks = ",".join(f"{name}={size}" for name, size in self.blocks.items())
         return f"{blocks},warps={self.num_warps},stages={self.num_stages}"
+
+    def with_blocks(self, **blocks: int) -> "Config":
+        return dataclasses.replace(self, blocks=self.blocks | blocks)
 
     def __getitem__(self, name: str) -> int:
         return self.blocks[name]

@@ -172,7 +172,7 @@ def _config(x: Tensor, N: int, tokens: int, has_S: bool, block_n: int | None) ->
         block_n = min(config["BLOCK_N"], 128)
     if block_n is None or block_n == config["BLOCK_N"]:
         return config
-    return Config(config.blocks | {"BLOCK_N": block_n}, config.num_warps, config.num_stages)
+    return config.with_blocks(BLOCK_N=block_n)
 
 
 def _block_r(R: int, H: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.arithmetic import dot_mixed, keep_tile, narrow, sum_of_parts
-from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.parts import add_parts, one_part
 from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout
 
@@ -110,7 +109,7 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     (T, K), R = x.shape, A.shape[0]
     config = configs.choose(configs.SHRINK, x.device, x.dtype, T)
     if A.dtype != x.dtype and block_r(R) == 64:  # A, split into numbers of x's dtype, fills the registers
-        config = Config(config.blocks | {"BLOCK_K": 32}, config.num_warps, config.num_stages)
+        config = config.with_blocks(BLOCK_K=32)
     tiles = runtime.cdiv(T, config["BLOCK_M"]), runtime.cdiv(R, block_r(R))
     splits, blocks = runtime.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
     parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.autograd import transposed_structure
-from rosa_kernels.dropout import drop_threshold
+from rosa_kernels.dropout import drop_threshold, keep_scale
 
 
 class Dropout(NamedTuple):
@@ -25,7 +25,7 @@ class Dropout(NamedTuple):
             return NO_DROPOUT
         # p = 1 keeps one word in 2**32, times 0.
         threshold = min(drop_threshold(dropout_p), 2**32 - 1) - 2**31
-        return cls(seed, 0.0 if dropout_p >= 1 else 1 / (1 - dropout_p), threshold)
+        return cls(seed, keep_scale(dropout_p), threshold)
 
 
 NO_DROPOUT = Dropout(None, 1.0, 0)

@@ -220,7 +220,7 @@ def _shared(out, dy, x, crow, col, structure) -> None:
     (T, rows), N, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_SHARED, x.device, x.dtype, T)
     if structure == BLOCK16:
-        config = Config(config.blocks | {"BLOCK_M": 16}, config.num_warps, config.num_stages)
+        config = config.with_blocks(BLOCK_M=16)
     M = nnz // N if structure == ROW else rows
     widest = N if structure in (ROW, BLOCK16) else nnz // rows
     tiles = runtime.cdiv(M, config["BLOCK_M"]), runtime.cdiv(widest, config["BLOCK_N"])

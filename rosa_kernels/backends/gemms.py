@@ -1,0 +1,18 @@
+"""What several backends leave to library GEMMs."""
+
+import torch
+from torch import Tensor
+
+
+def low_rank_gradients(
+    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, need_dH: bool, need_dA: bool, need_dB: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dA, dB, dy B), None where not needed; dy (T, O), x (T, I), lora_A (r, I) and lora_B (O, r) in one dtype."""
+    dA = dB = dH = None
+    if need_dH or need_dA:
+        dH = dy @ lora_B
+    if need_dA:
+        dA = torch.addmm(lora_A, dH.T, x, beta=0, alpha=scaling)
+    if need_dB:
+        dB = torch.addmm(lora_B, dy.T, x @ lora_A.T, beta=0, alpha=scaling)
+    return dA, dB, dH
