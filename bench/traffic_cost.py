@@ -9,6 +9,7 @@ import torch
 from kernel_traffic import SECTOR, Launch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rosa_kernels.backends import hardware
 from rosa_kernels.backends.triton import runtime
 from rosa_kernels.plan import gpu_table
 
@@ -58,8 +59,8 @@ class CostCounter(TorchDispatchMode):
     def __enter__(self):
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(runtime, "launch", self._launch))
-            patches.enter_context(mock.patch.object(runtime, "target", lambda device: TARGET))
-            patches.enter_context(mock.patch.object(runtime, "multiprocessors", lambda device: MULTIPROCESSORS))
+            patches.enter_context(mock.patch.object(hardware, "target", lambda device: TARGET))
+            patches.enter_context(mock.patch.object(hardware, "multiprocessors", lambda device: MULTIPROCESSORS))
             self._patches = patches.pop_all()
         return super().__enter__()
 

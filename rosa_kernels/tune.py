@@ -15,10 +15,11 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from rosa_kernels.backends.triton import configs, runtime
-from rosa_kernels.backends.triton.linear import Linear, take
+from rosa_kernels.backends import hardware
+from rosa_kernels.backends.problem import Linear, Sparse
+from rosa_kernels.backends.triton import configs
+from rosa_kernels.backends.triton.linear import take
 from rosa_kernels.backends.triton.low_rank import outer, shrink
-from rosa_kernels.backends.triton.problem import Sparse
 from rosa_kernels.backends.triton.sddmm import take as take_sddmm
 from rosa_kernels.pattern import CSRPattern
 from rosa_kernels.plan import gpu, gpu_table
@@ -64,7 +65,7 @@ class Measure:
             "flops_fp32": by_precision["ieee"],
             "bandwidth": 2 * large.nbytes / self.seconds(lambda: target.copy_(large)),
             "l2_bandwidth": self._gathered_bytes_per_second(),
-            "multiprocessors": runtime.multiprocessors(self.device),
+            "multiprocessors": hardware.multiprocessors(self.device),
             "kernel_efficiency": library / ours,
             "launch_seconds": self.seconds(lambda: nothing.zero_()),
         }
@@ -112,7 +113,7 @@ class Measure:
         cases = [(size, bucket, tokens) for size in DTYPES for bucket, tokens in enumerate(TOKENS)]
         for size, bucket, tokens in tqdm(cases, desc="block sizes", unit="bucket"):
             for kernel, call in self.config_calls(size, tokens).items():
-                listed = configs.configs(kernel, runtime.target(self.device), size, bucket)
+                listed = configs.configs(kernel, hardware.target(self.device), size, bucket)
                 key = gpu_table.config_key(kernel, size, bucket)
                 took = {config.label: self._seconds_with(key, config.label, call) for config in listed}
                 best = min(took, key=took.get)

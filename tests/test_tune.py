@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from rosa_kernels.backends import hardware
 from rosa_kernels.plan import gpu_table
 from rosa_kernels.plan.gpu_table import Rates
 
@@ -54,7 +55,7 @@ def test_a_tuned_configuration_is_chosen_while_it_is_listed(table_of_the_cpu):
     configs = pytest.importorskip("rosa_kernels.backends.triton.configs", reason="Triton is not installed")
     first, second = configs.configs("linear", "sm_90", 2, 4)[:2]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs.runtime, "target", lambda device: "sm_90")
+        patch.setattr(hardware, "target", lambda device: "sm_90")
         for label, chosen in ((second.label, second), (first.label, first), ("BLOCK_M=3", first)):
             table_of_the_cpu({"rates": {}, "configs": {"linear/2/4": label}})
             assert configs.choose("linear", CPU, torch.bfloat16, 4096) is chosen
@@ -98,7 +99,7 @@ class TestMeasure:
         from rosa_kernels import tune
         from rosa_kernels.backends.triton import configs, runtime
 
-        monkeypatch.setattr(runtime, "target", lambda device: "sm_90")
+        monkeypatch.setattr(hardware, "target", lambda device: "sm_90")
         monkeypatch.setattr(runtime, "launch", lambda *args, **keywords: None)
         calls = iter(range(10**6))
 

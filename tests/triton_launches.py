@@ -12,8 +12,9 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
+from rosa_kernels.backends import hardware
 from rosa_kernels.backends import triton as backend
-from rosa_kernels.backends.triton import configs, runtime
+from rosa_kernels.backends.triton import configs
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
 from rosa_kernels.plan import gpu
 
@@ -186,9 +187,9 @@ def recorded(case: Case, target: str, *, every_config: bool = True) -> list[Laun
 
         stand_ins = [
             (JITFunction, "run", launch),
-            (runtime, "target", lambda device: target),
-            (runtime, "multiprocessors", lambda device: 132),
-            (runtime, "precision", lambda x: precision if x.dtype == FP32 else "ieee"),
+            (hardware, "target", lambda device: target),
+            (hardware, "multiprocessors", lambda device: 132),
+            (hardware, "precision", lambda x: precision if x.dtype == FP32 else "ieee"),
             (configs, "choose", listed),
             (gpu, "choose_linear", lambda call, rates: way(gpu.linear_ways(call))),
             (gpu, "choose_sddmm", lambda call, rates: way(gpu.sddmm_ways(call))),

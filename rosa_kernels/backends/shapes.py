@@ -1,4 +1,4 @@
-"""How backends see x of any number of dimensions."""
+"""Sizes, as all backends count them."""
 
 import math
 
@@ -8,3 +8,8 @@ from torch import Tensor
 def as_matrix(x: Tensor) -> Tensor:
     """(..., features) -> (tokens, features); a view where the strides allow it."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def cdiv(length: int, block: int) -> int:
+    """Blocks that cover the length."""
+    return -(-length // block)

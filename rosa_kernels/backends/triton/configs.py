@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rosa_kernels.backends.triton import runtime
+from rosa_kernels.backends import hardware
 from rosa_kernels.plan import gpu_table
 
 LINEAR, SHRINK, OUTER, SDDMM_TILED, SDDMM_SHARED = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_shared"
@@ -123,6 +123,6 @@ def configs(kernel: str, target: str, element_size: int, bucket: int) -> tuple[C
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Config:
     """The tuned configuration of the list where this GPU was tuned, else the first."""
     bucket = token_bucket(tokens)
-    listed = configs(kernel, runtime.target(device), dtype.itemsize, bucket)
+    listed = configs(kernel, hardware.target(device), dtype.itemsize, bucket)
     label = gpu_table.tuned_label(device, kernel, dtype.itemsize, bucket)
     return next((config for config in listed if config.label == label), listed[0])

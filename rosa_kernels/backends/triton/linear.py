@@ -1,18 +1,18 @@
 """y and dx by the way that the plan chose: library calls, then the linear kernel, then whole rows or blocks."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rosa_kernels.backends import hardware
+from rosa_kernels.backends.problem import NO_DROPOUT, Linear, Sparse
+from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, runtime
+from rosa_kernels.backends.triton.columns import by_columns
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.linear_kernel import linear_kernel
 from rosa_kernels.backends.triton.low_rank import block_r, shrink
 from rosa_kernels.backends.triton.parts import for_readers
-from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout, Sparse, by_columns
 from rosa_kernels.backends.triton.scatter import dense
 from rosa_kernels.plan import gpu, gpu_table
 
@@ -20,54 +20,12 @@ _GROUP_M = 8
 _SMALL_TILE = 32
 
 
-class Linear(NamedTuple):
-    """x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, H = x Aᵀ; dx in the same form, with dy for x and every matrix transposed.
-
-    x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: x Aᵀ where it is known already, as
-    parts (parts, T, r). drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
-    merged: makes weight + scaling B A + S (N, K); delta: makes scaling B A + S.
-    """
-
-    x: Tensor
-    N: int
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    A: Tensor | None = None
-    B: Tensor | None = None
-    scaling: float = 1.0
-    S: Sparse | None = None
-    H: Tensor | None = None
-    dropout: Dropout = NO_DROPOUT
-    drop_at: str = ""
-    merged: Callable[[], Tensor] | None = None
-    delta: Callable[[], Tensor] | None = None
-
-    def call(self) -> gpu.LinearCall:
-        """What the plan needs to know."""
-        x, S = self.x, self.S
-        return gpu.LinearCall(
-            tokens=x.shape[0],
-            N=self.N,
-            K=x.shape[1],
-            r=0 if self.B is None else self.B.shape[1],
-            nnz=0 if S is None else S.nnz,
-            structure=0 if S is None else S.structure,
-            element_size=x.element_size(),
-            tf32=runtime.precision(x) == "tf32",
-            base=self.weight is not None,
-            dropout=self.drop_at,
-            mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
-            mixed_values=S is not None and S.values.dtype != x.dtype,
-            H_known=self.H is not None,
-            H_whole=self.H is not None and self.H.dtype == x.dtype and self.H.shape[0] == 1,
-        )
-
-
 def linear(problem: Linear) -> Tensor:
-    """(T, N) in x's dtype, contiguous."""
-    device = problem.x.device
-    way = gpu.choose_linear(problem.call(), gpu_table.rates(device, runtime.target(device)))
-    return take(problem, way)
+    """(T, N) in x's dtype, contiguous. H, where known: parts (parts, T, r)."""
+    device, H = problem.x.device, problem.H
+    H_whole = H is not None and H.dtype == problem.x.dtype and H.shape[0] == 1
+    call = problem.call()._replace(H_whole=H_whole)
+    return take(problem, gpu.choose_linear(call, gpu_table.rates(device, hardware.target(device))))
 
 
 def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
@@ -147,14 +105,14 @@ def _launch(
     values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
     bias = None if bias is None else bias.contiguous()
     runtime.launch(
-        linear_kernel, (runtime.cdiv(T, config["BLOCK_M"]) * runtime.cdiv(N, config["BLOCK_N"]),),
+        linear_kernel, (cdiv(T, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),),
         out, x, x_columns, weight, bias, H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
         T, N, K, R, 0 if H is None else H.shape[0], out.shape[1], K, out.shape[1].bit_length(),
         scaling, dropout.keep_scale, dropout.threshold,
         out.stride(0), *x.stride(), _strides(x_columns)[1],
         *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
         DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None,
-        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x),
+        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x),
         BLOCK_R=_block_r(R, H, B, x.dtype), BLOCK_E=_block_e(config, x.element_size()), GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip
 

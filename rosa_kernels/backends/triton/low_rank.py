@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.backends import hardware
+from rosa_kernels.backends.problem import NO_DROPOUT, Dropout
+from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.arithmetic import dot_mixed, keep_tile, narrow, sum_of_parts
 from rosa_kernels.backends.triton.parts import add_parts, one_part
-from rosa_kernels.backends.triton.problem import NO_DROPOUT, Dropout
 
 _FEW_TOKENS = 64
 
@@ -110,13 +112,13 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     config = configs.choose(configs.SHRINK, x.device, x.dtype, T)
     if A.dtype != x.dtype and block_r(R) == 64:  # A, split into numbers of x's dtype, fills the registers
         config = config.with_blocks(BLOCK_K=32)
-    tiles = runtime.cdiv(T, config["BLOCK_M"]), runtime.cdiv(R, block_r(R))
-    splits, blocks = runtime.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
+    tiles = cdiv(T, config["BLOCK_M"]), cdiv(R, block_r(R))
+    splits, blocks = hardware.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
     parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
     runtime.launch(
         shrink_kernel, (tiles[0], splits, tiles[1]),
         parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, dropout.threshold, *x.stride(), *A.stride(),
-        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=runtime.precision(x), BLOCK_R=block_r(R), config=config,
+        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
     return parts
 
@@ -133,8 +135,8 @@ def outer(
     if T > _FEW_TOKENS:  # a loop over parts would keep the one over tokens from fetching ahead
         P = one_part(P)
     config = configs.choose(configs.OUTER, z.device, z.dtype, T)
-    tiles = runtime.cdiv(F, config["BLOCK_F"]), runtime.cdiv(R, block_r(R))
-    splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], z.device, at_most=32)
+    tiles = cdiv(F, config["BLOCK_F"]), cdiv(R, block_r(R))
+    splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], z.device, at_most=32)
     shrunk = None
     if Q is not None:  # no features: one part of zeros
         shrunk = (torch.empty if F else torch.zeros)(max(1, tiles[0]), T, R, dtype=torch.float32, device=z.device)
@@ -146,7 +148,7 @@ def outer(
         parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0],
         scaling * dropout.keep_scale, dropout.threshold,
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
-        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=runtime.precision(z), BLOCK_R=block_r(R),
+        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=hardware.precision(z), BLOCK_R=block_r(R),
         config=config,
     )  # fmt: skip
     if splits > 1:

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.backends import hardware
+from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import runtime
 from rosa_kernels.backends.triton.arithmetic import narrow, sum_of_parts
 from rosa_kernels.backends.triton.configs import Config
@@ -25,7 +27,7 @@ def sum_kernel(out, parts, size, PARTS, BLOCK: tl.constexpr):
 
 def add_parts(out: Tensor, parts: Tensor) -> None:
     """out = Σ_p parts[p]; parts (parts, *out.shape) fp32, both contiguous."""
-    grid = (runtime.cdiv(out.numel(), _CONFIG["BLOCK"]),)
+    grid = (cdiv(out.numel(), _CONFIG["BLOCK"]),)
     runtime.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
 
 
@@ -40,7 +42,7 @@ def one_part(parts: Tensor) -> Tensor:
 
 def for_readers(parts: Tensor, features: int) -> Tensor:
     """parts (parts, ...) or their sum as the only one: whichever costs the tiles of all `features` outputs less."""
-    rates = gpu_table.rates(parts.device, runtime.target(parts.device))
-    readers = runtime.cdiv(features, _READER)
+    rates = gpu_table.rates(parts.device, hardware.target(parts.device))
+    readers = cdiv(features, _READER)
     first = gpu.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates)
     return one_part(parts) if first else parts

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.backends.problem import Sparse
 from rosa_kernels.backends.triton import runtime
 from rosa_kernels.backends.triton.arithmetic import narrow
 from rosa_kernels.backends.triton.configs import Config
-from rosa_kernels.backends.triton.problem import Sparse
 
 _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosa_kernels.backends import hardware
+from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.arithmetic import dot, first_entry_at, narrow, row_of_entry, tile_position
+from rosa_kernels.backends.triton.columns import by_columns
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.parts import add_parts
-from rosa_kernels.backends.triton.problem import by_columns
 from rosa_kernels.pattern import BLOCK16, ROW
 from rosa_kernels.plan import gpu, gpu_table
 
@@ -155,9 +157,9 @@ def sddmm(
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     if nnz == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
-    tf32 = runtime.precision(x) == "tf32"
+    tf32 = hardware.precision(x) == "tf32"
     call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype, rows is not None)
-    way = gpu.choose_sddmm(call, gpu_table.rates(x.device, runtime.target(x.device)))
+    way = gpu.choose_sddmm(call, gpu_table.rates(x.device, hardware.target(x.device)))
     return take(way, dy, x, crow, col, structure, dtype, rows)
 
 
@@ -207,12 +209,12 @@ def _tiled(out, dy, x, crow, col) -> None:
     if M % 8 or N % 8:  # no wide loads: a pointer an element
         smaller = {name: min(64, config[name]) for name in ("BLOCK_M", "BLOCK_N")}
         config = Config(config.blocks | smaller, 4, 2)
-    tiles = runtime.cdiv(M, config["BLOCK_M"]) * runtime.cdiv(N, config["BLOCK_N"])
-    splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
+    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_tiled_kernel, (tiles, splits),
         target, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
-        PRECISION=runtime.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
+        PRECISION=hardware.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
     ))  # fmt: skip
 
 
@@ -223,19 +225,19 @@ def _shared(out, dy, x, crow, col, structure) -> None:
         config = config.with_blocks(BLOCK_M=16)
     M = nnz // N if structure == ROW else rows
     widest = N if structure in (ROW, BLOCK16) else nnz // rows
-    tiles = runtime.cdiv(M, config["BLOCK_M"]), runtime.cdiv(widest, config["BLOCK_N"])
-    splits, blocks = runtime.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
+    tiles = cdiv(M, config["BLOCK_M"]), cdiv(widest, config["BLOCK_N"])
+    splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_shared_kernel, (*tiles, splits),
         target, dy, x, crow, col, T, M, rows, N, nnz, blocks, rows.bit_length(), *dy.stride(), *x.stride(),
-        SCATTERED=structure == ROW, PRECISION=runtime.precision(x), config=config,
+        SCATTERED=structure == ROW, PRECISION=hardware.precision(x), config=config,
     ))  # fmt: skip
 
 
 def _entries(out, dy, x, crow, col, BY_COLUMNS) -> None:
     (T, M), nnz = dy.shape, col.shape[0]
-    tiles = runtime.cdiv(nnz, _ENTRIES["BLOCK_E"])
-    splits, blocks = runtime.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
+    tiles = cdiv(nnz, _ENTRIES["BLOCK_E"])
+    splits, blocks = hardware.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
         sddmm_entries_kernel, (tiles, splits),
         target, dy, x, crow, col, T, M, nnz, blocks, M.bit_length(), *dy.stride(), *x.stride(),

@@ -1,15 +1,17 @@
-"""The operands that kernels share: dropout's numbers and the sparse delta, in either orientation."""
+"""What the GPU backends compute: dropout's numbers, the sparse delta and the layer, in either orientation."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from rosa_kernels.autograd import transposed_structure
+from rosa_kernels.backends import hardware
 from rosa_kernels.dropout import drop_threshold, keep_scale
+from rosa_kernels.plan import gpu
 
 
 class Dropout(NamedTuple):
@@ -68,14 +70,43 @@ def sparse_of(values: Tensor | None, crow: Tensor, col: Tensor, structure: int, 
     return Sparse(values.contiguous(), crow, col, structure, (crow.shape[0] - 1, in_features))
 
 
-TOKEN_PADDING = 128
-"""A multiple of every BLOCK_M and BLOCK_T of the kernels that read by_columns."""
+class Linear(NamedTuple):
+    """x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, H = x Aᵀ; dx in the same form, with dy for x and every matrix transposed.
 
+    x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: x Aᵀ where it is known already, in
+    the backend's own form. drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
+    merged: makes weight + scaling B A + S (N, K); delta: makes scaling B A + S.
+    """
 
-def by_columns(x: Tensor) -> Tensor:
-    """x (T, features) with tokens next to each other in memory, then zeros up to a multiple of TOKEN_PADDING."""
-    T, features = x.shape
-    columns = torch.empty(features, -(-T // TOKEN_PADDING) * TOKEN_PADDING, dtype=x.dtype, device=x.device)
-    columns[:, :T] = x.T
-    columns[:, T:].zero_()
-    return columns.T[:T]
+    x: Tensor
+    N: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scaling: float = 1.0
+    S: Sparse | None = None
+    H: Tensor | None = None
+    dropout: Dropout = NO_DROPOUT
+    drop_at: str = ""
+    merged: Callable[[], Tensor] | None = None
+    delta: Callable[[], Tensor] | None = None
+
+    def call(self) -> gpu.LinearCall:
+        """What a plan needs to know."""
+        x, S = self.x, self.S
+        return gpu.LinearCall(
+            tokens=x.shape[0],
+            N=self.N,
+            K=x.shape[1],
+            r=0 if self.B is None else self.B.shape[1],
+            nnz=0 if S is None else S.nnz,
+            structure=0 if S is None else S.structure,
+            element_size=x.element_size(),
+            tf32=hardware.precision(x) == "tf32",
+            base=self.weight is not None,
+            dropout=self.drop_at,
+            mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
+            mixed_values=S is not None and S.values.dtype != x.dtype,
+            H_known=self.H is not None,
+        )
