@@ -6,7 +6,7 @@ import torch
 
 import rosa_kernels
 from rosa_kernels import dispatch
-from rosa_kernels.backends import cpu
+from rosa_kernels.backends import cpu, cuda
 from rosa_kernels.ops import OP_NAMES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,6 +37,8 @@ def main() -> None:
         print(f"  {name:<10} {'ready' if reason is None else 'not available: ' + reason}")
     if cpu.unavailable_reason() is None:
         print(f"  cpu kernels: {cpu.instruction_set()} in use; {cpu.build_info()}")
+    if cuda.unavailable_reason() is None:
+        print(f"  cuda kernels: {cuda.build_info()}")
     print('\nwith backend "auto"')
     print(service_table())
 

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from rosa_kernels.backends import cpu, reference, triton
+from rosa_kernels.backends import cpu, cuda, reference, triton
 
-BACKENDS = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 """In the order that "auto" asks them; reference serves whatever is left."""
 
 _ENVIRONMENT = "ROSA_KERNELS_BACKEND"
@@ -24,7 +24,7 @@ _chosen = _checked_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Run the ops inside the ``with`` on one backend: "reference", "cpu" or "auto" (the default).
+    """Run the ops inside the ``with`` on one backend: "reference", "cpu", "triton", "cuda" or "auto" (the default).
 
     Holds for the whole process, backward threads included. A backend asked for by name never hands a call on: where it
     cannot serve one, that call raises RuntimeError with the reason. The environment variable ROSA_KERNELS_BACKEND

@@ -11,7 +11,7 @@ from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.plan import cpu as plan
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_library = next(Path(__file__).parent.parent.glob("_C*.so"), None)
+_library = next(Path(__file__).parent.parent.glob("_C.*so"), None)
 if _library is not None:
     torch.ops.load_library(_library)
 _kernels = torch.ops.rosa_kernels_cpu

@@ -114,8 +114,6 @@ class Ops:
         return total if S is None else self._kernels.add_in_place(total, S)
 
     def _delta(self, dtype: torch.dtype, lora_A, lora_B, scaling: float, S) -> Tensor:
-        """scaling · B A + S in the dtype of all three, for one call."""
-        if lora_A is None:
-            return self._kernels.dense(S, dtype)
-        total = torch.addmm(lora_B[:, :1], lora_B, lora_A, beta=0, alpha=scaling)
-        return self._kernels.add_in_place(total, S)
+        """scaling · B A + S in the dtype of all three, for one call; rounded once, by the GEMM that adds to S."""
+        delta = self._kernels.dense(S, dtype)
+        return delta if lora_A is None else delta.addmm_(lora_B, lora_A, alpha=scaling)

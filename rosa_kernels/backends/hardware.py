@@ -33,6 +33,14 @@ def multiprocessors(device: torch.device) -> int:
     return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for."""
+    if device.type == "cpu":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def splits_of(length: int, block: int, tiles: int, device: torch.device, at_most: int) -> tuple[int, int]:
     """(splits, blocks a split): at least one, at best two programs a multiprocessor; length counts elements."""
     wanted = cdiv(2 * multiprocessors(device), max(1, tiles))

@@ -62,6 +62,12 @@ class Sparse:
         count = self.nnz // K
         return self.values.view(count, K) if self.permutation is None else self.values.view(K, count).T
 
+    def whole_columns(self) -> Tensor:
+        """(N, columns that are not empty): their values, for structure COLUMN."""
+        N = self.shape[0]
+        count = self.nnz // N
+        return self.values.view(N, count) if self.permutation is None else self.values.view(count, N).T
+
 
 def sparse_of(values: Tensor | None, crow: Tensor, col: Tensor, structure: int, in_features: int) -> Sparse | None:
     """None where there is nothing to add."""

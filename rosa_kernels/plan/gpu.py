@@ -133,7 +133,9 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
         seconds += run(2 * T * N * K, T * (N + K) + N * K)
     if way.S == "delta":
         seconds += (
-            run(2 * N * K * call.r, 2 * N * K) + run(0, 2 * call.nnz) + run(2 * T * N * K, T * (2 * N + K) + N * K)
+            run(0, N * K + 2 * call.nnz)
+            + run(2 * N * K * call.r, 2 * N * K)
+            + run(2 * T * N * K, T * (2 * N + K) + N * K)
         )
     if way.H == "before" and T > FEW_TOKENS:  # its parts are added
         seconds += rates.launch_seconds

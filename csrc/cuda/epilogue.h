@@ -1,0 +1,341 @@
+// y += scaling · H Bᵀ + x Sᵀ in one pass over y, each element summed in fp32 and rounded once.
+//
+// A warp makes 16 tokens x 32 features of y, a lane two tokens of 8 neighbouring features: lane 4 g + q tokens 2g and
+// 2g + 1, features 8q to 8q + 7, so that y moves in 16-byte accesses. The low-rank part runs on the tensor cores in 16
+// bits; an mma sees the lane's tokens as its rows g and g + 8, and features 8q + 2n, 8q + 2n + 1 as columns 2q, 2q + 1 of
+// fragment n.
+//
+// S is gathered: an entry costs a lane one read of both tokens of x, from a copy of the block's 16 tokens by columns in
+// shared memory, which serves such reads faster than L2 (rosa_kernels/plan/cuda.py), or from a copy of x by
+// columns in global memory where shared memory does not hold all features. Lanes of one q share a row of S, the four q's
+// take different ones; a long row is shared by the whole warp, and warps take the next features when they are done, so
+// that one long row does not hold up the rest. For few tokens the rows of S are all the parallelism there is: eight
+// warps then share 32 features, a row for each lane.
+#pragma once
+#include "shrink.h"
+
+namespace rosa {
+
+constexpr int EPILOGUE_TOKENS = 16;
+constexpr int EPILOGUE_FEATURES = 32;
+constexpr int LONG_ROW = 128;  // entries: eight mean rows of a 4096 x 4096 S of density 0.4 %
+
+// Shared memory for the tokens of x by columns.
+template <typename T>
+constexpr int64_t epilogue_shared_bytes(int64_t in_features) {
+  return in_features * EPILOGUE_TOKENS * sizeof(T);
+}
+
+// The part of an Epilogue that a kernel reads.
+struct EpilogueOperands {
+  int64_t tokens;
+  int in_features, out_features;
+  int64_t y_stride;
+  bool y_aligned, accumulate;
+  int r, R;
+  int64_t stride_o, stride_k;
+  float scaling;
+  Dropout dropout;
+  const int32_t* crow;
+  const Entry* entries;
+  int64_t x_stride;
+  bool x_aligned;
+  int64_t columns_stride;
+  const float* D;
+  int64_t rows;
+  int terms;
+  bool row_by_row;  // eight warps share 32 features
+};
+
+// A lane's part of y: acc[f][t], features first + f, tokens token + t.
+struct LanePart {
+  float acc[8][2];
+};
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T at[2];
+};
+
+template <typename T>
+__device__ __forceinline__ void widen(float (&numbers)[2], const Pair<T>& pair) {
+  numbers[0] = widened(pair.at[0]);
+  numbers[1] = widened(pair.at[1]);
+}
+
+// bf16 is the upper half of fp32: one instruction a number.
+__device__ __forceinline__ void widen(float (&numbers)[2], const Pair<__nv_bfloat16>& pair) {
+  uint32_t bits[2];
+  memcpy(bits, &pair, 4);
+  bits[1] = bits[0] & 0xffff0000u;
+  bits[0] <<= 16;
+  memcpy(numbers, bits, 8);
+}
+
+// columns[feature * 16 + t] = x[first_token + t, feature], zeros beyond the tokens.
+template <typename T>
+__device__ void copy_by_columns(T* columns, const T* x, const EpilogueOperands& e, int64_t first_token) {
+  constexpr int SIZE = Vector<T>::SIZE;
+  // eight lanes a vector of features, a pair of tokens each: their stores fill 32 bytes side by side
+  for (int at = threadIdx.x; at < (e.in_features + SIZE - 1) / SIZE * 8; at += blockDim.x) {
+    const int feature = at / 8 * SIZE, token = at % 8 * 2;
+    Vector<T> v[2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+      v[t] = row_vector(x, first_token + token + t, e.tokens, e.x_stride, feature, e.in_features, e.x_aligned);
+#pragma unroll
+    for (int i = 0; i < SIZE; ++i)
+      if (feature + i < e.in_features)
+        *reinterpret_cast<Pair<T>*>(columns + (feature + i) * EPILOGUE_TOKENS + token) = {v[0].at[i], v[1].at[i]};
+  }
+}
+
+// B[feature, k] and B[feature, k + 1] as mma operands: terms[i] packs their i-th terms.
+template <typename T, typename B_t>
+__device__ __forceinline__ void load_rank_pair(uint32_t (&terms)[sizeof(B_t) > sizeof(T) ? Terms<T>::COUNT : 1],
+                                               const B_t* B, const EpilogueOperands& e, int feature, int k) {
+  const B_t* at = B + static_cast<int64_t>(feature) * e.stride_o + k * e.stride_k;
+  const bool in_range = feature < e.out_features;
+  const B_t low = in_range && k < e.r ? at[0] : rounded<B_t>(0.0f);
+  const B_t high = in_range && k + 1 < e.r ? at[e.stride_k] : rounded<B_t>(0.0f);
+  if constexpr (sizeof(B_t) > sizeof(T)) {
+    T low_terms[Terms<T>::COUNT], high_terms[Terms<T>::COUNT];
+    split(low, low_terms);
+    split(high, high_terms);
+#pragma unroll
+    for (int i = 0; i < Terms<T>::COUNT; ++i) terms[i] = packed(low_terms[i], high_terms[i]);
+  } else {
+    terms[0] = packed(low, high);
+  }
+}
+
+// 16-bit: acc = H Bᵀ on the tensor cores, a wider H rounded once to T.
+template <typename T, typename B_t>
+__device__ __forceinline__ void add_low_rank_on_tensor_cores(LanePart& part, const B_t* H, const B_t* B,
+                                                             const EpilogueOperands& e, int64_t token,
+                                                             int first_feature) {
+  constexpr int TERMS = sizeof(B_t) > sizeof(T) ? Terms<T>::COUNT : 1;
+  const int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
+  float acc[4][4] = {};
+  for (int k = 0; k < e.R; k += 16) {
+    uint32_t H_fragment[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t t = token + i % 2;
+      Pair<B_t> pair = {};
+      if (t < e.tokens) pair = *reinterpret_cast<const Pair<B_t>*>(H + t * e.R + k + 8 * (i / 2) + 2 * q);
+      H_fragment[i] = packed(converted<T>(pair.at[0]), converted<T>(pair.at[1]));
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      uint32_t pairs[2][TERMS];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_rank_pair<T, B_t>(pairs[half], B, e, first_feature + 8 * (g / 2) + 2 * n + g % 2, k + 8 * half + 2 * q);
+#pragma unroll
+      for (int term = 0; term < TERMS; ++term) {
+        const uint32_t B_fragment[2] = {pairs[0][term], pairs[1][term]};
+        mma<T>(acc[n], H_fragment, B_fragment);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 4; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part.acc[2 * n + i % 2][i / 2] = acc[n][i];
+}
+
+// fp32: acc = H Bᵀ by fused multiply-adds.
+__device__ __forceinline__ void add_low_rank_by_lanes(LanePart& part, const float* H, const float* B,
+                                                      const EpilogueOperands& e, int64_t token, int feature) {
+  for (int k = 0; k < e.r; ++k) {
+    float h[2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) h[t] = token + t < e.tokens ? H[(token + t) * e.R + k] : 0.0f;
+#pragma unroll
+    for (int f = 0; f < 8; ++f) {
+      const float b = feature + f < e.out_features ? B[static_cast<int64_t>(feature + f) * e.stride_o + k * e.stride_k] : 0.0f;
+      part.acc[f][0] += h[0] * b;
+      part.acc[f][1] += h[1] * b;
+    }
+  }
+}
+
+// acc = scaling · dropout(acc)
+__device__ __forceinline__ void scale_low_rank(LanePart& part, const EpilogueOperands& e, int64_t token, int feature) {
+  const uint64_t seed = e.dropout.seed ? *e.dropout.seed : 0;
+  const float scaling = e.scaling * e.dropout.scale;
+#pragma unroll
+  for (int t = 0; t < 2; ++t)
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const unsigned bits = e.dropout.seed ? keep_bits(seed, e.dropout.threshold, static_cast<uint32_t>(token + t),
+                                                       static_cast<uint32_t>(feature / 4 + group))
+                                           : 0xf;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& number = part.acc[4 * group + i][t];
+        number = bits >> i & 1 ? scaling * number : 0.0f;
+      }
+    }
+}
+
+// (Σ value · x[token, col], Σ value · x[token + 1, col]) over entries first, first + step, ... below end.
+// columns: x[token, feature] at feature * stride and x[token + 1, feature] next to it. Stride_t: int where offsets fit it.
+template <typename T, typename Stride_t>
+__device__ __forceinline__ void gather(float (&sums)[2], const Entry* entries, int first, int end, int step,
+                                       const T* columns, Stride_t stride) {
+#pragma unroll 4
+  for (int at = first; at < end; at += step) {
+    const Entry entry = entries[at];
+    float x[2];
+    widen(x, *reinterpret_cast<const Pair<T>*>(columns + entry.col * stride));
+    sums[0] += entry.value * x[0];
+    sums[1] += entry.value * x[1];
+  }
+}
+
+// acc += x Sᵀ at the lane's features of `mine`, a bit each. Returns whether the lane has any entry there.
+template <typename T, typename Stride_t>
+__device__ __forceinline__ bool add_sparse(LanePart& part, const EpilogueOperands& e, const T* columns, Stride_t stride,
+                                           int feature, unsigned mine) {
+  const int q = threadIdx.x % 4;
+  bool any = false;
+#pragma unroll
+  for (int f = 0; f < 8; ++f) {
+    if (!(mine >> f & 1)) continue;
+    const int first = e.crow[min(feature + f, e.out_features)], end = e.crow[min(feature + f + 1, e.out_features)];
+    any |= first < end;
+    const bool is_long = end - first > LONG_ROW;
+    const unsigned long_lanes = __ballot_sync(ALL_LANES, is_long) & 0xf;  // lanes 0 to 3 stand for the four rows
+    if (!is_long) {
+      float sums[2] = {};
+      gather(sums, e.entries, first, end, 1, columns, stride);
+      part.acc[f][0] += sums[0];
+      part.acc[f][1] += sums[1];
+    }
+    if (long_lanes == 0) continue;
+#pragma unroll 1
+    for (int owner = 0; owner < 4; ++owner) {
+      if (!(long_lanes >> owner & 1)) continue;
+      const int row_first = __shfl_sync(ALL_LANES, first, owner), row_end = __shfl_sync(ALL_LANES, end, owner);
+      float sums[2] = {};
+      gather(sums, e.entries, row_first + q, row_end, 4, columns, stride);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        sums[t] += __shfl_xor_sync(ALL_LANES, sums[t], 1);
+        sums[t] += __shfl_xor_sync(ALL_LANES, sums[t], 2);
+        if (q == owner) part.acc[f][t] += sums[t];
+      }
+    }
+  }
+  return any;
+}
+
+// acc += D at the rows of S that are not empty, all of in_features entries. Returns whether the lane has any.
+__device__ __forceinline__ bool add_rows(LanePart& part, const EpilogueOperands& e, int64_t token, int feature) {
+  bool any = false;
+#pragma unroll
+  for (int f = 0; f < 8; ++f) {
+    const int first = e.crow[min(feature + f, e.out_features)];
+    if (first == e.crow[min(feature + f + 1, e.out_features)]) continue;
+    any = true;
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      if (token + t >= e.tokens) continue;
+      const float* D = e.D + (token + t) * e.terms * e.rows + first / e.in_features;
+      float sum = 0;
+      for (int term = e.terms - 1; term >= 0; --term) sum += D[term * e.rows];  // the smallest first
+      part.acc[f][t] += sum;
+    }
+  }
+  return any;
+}
+
+constexpr unsigned ALL_FEATURES = 0xff;
+
+// y = (y +) acc, rounded, at the lane's features of `mine`.
+template <typename T>
+__device__ __forceinline__ void store_part(T* y, const LanePart& part, const EpilogueOperands& e, int64_t token,
+                                           int feature, unsigned mine) {
+  constexpr int SIZE = Vector<T>::SIZE;
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    if (token + t >= e.tokens) continue;
+    T* row = y + (token + t) * e.y_stride + feature;
+#pragma unroll
+    for (int f = 0; f < 8; f += SIZE) {
+      const int count = e.out_features - feature - f;
+      if (mine != ALL_FEATURES) {
+#pragma unroll
+        for (int i = 0; i < SIZE; ++i)
+          if (mine >> (f + i) & 1 && i < count)
+            row[f + i] = rounded<T>(part.acc[f + i][t] + (e.accumulate ? widened(row[f + i]) : 0.0f));
+        continue;
+      }
+      Vector<T> v{};
+      if (e.accumulate) v = load_vector(row + f, count, e.y_aligned);
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i)
+        v.at[i] = rounded<T>(part.acc[f + i][t] + (e.accumulate ? widened(v.at[i]) : 0.0f));
+      store_vector(row + f, v, count, e.y_aligned);
+    }
+  }
+}
+
+// Where x is gathered from: nowhere, a copy of the block's tokens in shared memory, or x by columns in global memory.
+enum class Gather { none, shared, global };
+
+// Warps a block. Where one block fills the shared memory of a multiprocessor, only its own warps hide the latency of the
+// entries: as many as have the registers that they need.
+template <typename B_t, Gather GATHER>
+constexpr int EPILOGUE_WARPS = GATHER != Gather::shared ? 8 : sizeof(B_t) == 2 ? 24 : 16;
+
+// grid: token tiles, chunks of `chunk` features, a multiple of EPILOGUE_FEATURES. Dynamic shared memory:
+// epilogue_shared_bytes where x is gathered from there.
+template <typename T, typename B_t, Gather GATHER>
+__global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == Gather::shared ? 1 : 2)
+    epilogue_kernel(T* y, const B_t* H, const B_t* B, const T* x, EpilogueOperands e, int chunk) {
+  ROSA_DYNAMIC_SHARED(T, shared_columns);
+  __shared__ int next_group;
+  const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * EPILOGUE_TOKENS, token = first_token + 2 * g;
+  const int first = blockIdx.y * chunk, end = min(first + chunk, e.out_features);
+  const T* columns = nullptr;
+  if constexpr (GATHER == Gather::shared) {
+    copy_by_columns(shared_columns, x, e, first_token);
+    columns = shared_columns + 2 * g;
+  } else if constexpr (GATHER == Gather::global) {
+    columns = x + token;
+  }
+  if (threadIdx.x == 0) next_group = 0;
+  __syncthreads();
+  while (true) {
+    int group = lane == 0 ? atomicAdd(&next_group, 1) : 0;
+    group = __shfl_sync(ALL_LANES, group, 0);
+    unsigned mine = ALL_FEATURES;
+    if (e.row_by_row) {
+      mine = 1u << group % 8;
+      group /= 8;
+    }
+    const int first_feature = first + group * EPILOGUE_FEATURES;
+    if (first_feature >= end) break;
+    const int feature = first_feature + 8 * q;
+    LanePart part = {};
+    bool any = !e.accumulate;
+    if (e.r > 0) {
+      any = true;
+      if constexpr (sizeof(T) == 2)
+        add_low_rank_on_tensor_cores<T, B_t>(part, H, B, e, token, first_feature);
+      else
+        add_low_rank_by_lanes(part, H, B, e, token, feature);
+      scale_low_rank(part, e, token, feature);
+    }
+    if constexpr (GATHER == Gather::shared) any |= add_sparse(part, e, columns, EPILOGUE_TOKENS, feature, mine);
+    if constexpr (GATHER == Gather::global) any |= add_sparse(part, e, columns, e.columns_stride, feature, mine);
+    if (e.D) any |= add_rows(part, e, token, feature);
+    if (any) store_part(y, part, e, token, feature, mine);
+  }
+}
+
+}  // namespace rosa

@@ -1,0 +1,34 @@
+// What every launch needs: the kernel for a dtype, a grid, the last error.
+#pragma once
+#include "kernels.h"
+#include "platform.h"
+
+namespace rosa {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// f(Type<T>()) for the T of a dtype.
+template <typename F>
+auto with_type(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::bfloat16:
+      return f(Type<__nv_bfloat16>());
+    case Dtype::float16:
+      return f(Type<__half>());
+    default:
+      return f(Type<float>());
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether vectors of 16 bytes lie at multiples of 16 in every row.
+inline bool is_aligned(const Matrix& m) {
+  const int64_t size = m.dtype == Dtype::float32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * size % 16 == 0;
+}
+
+}  // namespace rosa

@@ -1,0 +1,29 @@
+// Dropout bits: Philox4x32-10 with counter (feature / 4, token, 0, 0), word feature % 4; see rosa_kernels/dropout.py.
+#pragma once
+#include "kernels.h"
+#include "platform.h"
+
+namespace rosa {
+
+// Bit i is set where element (token, 4 * group + i) is kept.
+__device__ __forceinline__ unsigned keep_bits(uint64_t seed, uint64_t threshold, uint32_t token, uint32_t group) {
+  if (threshold > 0xffffffffu) return 0;
+  uint32_t c[4] = {group, token, 0, 0};
+  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t low = static_cast<uint64_t>(c[0]) * 0xD2511F53u, high = static_cast<uint64_t>(c[2]) * 0xCD9E8D57u;
+    c[0] = static_cast<uint32_t>(high >> 32) ^ c[1] ^ key[0];
+    c[2] = static_cast<uint32_t>(low >> 32) ^ c[3] ^ key[1];
+    c[1] = static_cast<uint32_t>(high);
+    c[3] = static_cast<uint32_t>(low);
+    key[0] += 0x9E3779B9u;
+    key[1] += 0xBB67AE85u;
+  }
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits |= static_cast<unsigned>(c[i] >= static_cast<uint32_t>(threshold)) << i;
+  return bits;
+}
+
+}  // namespace rosa

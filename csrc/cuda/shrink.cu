@@ -1,0 +1,44 @@
+#include "shrink.h"
+
+namespace rosa {
+namespace {
+
+template <typename T, typename A_t, int RANK_TILES>
+cudaError_t launch_shrink(const Shrink& s, cudaStream_t stream) {
+  const int64_t R = ceil_div(s.r, RANK_STEP) * RANK_STEP;
+  const SumTarget target{s.H, s.A.dtype, R, 1, R, s.dropout.scale};
+  const ShrinkOperands operands{s.tokens,         s.features,       s.r,      s.x.stride, s.A.stride,
+                                is_aligned(s.x), is_aligned(s.A), s.dropout};
+  float* parts = s.splits > 1 ? s.parts : nullptr;
+  const dim3 grid(ceil_div(s.tokens, SHRINK_TOKENS), ceil_div(R, 8 * RANK_TILES), s.splits);
+  ROSA_LAUNCH((shrink_kernel<T, A_t, RANK_TILES>), grid, dim3(SHRINK_WARPS * WARP), 0, stream, target, parts,
+              static_cast<const T*>(s.x.data), static_cast<const A_t*>(s.A.data), operands, R);
+  const cudaError_t error = cudaGetLastError();
+  return error != cudaSuccess || !parts ? error : sum_parts(target, parts, s.tokens, R, s.splits, stream);
+}
+
+// As many ranks at once as leave the registers to the loads in flight.
+template <typename T, typename A_t>
+cudaError_t launch_by_rank(const Shrink& s, cudaStream_t stream) {
+  constexpr bool ON_TENSOR_CORES = sizeof(T) == 2, SPLIT = sizeof(A_t) > sizeof(T);
+  if constexpr (ON_TENSOR_CORES && !SPLIT) {
+    if (s.r > 32) return launch_shrink<T, A_t, 8>(s, stream);
+  }
+  if constexpr (ON_TENSOR_CORES) {
+    if (s.r > 16) return launch_shrink<T, A_t, 4>(s, stream);
+  }
+  return launch_shrink<T, A_t, 2>(s, stream);
+}
+
+}  // namespace
+
+cudaError_t shrink(const Shrink& s, cudaStream_t stream) {
+  if (s.tokens == 0 || s.r == 0) return cudaSuccess;
+  return with_type(s.x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (s.A.dtype == s.x.dtype) return launch_by_rank<T, T>(s, stream);
+    return launch_by_rank<T, float>(s, stream);
+  });
+}
+
+}  // namespace rosa

@@ -1,0 +1,198 @@
+// H = dropout(x) Aᵀ: a skinny product whose cost is reading x once.
+//
+// A warp takes 16 tokens and every WARPS-th step of features; the block's warps, then the splits, are added in order.
+// Sums over features may take them in any order, so a lane of the mma fragment owns 8 features that lie next to each
+// other: 16-byte loads of x and A straight into fragments, no shared memory on the way.
+#pragma once
+#include "arithmetic.h"
+#include "kernels.h"
+#include "philox.h"
+#include "sum_parts.h"
+
+namespace rosa {
+
+constexpr int SHRINK_WARPS = 8;
+constexpr int SHRINK_TOKENS = 16;
+constexpr int RANK_STEP = 16;  // H's columns are padded to a multiple of it
+
+// The part of a Shrink that a kernel reads.
+struct ShrinkOperands {
+  int64_t tokens, features, r;
+  int64_t x_stride, A_stride;
+  bool x_aligned, A_aligned;
+  Dropout dropout;
+};
+
+// Zeroes what dropout drops of the numbers at (token, feature...), feature a multiple of 4.
+template <typename T>
+__device__ __forceinline__ void drop(Vector<T>& v, const Dropout& dropout, uint64_t seed, int64_t token, int64_t feature) {
+  if (!dropout.seed) return;
+#pragma unroll
+  for (int group = 0; group < Vector<T>::SIZE / 4; ++group) {
+    const unsigned bits = keep_bits(seed, dropout.threshold, static_cast<uint32_t>(token),
+                                    static_cast<uint32_t>(feature / 4 + group));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(bits >> i & 1)) v.at[4 * group + i] = rounded<T>(0.0f);
+  }
+}
+
+// Numbers [feature, feature + SIZE) of row `row`, zeros where there are none.
+template <typename T>
+__device__ __forceinline__ Vector<T> row_vector(const T* matrix, int64_t row, int64_t rows, int64_t stride,
+                                                int64_t feature, int64_t features, bool aligned) {
+  return load_vector(matrix + row * stride + feature, row < rows ? features - feature : 0, aligned);
+}
+
+// 8 numbers of A (n, features) as mma operands of T: terms[i] holds the i-th term of each, packed in pairs.
+template <typename T, typename A_t>
+struct RankVector {
+  static constexpr int TERMS = 1;
+  uint32_t terms[1][4];
+
+  __device__ __forceinline__ RankVector(const T* A, int64_t row, const ShrinkOperands& s, int64_t feature) {
+    const Vector<T> v = row_vector(A, row, s.r, s.A_stride, feature, s.features, s.A_aligned);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) terms[0][i] = packed(v.at[2 * i], v.at[2 * i + 1]);
+  }
+};
+
+template <typename T>
+struct RankVector<T, float> {
+  static constexpr int TERMS = Terms<T>::COUNT;
+  uint32_t terms[TERMS][4];
+
+  __device__ __forceinline__ RankVector(const float* A, int64_t row, const ShrinkOperands& s, int64_t feature) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Vector<float> v = row_vector(A, row, s.r, s.A_stride, feature + 4 * half, s.features, s.A_aligned);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        T low[TERMS], high[TERMS];
+        split(v.at[2 * i], low);
+        split(v.at[2 * i + 1], high);
+#pragma unroll
+        for (int term = 0; term < TERMS; ++term) terms[term][2 * half + i] = packed(low[term], high[term]);
+      }
+    }
+  }
+};
+
+// What a warp sums: 16 tokens, some ranks, and of the steps of features every stride-th.
+struct ShrinkTile {
+  int64_t token, rank;
+  int64_t step, stride, steps;
+};
+
+// Features a step: 16 bytes for each of the four lanes of a token.
+template <typename T>
+constexpr int STEP = 4 * Vector<T>::SIZE;
+
+// A warp's sums (SHRINK_TOKENS, 8 * RANK_TILES), in shared memory.
+template <int RANK_TILES>
+using WarpSums = float[SHRINK_TOKENS][8 * RANK_TILES];
+
+// 16-bit x.
+template <typename T, typename A_t, int RANK_TILES>
+__device__ __forceinline__ void shrink_on_tensor_cores(WarpSums<RANK_TILES>& sums, const T* x, const A_t* A,
+                                                       const ShrinkOperands& s, const ShrinkTile& tile) {
+  const int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
+  const int64_t token[2] = {tile.token + g, tile.token + g + 8};
+  const uint64_t seed = s.dropout.seed ? *s.dropout.seed : 0;
+  float acc[RANK_TILES][4] = {};
+  for (int64_t step = tile.step; step < tile.steps; step += tile.stride) {
+    const int64_t feature = step * STEP<T> + 8 * q;
+    uint32_t x_pairs[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Vector<T> v = row_vector(x, token[half], s.tokens, s.x_stride, feature, s.features, s.x_aligned);
+      drop(v, s.dropout, seed, token[half], feature);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x_pairs[half][i] = packed(v.at[2 * i], v.at[2 * i + 1]);
+    }
+#pragma unroll
+    for (int ranks = 0; ranks < RANK_TILES; ++ranks) {
+      const RankVector<T, A_t> a(A, tile.rank + 8 * ranks + g, s, feature);
+#pragma unroll
+      for (int term = 0; term < a.TERMS; ++term) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // of the 32 features
+          const uint32_t x_fragment[4] = {x_pairs[0][2 * half], x_pairs[1][2 * half], x_pairs[0][2 * half + 1],
+                                          x_pairs[1][2 * half + 1]};
+          const uint32_t A_fragment[2] = {a.terms[term][2 * half], a.terms[term][2 * half + 1]};
+          mma<T>(acc[ranks], x_fragment, A_fragment);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int ranks = 0; ranks < RANK_TILES; ++ranks)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[g + 8 * (i / 2)][8 * ranks + 2 * q + i % 2] = acc[ranks][i];
+}
+
+// fp32 x: each lane multiplies its own features, and the four lanes of a token are added by shuffles.
+template <int RANK_TILES>
+__device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, const float* x, const float* A,
+                                                const ShrinkOperands& s, const ShrinkTile& tile) {
+  const int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
+  const int64_t token[2] = {tile.token + g, tile.token + g + 8};
+  const uint64_t seed = s.dropout.seed ? *s.dropout.seed : 0;
+  float acc[2][8 * RANK_TILES] = {};
+  for (int64_t step = tile.step; step < tile.steps; step += tile.stride) {
+    const int64_t feature = step * STEP<float> + 4 * q;
+    Vector<float> v[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      v[half] = row_vector(x, token[half], s.tokens, s.x_stride, feature, s.features, s.x_aligned);
+      drop(v[half], s.dropout, seed, token[half], feature);
+    }
+#pragma unroll
+    for (int k = 0; k < 8 * RANK_TILES; ++k) {
+      const Vector<float> a = row_vector(A, tile.rank + k, s.r, s.A_stride, feature, s.features, s.A_aligned);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[half][k] += v[half].at[i] * a.at[i];
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int k = 0; k < 8 * RANK_TILES; ++k) {
+      float total = acc[half][k];
+      total += __shfl_xor_sync(ALL_LANES, total, 1);
+      total += __shfl_xor_sync(ALL_LANES, total, 2);
+      if (q == 0) sums[g + 8 * half][k] = total;
+    }
+}
+
+// grid: token tiles, rank tiles, splits of the features. Writes H in target, or parts (splits, tokens, R) where given.
+template <typename T, typename A_t, int RANK_TILES>
+__global__ void __launch_bounds__(SHRINK_WARPS* WARP, sizeof(T) == 2 ? 2 : 1)
+    shrink_kernel(SumTarget target, float* parts, const T* x, const A_t* A, ShrinkOperands s, int64_t R) {
+  constexpr int64_t RANKS = 8 * RANK_TILES;
+  __shared__ WarpSums<RANK_TILES> sums[SHRINK_WARPS];
+  const int warp = threadIdx.x / WARP;
+  const ShrinkTile tile{blockIdx.x * static_cast<int64_t>(SHRINK_TOKENS), blockIdx.y * RANKS,
+                        blockIdx.z * SHRINK_WARPS + warp, gridDim.z * SHRINK_WARPS,
+                        (s.features + STEP<T> - 1) / STEP<T>};
+  if constexpr (sizeof(T) == 2)
+    shrink_on_tensor_cores<T, A_t, RANK_TILES>(sums[warp], x, A, s, tile);
+  else
+    shrink_by_lanes<RANK_TILES>(sums[warp], x, A, s, tile);
+  __syncthreads();
+  for (int at = threadIdx.x; at < SHRINK_TOKENS * RANKS; at += SHRINK_WARPS * WARP) {
+    const int64_t token = tile.token + at / RANKS, rank = tile.rank + at % RANKS;
+    if (token >= s.tokens || rank >= R) continue;
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < SHRINK_WARPS; ++w) total += sums[w][at / RANKS][at % RANKS];
+    if (parts)
+      parts[(blockIdx.z * s.tokens + token) * R + rank] = total;
+    else
+      static_cast<A_t*>(target.data)[token * R + rank] = rounded<A_t>(total * target.scale);
+  }
+}
+
+}  // namespace rosa

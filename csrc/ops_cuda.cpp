@@ -1,0 +1,222 @@
+// torch.ops.rosa_kernels_cuda.*: the CUDA kernels behind PyTorch's stable ABI. Arguments come checked from
+// rosa_kernels/functional.py and laid out by rosa_kernels/backends/cuda/; the checks here are assertions.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace rosa {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+#ifdef ROSA_EMULATED
+struct CurrentStream {
+  explicit CurrentStream(const Tensor&) {}
+  cudaStream_t stream = nullptr;
+};
+#else
+// Makes a tensor's device the current one for a launch, and gives PyTorch's current stream there.
+struct CurrentStream {
+  explicit CurrentStream(const Tensor& t) : guard(t.get_device_index()) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+};
+#endif
+
+template <typename Operation>
+void run(const char* name, cudaError_t (*launch)(const Operation&, cudaStream_t), const Operation& operation,
+         const Tensor& somewhere) {
+  const CurrentStream current(somewhere);
+  const cudaError_t error = launch(operation, current.stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "rosa_kernels: CUDA refused to launch ", name, ": ", cudaGetErrorString(error));
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Half, "float32, bfloat16 or float16");
+      return Dtype::float16;
+  }
+}
+
+Matrix matrix_of(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), "a matrix of unit column stride");
+  return {t.data_ptr(), t.stride(0), dtype_of(t)};
+}
+
+Matrix matrix_of(const OptionalTensor& t) { return t ? matrix_of(*t) : Matrix{}; }
+
+void* contiguous_data(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_contiguous(), "a contiguous tensor");
+  return t.data_ptr();
+}
+
+float* floats_of(const OptionalTensor& t) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "float32");
+  return static_cast<float*>(contiguous_data(*t));
+}
+
+const int32_t* ints_of(const OptionalTensor& t) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int, "int32");
+  return static_cast<const int32_t*>(contiguous_data(*t));
+}
+
+Entry* entries_of(const OptionalTensor& t) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long, "entries, as int64");
+  return static_cast<Entry*>(contiguous_data(*t));
+}
+
+Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) {
+  if (!seed) return {};
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "one int64 seed");
+  return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<uint64_t>(threshold), static_cast<float>(scale)};
+}
+
+int splits_of(const OptionalTensor& parts) { return parts ? static_cast<int>(parts->size(0)) : 1; }
+
+void by_columns_op(Tensor out, const Tensor x) {
+  run("by_columns", by_columns, {x.size(0), x.size(1), out.size(1), matrix_of(out), matrix_of(x)}, x);
+}
+
+void gather_columns_op(Tensor out, const Tensor x, const OptionalTensor col, const OptionalTensor crow, int64_t width) {
+  const int64_t rows = crow ? crow->size(0) - 1 : 0;
+  run("gather_columns", gather_columns,
+      {x.size(0), out.size(1), matrix_of(out), matrix_of(x), ints_of(col), ints_of(crow), rows, width}, x);
+}
+
+void pack_entries_op(Tensor entries, const Tensor col, const OptionalTensor permutation, const Tensor values) {
+  run("pack_entries", pack_entries,
+      {entries.numel(), entries_of(entries), ints_of(col), ints_of(permutation), contiguous_data(values),
+       dtype_of(values)},
+      values);
+}
+
+void shrink_op(Tensor H, const Tensor x, const Tensor A, const OptionalTensor seed, int64_t threshold, double scale,
+               OptionalTensor parts) {
+  run("shrink", shrink,
+      {x.size(0), x.size(1), A.size(0), matrix_of(x), matrix_of(A), contiguous_data(H),
+       dropout_of(seed, threshold, scale), splits_of(parts), floats_of(parts)},
+      x);
+}
+
+void outer_op(Tensor out, const Tensor z, const Tensor P, double scaling, const OptionalTensor seed, int64_t threshold,
+              double scale, OptionalTensor parts) {
+  STD_TORCH_CHECK(out.scalar_type() == P.scalar_type(), "out and P of one dtype");
+  run("outer", outer,
+      {z.size(0), z.size(1), out.size(1), matrix_of(z), contiguous_data(P), dtype_of(P), out.data_ptr(), out.stride(0),
+       out.stride(1), static_cast<float>(scaling), dropout_of(seed, threshold, scale), splits_of(parts),
+       floats_of(parts)},
+      z);
+}
+
+void epilogue_op(Tensor y, bool accumulate, const OptionalTensor H, const OptionalTensor B, double scaling,
+                 const OptionalTensor seed, int64_t threshold, double scale, const OptionalTensor crow,
+                 const OptionalTensor entries, const OptionalTensor x, const OptionalTensor x_columns,
+                 const OptionalTensor D, int64_t in_features, int64_t terms, int64_t multiprocessors) {
+  Epilogue e{};
+  e.tokens = y.size(0);
+  e.in_features = in_features;
+  e.out_features = y.size(1);
+  e.y = matrix_of(y);
+  e.accumulate = accumulate;
+  if (H) {
+    STD_TORCH_CHECK(B && H->scalar_type() == B->scalar_type(), "H and B of one dtype");
+    e.r = B->size(1);
+    e.H = contiguous_data(*H);
+    e.B = B->data_ptr();
+    e.B_dtype = dtype_of(*B);
+    e.stride_o = B->stride(0);
+    e.stride_k = B->stride(1);
+  }
+  e.scaling = static_cast<float>(scaling);
+  e.dropout = dropout_of(seed, threshold, scale);
+  e.crow = ints_of(crow);
+  e.entries = entries_of(entries);
+  e.x = matrix_of(x);
+  e.x_columns = matrix_of(x_columns);
+  e.D = floats_of(D);
+  e.terms = static_cast<int>(terms);
+  e.rows = D ? D->size(1) / terms : 0;
+  e.multiprocessors = static_cast<int>(multiprocessors);
+  run("epilogue", epilogue, e, y);
+}
+
+void sddmm_op(Tensor out, const Tensor dy_columns, const Tensor x_columns, const Tensor crow, const Tensor col,
+              OptionalTensor parts) {
+  run("sddmm", sddmm,
+      {x_columns.size(1), dy_columns.size(0), out.numel(), contiguous_data(out), dtype_of(out), matrix_of(dy_columns),
+       matrix_of(x_columns), ints_of(crow), ints_of(col), splits_of(parts), floats_of(parts)},
+      out);
+}
+
+void pick_op(Tensor out, const Tensor matrix, const Tensor crow, const Tensor col) {
+  run("pick", pick,
+      {matrix.size(0), out.numel(), contiguous_data(out), dtype_of(out), matrix_of(matrix), ints_of(crow), ints_of(col)},
+      out);
+}
+
+void scatter_op(Tensor out, const OptionalTensor base, const Tensor values, const Tensor crow, const Tensor col) {
+  run("scatter", scatter,
+      {out.size(0), out.size(1), matrix_of(out), matrix_of(base), ints_of(crow), ints_of(col), contiguous_data(values),
+       dtype_of(values)},
+      out);
+}
+
+std::string build_info_op() { return build_info(); }
+
+}  // namespace
+}  // namespace rosa
+
+STABLE_TORCH_LIBRARY(rosa_kernels_cuda, m) {
+  m.def("by_columns(Tensor(a!) out, Tensor x) -> ()");
+  m.def("gather_columns(Tensor(a!) out, Tensor x, Tensor? col, Tensor? crow, int width) -> ()");
+  m.def("pack_entries(Tensor(a!) entries, Tensor col, Tensor? permutation, Tensor values) -> ()");
+  m.def(
+      "shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? parts) -> ()");
+  m.def(
+      "outer(Tensor(a!) out, Tensor z, Tensor P, float scaling, Tensor? seed, int threshold, float scale, "
+      "Tensor(b!)? parts) -> ()");
+  m.def(
+      "epilogue(Tensor(a!) y, bool accumulate, Tensor? H, Tensor? B, float scaling, Tensor? seed, int threshold, "
+      "float scale, Tensor? crow, Tensor? entries, Tensor? x, Tensor? x_columns, Tensor? D, int in_features, int terms, "
+      "int multiprocessors) -> ()");
+  m.def(
+      "sddmm(Tensor(a!) out, Tensor dy_columns, Tensor x_columns, Tensor crow, Tensor col, Tensor(b!)? parts) -> ()");
+  m.def("pick(Tensor(a!) out, Tensor matrix, Tensor crow, Tensor col) -> ()");
+  m.def("scatter(Tensor(a!) out, Tensor? base, Tensor values, Tensor crow, Tensor col) -> ()");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("by_columns", TORCH_BOX(&rosa::by_columns_op));
+  m.impl("gather_columns", TORCH_BOX(&rosa::gather_columns_op));
+  m.impl("pack_entries", TORCH_BOX(&rosa::pack_entries_op));
+  m.impl("shrink", TORCH_BOX(&rosa::shrink_op));
+  m.impl("outer", TORCH_BOX(&rosa::outer_op));
+  m.impl("epilogue", TORCH_BOX(&rosa::epilogue_op));
+  m.impl("sddmm", TORCH_BOX(&rosa::sddmm_op));
+  m.impl("pick", TORCH_BOX(&rosa::pick_op));
+  m.impl("scatter", TORCH_BOX(&rosa::scatter_op));
+  m.impl("build_info", TORCH_BOX(&rosa::build_info_op));
+}

@@ -1,0 +1,72 @@
+"""dA, dB and dS."""
+
+import torch
+from torch import Tensor
+
+from rosa_kernels.backends import gemms, hardware
+from rosa_kernels.backends.cuda import kernels
+from rosa_kernels.backends.cuda.mixed import adapters, matmul_fp32
+from rosa_kernels.pattern import ROW
+from rosa_kernels.plan import cuda as plan
+from rosa_kernels.plan import gpu, gpu_table
+
+
+def low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
+    """As gpu_ops.Kernels says; dH as kernels.shrink gives it."""
+    if dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype:
+        rates = gpu_table.rates(x.device, hardware.target(x.device))
+        if gpu.low_rank_gradients_by_library(*dy.shape, x.element_size(), rates):
+            dA, dB, dH = gemms.low_rank_gradients(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
+            return dA, dB, _padded(dH)
+    A, B = adapters(lora_A, lora_B, x.dtype)
+    dA = dB = dH = None
+    if need_dB:
+        dB = torch.empty(B.shape, dtype=B.dtype, device=x.device)
+        kernels.outer(dy, kernels.shrink(x, A, dropout), dB, scaling)
+        dB = dB.to(lora_B.dtype)
+    if need_dA:
+        dH = kernels.shrink(dy, B.T)
+        dA = torch.empty(A.shape, dtype=A.dtype, device=x.device)
+        kernels.outer(x, dH, dA.T, scaling, dropout)
+        dA = dA.to(lora_A.dtype)
+    return dA, dB, dH
+
+
+def _padded(H: Tensor | None) -> Tensor | None:
+    """H (T, r) with zeros up to a multiple of kernels.RANK_STEP."""
+    if H is None or H.shape[1] % kernels.RANK_STEP == 0:
+        return H
+    return torch.nn.functional.pad(H, (0, -H.shape[1] % kernels.RANK_STEP))
+
+
+def sddmm(dy, x, crow, col, structure, dtype, rows=None):
+    """As gpu_ops.Kernels says; dy (T, M), x (T, N) of one dtype and any strides."""
+    (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
+    if nnz == 0:
+        return torch.empty(0, dtype=dtype, device=x.device)
+    tf32 = hardware.precision(x) == "tf32"
+    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype)
+    way = plan.choose_sddmm(call, gpu_table.rates(x.device, hardware.target(x.device)))
+    return take_sddmm(way, dy, x, crow, col, structure, dtype, rows)
+
+
+def take_sddmm(way, dy, x, crow, col, structure, dtype, rows=None):
+    """sddmm by one of plan.sddmm_ways; nnz > 0."""
+    M, N, nnz = dy.shape[1], x.shape[1], col.shape[0]
+    if dtype not in (x.dtype, torch.float32):  # wider, or of another kind of 16 bits
+        return take_sddmm(way, dy, x, crow, col, structure, torch.float32, rows).to(dtype)
+    if way == "entries_columns":
+        return kernels.sddmm(dy, x, crow, col, dtype)
+    if way == "library":
+        return kernels.pick(_product(dy.T, x, dtype), crow, col, dtype)
+    if structure == ROW:
+        count = nnz // N
+        dy = kernels.gather_whole_rows(dy, crow, count, N) if rows is None else kernels.gather_columns(dy, rows)
+    else:
+        x = kernels.gather_columns(x, col[: nnz // M])
+    return _product(dy.T, x, dtype).view(-1)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, rounded once where it is wanted in their dtype, else not."""
+    return left @ right if dtype == left.dtype else matmul_fp32(left, right)
