@@ -1,7 +1,9 @@
-"""Builds the C++ kernels when a compiler is there; everything else about the package is in pyproject.toml.
+"""Builds the native kernels where their compilers are; everything else about the package is in pyproject.toml.
 
-ROSA_KERNELS_BUILD=auto (default): build them, or without a compiler install without them and say so.
-ROSA_KERNELS_BUILD=cpu: build them or fail.   ROSA_KERNELS_BUILD=none: do not build.
+ROSA_KERNELS_BUILD=auto (default): build what can be built, install without the rest and say so.
+ROSA_KERNELS_BUILD=cpu: build the C++ kernels or fail.   ROSA_KERNELS_BUILD=cuda: build them and the CUDA kernels or fail.
+ROSA_KERNELS_BUILD=none: do not build.
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX": compile the CUDA kernels for these, not for the GPUs that are here.
 """
 
 import os
@@ -9,8 +11,10 @@ import platform
 import re
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +23,23 @@ from setuptools.command.build_ext import build_ext
 
 TORCH = "torch>=2.10"
 SOURCES = ["csrc/ops.cpp", *(f"csrc/cpu/kernels_{isa}.cpp" for isa in ("avx512", "avx2", "portable"))]
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden"]
 INSTRUCTION_SETS = {
     "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
 }
+CUDA_SOURCES = ["csrc/ops_cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+# The static runtime needs no libcudart of one version, so that the binary outlives torch's change of CUDA as it outlives
+# torch's own; both runtimes work in the driver's primary context, so torch's current device is the kernels' too.
+CUDA_LINK_FLAGS = ["-shared", "--cudart=static"]
+OLDEST_CUDA, OLDEST_ARCHITECTURE = (11, 8), (8, 0)
+ARCHITECTURES = ["8.0", "9.0", "10.0"]  # where no GPU is here to ask
+
+
+class Unavailable(Exception):
+    """Why kernels cannot be built here."""
 
 
 def torch_directory() -> Path | None:
@@ -42,44 +58,142 @@ def torch_directory() -> Path | None:
     return None
 
 
+def cuda_of(torch: Path) -> str | None:
+    """The version of CUDA that torch is built for, if any."""
+    version = re.search(r"^cuda\b.*'([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return version[1] if version else None
+
+
 def wish() -> str:
     value = os.environ.get("ROSA_KERNELS_BUILD", "auto")
-    if value not in ("auto", "cpu", "none"):
-        sys.exit(f"ROSA_KERNELS_BUILD: expected auto, cpu or none, got {value!r}")
+    if value not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"ROSA_KERNELS_BUILD: expected auto, cpu, cuda or none, got {value!r}")
     return value
 
 
+def output_of(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def check_compiler() -> None:
+    if platform.system() not in ("Linux", "Darwin"):
+        raise Unavailable(f"the kernels build on Linux and macOS, not on {platform.system()}")
+    compiler = os.environ.get("CXX", "").split() or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in compiler):
+        raise Unavailable(f"no C++ compiler is found ({', '.join(compiler)}); install g++ or clang++ and install again")
+
+
+def cuda_compiler(cuda: str | None) -> list[str]:
+    """An nvcc for a torch of that CUDA, with the options for the architectures; seen to compile and to link."""
+    if cuda is None:
+        raise Unavailable("torch is built without CUDA; install a CUDA build of torch")
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
+    if nvcc is None:
+        raise Unavailable(f"no nvcc is found ({', '.join(places)}); install the CUDA {cuda} toolkit and install again")
+    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version")).groups())
+    if (major, minor) < OLDEST_CUDA:
+        raise Unavailable(
+            f"{nvcc} is of CUDA {major}.{minor}, the kernels need {'.'.join(map(str, OLDEST_CUDA))} or newer"
+        )
+    if major != int(cuda.split(".")[0]):
+        raise Unavailable(f"{nvcc} is of CUDA {major}.{minor}, torch of CUDA {cuda}: their major versions must match")
+    host = shutil.which(os.environ.get("CXX", ""))
+    command = [nvcc, *architectures(nvcc), *(["-ccbin", host] if host else [])]
+    with tempfile.TemporaryDirectory() as directory:
+        probe = [*command, *CUDA_LINK_FLAGS, "-x", "cu", os.devnull, "-o", f"{directory}/probe.so"]
+        seen = subprocess.run(probe, check=False, capture_output=True, text=True)
+    if seen.returncode != 0:
+        raise Unavailable(f"{nvcc} does not compile: {' '.join((seen.stdout + seen.stderr).split())}")
+    return command
+
+
+def architectures(nvcc: str) -> list[str]:
+    """nvcc's options for TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for ARCHITECTURES, as far as nvcc knows them."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not wanted:
+        known = {f"{n[:-1]}.{n[-1]}" for n in re.findall(r"\bsm_(\d+)", output_of(nvcc, "--list-gpu-code"))}
+        wanted = [name for name in gpus_here() if name in known] or [name for name in ARCHITECTURES if name in known]
+        wanted[-1] += "+PTX"  # which later GPUs compile
+    options = []
+    for name in wanted:
+        parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if not parts:
+            raise Unavailable(f"TORCH_CUDA_ARCH_LIST: expected numbers as in 8.0;9.0+PTX, got {name}")
+        major, minor, features, ptx = parts.groups()
+        if (int(major), int(minor)) >= OLDEST_ARCHITECTURE:
+            number = major + minor + features
+            codes = [f"sm_{number}", f"compute_{number}"] if ptx else [f"sm_{number}"]
+            options += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
+    if not options:
+        raise Unavailable(f"the kernels need GPUs of compute capability 8.0 or newer, not {' '.join(wanted)}")
+    return options
+
+
+def gpus_here() -> list[str]:
+    """Their compute capabilities of 8.0 and more, ascending. By nvidia-smi: pip's build environment may have no torch."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return []
+    answer = subprocess.run(query, check=False, capture_output=True, text=True).stdout
+    seen = {tuple(map(int, numbers)) for numbers in re.findall(r"^(\d+)\.(\d+)$", answer, re.MULTILINE)}
+    return [f"{major}.{minor}" for major, minor in sorted(seen) if (major, minor) >= OLDEST_ARCHITECTURE]
+
+
+class CudaExtension(Extension):
+    def __init__(self, torch: Path):
+        self.torch_cuda = cuda_of(torch)
+        super().__init__("rosa_kernels._cuda", CUDA_SOURCES, **torch_options(torch, "torch_cpu", "torch_cuda"))
+
+
+def torch_options(torch: Path, *libraries: str) -> dict:
+    return {
+        "include_dirs": [str(torch / "include")],
+        "library_dirs": [str(torch / "lib")],
+        "libraries": list(libraries),
+        "depends": [str(path) for path in Path("csrc").rglob("*.h")],
+        "py_limited_api": True,
+    }
+
+
 class BuildKernels(build_ext):
-    """Compiles each instruction set's file with its own flags, the files side by side."""
+    """Compiles each file with its own flags, all files side by side."""
 
     def run(self):
-        obstacle = self.obstacle()
-        if obstacle and wish() == "cpu":
-            sys.exit(f"ROSA_KERNELS_BUILD=cpu: {obstacle}")
-        if obstacle:
-            print(f"rosa_kernels: the C++ kernels are not built: {obstacle}", file=sys.stderr)
-            self.extensions.clear()
+        for extension in list(self.extensions):
+            is_cuda = isinstance(extension, CudaExtension)
+            try:
+                check_compiler()
+                if is_cuda:
+                    self.nvcc = cuda_compiler(extension.torch_cuda)
+            except Unavailable as reason:
+                if wish() != "auto":
+                    sys.exit(f"ROSA_KERNELS_BUILD={wish()}: {reason}")
+                print(f"rosa_kernels: no {'CUDA' if is_cuda else 'C++'} kernels are built: {reason}", file=sys.stderr)
+                self.extensions.remove(extension)
         super().run()
 
-    @staticmethod
-    def obstacle() -> str | None:
-        if platform.system() not in ("Linux", "Darwin"):
-            return f"they build on Linux and macOS, not on {platform.system()}"
-        compiler = os.environ.get("CXX", "").split() or ["c++", "g++", "clang++"]
-        if not any(shutil.which(name) for name in compiler):
-            return f"no C++ compiler is found ({', '.join(compiler)}); install g++ or clang++ and install again"
-        return None
-
     def build_extensions(self):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self.cuda_objects = [
+                pool.submit(self.compile_cuda, extension, source)
+                for extension in self.extensions
+                if isinstance(extension, CudaExtension)
+                for source in extension.sources
+            ]
+            self.compile_side_by_side(pool)
+            super().build_extensions()
+
+    def compile_side_by_side(self, pool: ThreadPoolExecutor):
+        """Of what setuptools compiles."""
         compile_one = self.compiler._compile
-        pool = ThreadPoolExecutor(len(SOURCES))
+        link = self.compiler.link_shared_object
         running = []
 
         def compile_soon(obj, src, ext, cc_args, extra_postargs, pp_opts):
             flags = INSTRUCTION_SETS.get(Path(src).name, []) if platform.machine() in ("x86_64", "AMD64") else []
             running.append(pool.submit(compile_one, obj, src, ext, cc_args, extra_postargs + flags, pp_opts))
-
-        link = self.compiler.link_shared_object
 
         def link_when_compiled(*args, **kwargs):
             for job in running:
@@ -88,22 +202,33 @@ class BuildKernels(build_ext):
 
         self.compiler._compile = compile_soon
         self.compiler.link_shared_object = link_when_compiled
-        with pool:
-            super().build_extensions()
+
+    def build_extension(self, extension):
+        if not isinstance(extension, CudaExtension):
+            super().build_extension(extension)
+            return
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        objects = [job.result() for job in self.cuda_objects]
+        directories = [f"-L{directory}" for directory in extension.library_dirs]
+        libraries = [f"-l{name}" for name in extension.libraries]
+        self.spawn([*self.nvcc, *CUDA_LINK_FLAGS, *objects, *directories, *libraries, "-o", str(library)])
+
+    def compile_cuda(self, extension: CudaExtension, source: str) -> str:
+        """The object file. nvcc passes C++ sources on to the host's compiler, with CUDA's headers."""
+        target = Path(self.build_temp, source).with_suffix(".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        directories = [f"-I{directory}" for directory in extension.include_dirs]
+        self.spawn([*self.nvcc, *CUDA_FLAGS, *directories, "-c", source, "-o", str(target)])
+        return str(target)
 
 
-def extension(torch: Path) -> Extension:
-    return Extension(
-        "rosa_kernels._C",
-        SOURCES,
-        include_dirs=[str(torch / "include")],
-        library_dirs=[str(torch / "lib")],
-        libraries=["torch_cpu"],
-        extra_compile_args=FLAGS,
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
-        language="c++",
-        py_limited_api=True,
+def extensions(torch: Path) -> list[Extension]:
+    cpp = Extension(
+        "rosa_kernels._C", SOURCES, extra_compile_args=FLAGS, language="c++", **torch_options(torch, "torch_cpu")
     )
+    wants_cuda = wish() == "cuda" or wish() == "auto" and cuda_of(torch) is not None
+    return [cpp, CudaExtension(torch)] if wants_cuda else [cpp]
 
 
 options = {"install_requires": [TORCH, "numpy", "safetensors", "tokenizers", "tqdm"]}
@@ -112,5 +237,5 @@ if wish() != "none":
     if torch is None:
         options["setup_requires"] = [TORCH]  # setuptools.build_meta hands it to pip, and setup.py runs again with it
     else:
-        options.update(ext_modules=[extension(torch)], cmdclass={"build_ext": BuildKernels})
+        options.update(ext_modules=extensions(torch), cmdclass={"build_ext": BuildKernels})
 setup(**options)

@@ -2,7 +2,7 @@
 
 On CPU tensors always; a test that asks for `device` also on a GPU where there is one (`-m gpu` picks those).
 TRITON_INTERPRET=1, in the environment before Triton is imported, makes another run of it: the Triton backend alone,
-interpreted, on CPU tensors.
+interpreted, on CPU tensors. So does CUDA_EMULATED=library (of cuda_emulation.build): the CUDA backend alone, emulated.
 """
 
 import os
@@ -22,8 +22,9 @@ from rosa_kernels.plan import gpu
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS_ON_CPU_TENSORS = ("triton",) if INTERPRETED else ("reference", "cpu")
-BACKENDS_ON_GPU_TENSORS = ("triton", "reference")
+EMULATED = os.environ.get("CUDA_EMULATED")
+BACKENDS_ON_CPU_TENSORS = ("triton",) if INTERPRETED else ("cuda",) if EMULATED else ("reference", "cpu")
+BACKENDS_ON_GPU_TENSORS = ("triton", "cuda", "reference")
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40, print_blob=True)
 settings.register_profile("search", deadline=None, max_examples=1000)
@@ -34,6 +35,11 @@ if INTERPRETED:
 
     interpreter_guard.install()
 
+if EMULATED:
+    import cuda_emulation
+
+    cuda_emulation.install(EMULATED)
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -43,16 +49,22 @@ def pytest_addoption(parser):
         "--all-kernels", action="store_true", help="test_triton_aot.py: all 10,000 kernels, not a sample (hours)"
     )
     parser.addoption("--compile-table", metavar="FILE", help="test_triton_aot.py: write its table there, as markdown")
+    parser.addoption("--cuda-compile-table", metavar="FILE", help="the same for test_cuda_compile.py")
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1 if INTERPRETED else min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1 if INTERPRETED or EMULATED else min(2, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(config, items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     dropped = {item for item in on_gpu if not interpreter_selection.takes_on_gpu(item)}
-    taken = [item for item in items if (interpreter_selection.takes(item) if INTERPRETED else item not in dropped)]
+    if INTERPRETED:
+        taken = [item for item in items if interpreter_selection.takes(item)]
+    elif EMULATED:
+        taken = [item for item in items if cuda_emulation.takes(item)]
+    else:
+        taken = [item for item in items if item not in dropped]
     if part := config.getoption("part"):
         first, parts = map(int, part.split("/"))
         taken = taken[first::parts]
@@ -98,7 +110,7 @@ def backend(request):
         yield request.param
 
 
-if INTERPRETED:
+if INTERPRETED or EMULATED:
 
     @pytest.fixture(autouse=True)
     def _low_rank_gradients_by_the_kernels(monkeypatch):

@@ -5,6 +5,7 @@ order of summing n terms in a precision of unit roundoff u then errs by at most 
 Numerical Algorithms", 2nd ed., section 3.1), and one rounding of a quantity q by at most u |q|. The bounds below allow
 the fp32 sums, one rounding of each result to its dtype and, where x is 16-bit, one rounding of H and of dH, and the error
 of PyTorch's own GEMMs for the base's part (at least one rounding; F.linear sometimes rounds before it adds the bias): no more.
+The GPU backends may make s B A + S one operand, rounded once in place of H; `delta_rounded` allows for it.
 
 Results may be on any device; what they are compared with is computed on the CPU.
 """
@@ -68,7 +69,8 @@ class _Parts:
             self.gradients["lora_B"] = scaling * (G.T @ self.H)
         if v is not None:
             S = dense(v, pattern)
-            self.y, self.dx = self.y + x @ S.T, self.dx + G @ S
+            self.from_S, self.from_S_to_dx = x @ S.T, G @ S
+            self.y, self.dx = self.y + self.from_S, self.dx + self.from_S_to_dx
             self.gradients["values"] = (G.T @ x)[_positions(pattern)]
         if W is not None:
             self.gradients["weight"] = G.T @ x
@@ -77,7 +79,13 @@ class _Parts:
         self.gradients["x"] = self.dx
 
 
-def expected_linear(case: LinearCase, inputs: LinearInputs, keep: Tensor | None = None) -> dict[str, Expected]:
+MULTIPLY_ONE_DELTA = ("triton", "cuda")
+"""The backends whose results are checked with delta_rounded."""
+
+
+def expected_linear(
+    case: LinearCase, inputs: LinearInputs, keep: Tensor | None = None, delta_rounded: bool = False
+) -> dict[str, Expected]:
     """What y is, under "y", and each gradient under its tensor's name. keep: (tokens, in_features) bools, dropout's mask, or None."""
     names = (*LinearInputs.DIFFERENTIABLE, "dy")
     given = {name: getattr(inputs, name) for name in names}
@@ -94,7 +102,7 @@ def expected_linear(case: LinearCase, inputs: LinearInputs, keep: Tensor | None 
     values = {"y": exact.y, **exact.gradients}
     magnitudes = {"y": absolute.y, **absolute.gradients}
     is_16_bit = inputs.x.dtype in (torch.bfloat16, torch.float16)
-    roundings = _roundings_of_intermediates(inputs, exact, absolute) if is_16_bit else {}
+    roundings = _roundings_of_intermediates(inputs, exact, absolute, delta_rounded) if is_16_bit else {}
     terms = case.in_features + case.out_features + case.tokens + case.r + 8
     results = {}
     for name, value in values.items():
@@ -108,7 +116,9 @@ def expected_linear(case: LinearCase, inputs: LinearInputs, keep: Tensor | None 
     return results
 
 
-def _roundings_of_intermediates(inputs: LinearInputs, exact: _Parts, absolute: _Parts) -> dict[str, Tensor]:
+def _roundings_of_intermediates(
+    inputs: LinearInputs, exact: _Parts, absolute: _Parts, delta_rounded: bool
+) -> dict[str, Tensor]:
     """How far each result may move where H and dH are rounded once to 16 bits and a library GEMM made the base."""
     u = UNIT_ROUNDOFF[inputs.x.dtype]
     moved = {"y": u * exact.base.abs(), "x": u * exact.base_dx.abs()}
@@ -121,6 +131,9 @@ def _roundings_of_intermediates(inputs: LinearInputs, exact: _Parts, absolute: _
         moved["y"] = moved["y"] + u * absolute.from_H
         moved["x"] = moved["x"] + u * absolute.from_dH
         moved |= {name: u * absolute.gradients[name] for name in ("lora_A", "lora_B")}
+    if delta_rounded and exact.H is not None and inputs.values is not None:
+        moved["y"] = moved["y"] + u * absolute.from_S
+        moved["x"] = moved["x"] + u * absolute.from_S_to_dx
     return moved
 
 

@@ -10,7 +10,7 @@ import torch
 
 import rosa_kernels as rk
 from rosa_kernels import dispatch
-from rosa_kernels.backends import triton
+from rosa_kernels.backends import cuda, triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PATTERN = rk.CSRPattern.random((5, 6), 0.4, seed=0)
@@ -41,7 +41,7 @@ def served_by(monkeypatch):
 
 def test_available_backends_says_why_not():
     reasons = rk.available_backends()
-    assert {"reference", "cpu", "triton"} <= reasons.keys() and reasons["reference"] is None
+    assert {"reference", "cpu", "triton", "cuda"} <= reasons.keys() and reasons["reference"] is None
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in reasons.values())
 
 
@@ -138,6 +138,59 @@ class TestTriton:
         assert run.stdout.strip() == "True", run.stderr
         assert run.returncode == 1
         assert "RuntimeError: backend 'triton' was asked for and cannot serve torch.float64" in run.stderr
+
+
+class TestCuda:
+    """Whom the CUDA backend serves; that it serves rightly is for test_ops."""
+
+    @pytest.fixture
+    def h100(self, monkeypatch):
+        """As on a machine with such a GPU, the kernels built, and no Triton."""
+        monkeypatch.setattr(cuda, "unavailable_reason", lambda: None)
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: "Triton is not installed")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    @pytest.fixture
+    def reason(self, monkeypatch):
+        """unavailable_reason, asked anew, of a CUDA build of PyTorch."""
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        cuda.unavailable_reason.cache_clear()
+        yield cuda.unavailable_reason
+        cuda.unavailable_reason.cache_clear()
+
+    def test_without_a_cuda_build_of_pytorch_the_reason_says_so(self, reason, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert reason() == "this PyTorch is built without CUDA"
+
+    def test_where_it_was_not_built_the_reason_names_what_builds_it(self, reason, monkeypatch):
+        monkeypatch.setattr(cuda, "_library", lambda: None)
+        assert "the CUDA 13.0 toolkit (nvcc)" in reason() and "ROSA_KERNELS_BUILD=cuda pip install -e ." in reason()
+
+    def test_without_a_gpu_the_reason_says_so(self, reason, monkeypatch, tmp_path):
+        monkeypatch.setattr(cuda, "_library", lambda: tmp_path / "_cuda.abi3.so")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert reason() == "no CUDA device"
+
+    def test_a_library_that_does_not_load_is_a_reason(self, reason, monkeypatch, tmp_path):
+        library = tmp_path / "_cuda.abi3.so"
+        library.write_bytes(b"not a library")
+        monkeypatch.setattr(cuda, "_library", lambda: library)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert str(library) in reason() and "does not load" in reason()
+
+    def test_auto_gives_it_gpu_tensors_where_triton_serves_none(self, h100, monkeypatch):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert dispatch.automatic_choice(GPU, dtype) == "cuda"
+        assert "not float64" in dispatch.refusal("cuda", GPU, torch.float64)
+        assert dispatch.automatic_choice(GPU, torch.float64) == "reference"
+        assert "not on cpu" in dispatch.refusal("cuda", CPU, torch.float32)
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+        assert dispatch.automatic_choice(GPU, torch.float32) == "triton"
+
+    def test_gpus_older_than_ampere_go_to_the_reference(self, h100, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert "compute capability 8.0" in dispatch.refusal("cuda", GPU, torch.float16)
+        assert dispatch.automatic_choice(GPU, torch.float16) == "reference"
 
 
 def test_use_backend_nests_and_is_undone_by_an_error(served_by):

@@ -5,7 +5,7 @@ were.
 import pytest
 import torch
 from cases import CPU, CSR_ADD_CASES, LINEAR_CASES, SDDMM_CASES, SPMM_CASES, LinearCase, make_inputs
-from oracle import UNIT_ROUNDOFF, Expected, check, compute_roundoff, expected_linear, naive_linear
+from oracle import MULTIPLY_ONE_DELTA, UNIT_ROUNDOFF, Expected, check, compute_roundoff, expected_linear, naive_linear
 from philox import keep_mask, seed_drawn_after
 
 import rosa_kernels as rk
@@ -59,9 +59,9 @@ def mask_of(case, device):
     return keep_mask(seed_drawn_after(SEED, device), case.tokens, case.in_features, case.dropout_p)
 
 
-def check_linear(case, dtype, device=CPU):
+def check_linear(backend, case, dtype, device=CPU):
     inputs = make_inputs(case, dtype, device)
-    expected = expected_linear(case, inputs, mask_of(case, device))
+    expected = expected_linear(case, inputs, mask_of(case, device), backend in MULTIPLY_ONE_DELTA)
     got = run_linear(case, inputs)
     assert got.keys() == expected.keys()
     for name, result in got.items():
@@ -70,7 +70,7 @@ def check_linear(case, dtype, device=CPU):
 
 @by_id(LINEAR_CASES)
 def test_linear(backend, dtype, device, case):
-    check_linear(case, dtype, device)
+    check_linear(backend, case, dtype, device)
 
 
 @by_id(LINEAR_CASES)
@@ -79,7 +79,8 @@ def test_linear_without_grad_gives_the_same_numbers(backend, dtype, device, case
     torch.manual_seed(SEED)
     with torch.no_grad():
         y = linear(case, inputs, inputs.tensors())
-    check("y", y, expected_linear(case, inputs, mask_of(case, device))["y"], inputs.x)
+    expected = expected_linear(case, inputs, mask_of(case, device), backend in MULTIPLY_ONE_DELTA)
+    check("y", y, expected["y"], inputs.x)
 
 
 @by_id([LinearCase((t,), 130, 100, 16, p) for t in (10, 90) for p in ("random", "rows", "columns")])

@@ -49,7 +49,7 @@ def linear_cases(draw):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # the backend holds for all examples
 @given(case=linear_cases())
 def test_any_linear_call_is_within_its_bounds(backend, dtype, case):
-    check_linear(case, dtype)
+    check_linear(backend, case, dtype)
 
 
 @given(

@@ -245,6 +245,7 @@ __device__ __forceinline__ bool add_rows(LanePart& part, const EpilogueOperands&
       if (token + t >= e.tokens) continue;
       const float* D = e.D + (token + t) * e.terms * e.rows + first / e.in_features;
       float sum = 0;
+#pragma unroll 1  // unrolled for each feature and token, it is most of the kernel's code
       for (int term = e.terms - 1; term >= 0; --term) sum += D[term * e.rows];  // the smallest first
       part.acc[f][t] += sum;
     }
