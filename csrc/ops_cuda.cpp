@@ -29,7 +29,7 @@ struct CurrentStream {
 struct CurrentStream {
   explicit CurrentStream(const Tensor& t) : guard(t.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   torch::stable::accelerator::DeviceGuard guard;
@@ -133,7 +133,7 @@ void outer_op(Tensor out, const Tensor z, const Tensor P, double scaling, const 
 void epilogue_op(Tensor y, bool accumulate, const OptionalTensor H, const OptionalTensor B, double scaling,
                  const OptionalTensor seed, int64_t threshold, double scale, const OptionalTensor crow,
                  const OptionalTensor entries, const OptionalTensor x, const OptionalTensor x_columns,
-                 const OptionalTensor D, int64_t in_features, int64_t terms, int64_t multiprocessors) {
+                 const OptionalTensor D, int64_t in_features, int64_t multiprocessors) {
   Epilogue e{};
   e.tokens = y.size(0);
   e.in_features = in_features;
@@ -156,8 +156,7 @@ void epilogue_op(Tensor y, bool accumulate, const OptionalTensor H, const Option
   e.x = matrix_of(x);
   e.x_columns = matrix_of(x_columns);
   e.D = floats_of(D);
-  e.terms = static_cast<int>(terms);
-  e.rows = D ? D->size(1) / terms : 0;
+  e.rows = D ? D->size(1) : 0;
   e.multiprocessors = static_cast<int>(multiprocessors);
   run("epilogue", epilogue, e, y);
 }
@@ -199,7 +198,7 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cuda, m) {
       "Tensor(b!)? parts) -> ()");
   m.def(
       "epilogue(Tensor(a!) y, bool accumulate, Tensor? H, Tensor? B, float scaling, Tensor? seed, int threshold, "
-      "float scale, Tensor? crow, Tensor? entries, Tensor? x, Tensor? x_columns, Tensor? D, int in_features, int terms, "
+      "float scale, Tensor? crow, Tensor? entries, Tensor? x, Tensor? x_columns, Tensor? D, int in_features, "
       "int multiprocessors) -> ()");
   m.def(
       "sddmm(Tensor(a!) out, Tensor dy_columns, Tensor x_columns, Tensor crow, Tensor col, Tensor(b!)? parts) -> ()");

@@ -133,5 +133,7 @@ def takes(item) -> bool:
 
 
 def _mm(left, right, *, out_dtype=None, library_mm=torch.mm):
-    """torch.mm, whose out_dtype CPU tensors do not have."""
+    """torch.mm, whose out_dtype CPU tensors do not have; no more than CUDA's takes."""
+    if out_dtype is not None and not (out_dtype == torch.float32 and left.dtype == right.dtype):
+        raise RuntimeError(f"torch.mm of {left.dtype} and {right.dtype} gives no {out_dtype}")
     return library_mm(left, right) if out_dtype is None else library_mm(left.to(out_dtype), right.to(out_dtype))

@@ -6,13 +6,14 @@ import os
 
 import pytest
 import torch
-from cases import LinearCase, make_inputs
-from oracle import check, expected_linear
-from test_ops import run_linear, mask_of
+from cases import CPU, LinearCase, make_inputs
+from oracle import check, dense, expected_linear
+from test_ops import mask_of, run_linear
 
 import rosa_kernels as rk
 from rosa_kernels.backends import hardware
 from rosa_kernels.backends.cuda import kernels
+from rosa_kernels.backends.problem import NO_DROPOUT, Sparse
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
 from rosa_kernels.plan import cuda as plan
 from rosa_kernels.plan import gpu, gpu_table
@@ -22,7 +23,7 @@ emulated = pytest.mark.skipif(
 )
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BY_DTYPE = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
-SHARED = 227 * 1024
+SHARED = hardware.shared_memory(CPU)
 
 # A pass of 16 warps takes 512 features, one of 8 warps 256; rows are long from 129 entries on; sums over 256 bytes of
 # features or 128 tokens are split.
@@ -45,6 +46,7 @@ WAYS_CASES = [
     LinearCase((20,), 66, 35, 4, "rows", base=False),
     LinearCase((300,), 600, 66, 40, "empty_rows"),
     LinearCase((40,), 66, 1100, 16, "almost_full"),
+    LinearCase((700,), 66, 900, 3, "random", dropout_p=0.3),  # too many tokens for eight warps to share features
 ]
 
 
@@ -55,6 +57,8 @@ def call_of(case, dtype):
         for name, wide in (("lora", case.lora_dtype), ("values", case.values_dtype))
     }
     structure = 0 if case.pattern is None else make_inputs(case, FP32).pattern.structure
+    if mixed["values"] and dtype == FP16:  # which the library cannot multiply
+        structure = 0
     return gpu.LinearCall(
         case.tokens, case.out_features, case.in_features, case.r, int(case.pattern is not None), structure,
         dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"],
@@ -96,7 +100,6 @@ def test_linear_by_way(monkeypatch, case, dtype, way):
         return taken[-1]
 
     monkeypatch.setattr(plan, "choose_linear", force)
-    monkeypatch.setattr(gpu, "low_rank_gradients_by_library", lambda *sizes: False)
     inputs = make_inputs(case, dtype)
     with rk.use_backend("cuda"):
         got = run_linear(case, inputs)
@@ -112,7 +115,6 @@ def test_low_rank_gradients_by_library(monkeypatch, dtype, r, dx_way):
     """dH comes from the library, unpadded where r is no multiple of 16, and goes to either way of dx."""
     case = LinearCase((20,), 66, 35, r, None, x_layout="padded", adapter_layout="transposed")
     inputs = make_inputs(case, dtype)
-    monkeypatch.setattr(gpu, "low_rank_gradients_by_library", lambda *sizes: True)
     monkeypatch.setattr(plan, "choose_linear", lambda call, *limits: plan.CudaWay("library", dx_way))
     with rk.use_backend("cuda"):
         check_all(run_linear(case, inputs), case, inputs)
@@ -160,7 +162,6 @@ def test_any_number_of_splits(monkeypatch, dtype, splits):
     monkeypatch.setattr(hardware, "splits_of", lambda *sizes: taken.append(splits) or (splits, 1))
     monkeypatch.setattr(plan, "choose_linear", lambda call, *limits: plan.CudaWay("library", "kernel", "shared"))
     monkeypatch.setattr(plan, "choose_sddmm", lambda call, rates: "entries_columns")
-    monkeypatch.setattr(gpu, "low_rank_gradients_by_library", lambda *sizes: False)
     with rk.use_backend("cuda"):
         check_all(run_linear(case, inputs), case, inputs)
     assert len(taken) == 6  # H twice, dH, dA, dB, dS
@@ -176,6 +177,61 @@ def test_tensors_that_no_16_byte_access_may_touch():
         assert x.data_ptr() % 16 and A.data_ptr() % 16
         torch.testing.assert_close(H[:, :8].double(), x.double() @ A.double().T, rtol=2e-2, atol=2e-2)
         assert H.shape == (20, 16) and not H[:, 8:].any()
+
+
+@emulated
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-7])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("pattern", ["random", "rows", "columns"])
+def test_small_fp32_adapters_keep_their_precision(dtype, pattern, scale):
+    """As young adapters and gradients are: far below the smallest number of fp16."""
+    case = LinearCase((20,), 66, 35, 4, pattern, base=False, lora_dtype=FP32, values_dtype=FP32)
+    inputs = make_inputs(case, dtype)
+    x, dy, S = inputs.x.double(), inputs.dy.double(), inputs.pattern.to_mask().double()
+    A, B, values = (scale * t for t in (inputs.lora_A, inputs.lora_B, inputs.values))
+    S[inputs.pattern.to_mask()] = values.double()
+    leaves = [t.clone().requires_grad_() for t in (A, B, values)]
+    with rk.use_backend("cuda"):
+        y = rk.rosa_delta(inputs.x, *leaves[:2], 1 / scale, leaves[2], inputs.pattern)
+        dA, dB, _ = torch.autograd.grad(y, leaves, inputs.dy)
+    expected = {
+        "y": (y, x @ A.double().T @ B.double().T / scale + x @ S.T, 2.0 ** (-7 if dtype == BF16 else -10)),
+        "dA": (dA, (dy @ B.double()).T @ x / scale, 2.0**-20),
+        "dB": (dB, dy.T @ (x @ A.double().T) / scale, 2.0**-20),
+    }
+    for name, (got, exact, tolerance) in expected.items():
+        error = float((got.detach().double() - exact).norm() / exact.norm())
+        assert error < max(tolerance, 2.0**-23 / scale if name == "y" and dtype == FP16 else 0), (name, error)
+
+
+@emulated
+@BY_DTYPE
+@pytest.mark.parametrize("way", ["shared", "global"])
+def test_infinities_stay_where_they_belong(monkeypatch, dtype, way):
+    """One in x meets the padding of tiles, ranks and rows, which must not make NaNs of it."""
+    case = LinearCase((20,), 66, 35, 1, "empty_rows")
+    inputs = make_inputs(case, dtype)
+    inputs.x[3, 5] = torch.inf
+    monkeypatch.setattr(plan, "choose_linear", lambda call, *limits: plan.CudaWay("library", "kernel", way))
+    positive = {name: None if t is None else t.abs() for name, t in vars(inputs).items() if name != "pattern"}
+    arguments = [positive[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
+    with rk.use_backend("cuda"):
+        y = rk.rosa_linear(*arguments, 1.0, positive["values"], inputs.pattern)
+    assert bool((y[3] == torch.inf).all()) and bool(y[torch.arange(20) != 3].isfinite().all())
+
+
+@emulated
+def test_x_fills_shared_memory_to_the_last_byte():
+    K = SHARED // (plan.TOKENS_A_BLOCK * 2)
+    case = LinearCase((20,), K, 40, 4, "sparse", base=False)
+    inputs = make_inputs(case, BF16)
+    call = gpu.LinearCall(20, 40, K, 4, inputs.pattern.nnz, base=False, dropout="x")
+    assert {way.S for way in plan.linear_ways(call, SHARED)} == {"shared"}
+    y = torch.empty(20, 40, dtype=BF16)
+    S = Sparse(inputs.values, inputs.pattern.crow_indices, inputs.pattern.col_indices, 0, (40, K))
+    kernels.epilogue(y, False, None, None, 1.0, NO_DROPOUT, S.crow, kernels.pack_entries(S), inputs.x, None, None, K)
+    exact = inputs.x.double() @ dense(inputs.values, inputs.pattern).T
+    assert float((y.double() - exact).norm() / exact.norm()) < 2.0**-7
 
 
 def calls():

@@ -74,25 +74,37 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& v, int64_t n
   }
 }
 
-// An fp32 number as a sum of numbers of T, the largest first: 2 fp16 or 3 bf16 terms keep its 24 bits (fp16 where its
-// range allows it).
-template <typename T>
-struct Terms;
-template <>
-struct Terms<__half> {
-  static constexpr int COUNT = 2;
-};
-template <>
-struct Terms<__nv_bfloat16> {
-  static constexpr int COUNT = 3;
-};
+// Whether numbers of T are multiplied by numbers of U on the tensor cores. fp32 beside bf16 goes there as three bf16 terms;
+// beside fp16, whose numbers end at 2^-24, no sum of terms holds a small one.
+template <typename T, typename U>
+constexpr bool ON_TENSOR_CORES = sizeof(T) == 2 && (std::is_same_v<T, U> || std::is_same_v<T, __nv_bfloat16>);
 
-template <typename T>
-__device__ __forceinline__ void split(float x, T (&terms)[Terms<T>::COUNT]) {
+// Operands of T that stand for one number of U.
+template <typename T, typename U>
+constexpr int TERMS = std::is_same_v<T, U> ? 1 : 3;
+
+// x as a sum of terms, the largest first; three keep fp32's 24 bits. One that rounds to infinity is that alone.
+template <typename T, int COUNT>
+__device__ __forceinline__ void split(float x, T (&terms)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < Terms<T>::COUNT; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     terms[i] = rounded<T>(x);
-    x -= widened(terms[i]);
+    const float term = widened(terms[i]);
+    x = term - term == 0.0f ? x - term : 0.0f;
+  }
+}
+
+// Two numbers of U as mma operands of T: terms[i] packs their i-th terms.
+template <typename T, typename U>
+__device__ __forceinline__ void packed_terms(uint32_t (&terms)[TERMS<T, U>], U low, U high) {
+  if constexpr (TERMS<T, U> == 1) {
+    terms[0] = packed(low, high);
+  } else {
+    T low_terms[TERMS<T, U>], high_terms[TERMS<T, U>];
+    split(low, low_terms);
+    split(high, high_terms);
+#pragma unroll
+    for (int i = 0; i < TERMS<T, U>; ++i) terms[i] = packed(low_terms[i], high_terms[i]);
   }
 }
 

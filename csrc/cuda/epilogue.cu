@@ -1,6 +1,7 @@
 #include "epilogue.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace rosa {
 namespace {
@@ -17,6 +18,8 @@ EpilogueOperands operands_of(const Epilogue& e) {
   o.R = static_cast<int>(ceil_div(e.r, RANK_STEP) * RANK_STEP);
   o.stride_o = e.stride_o;
   o.stride_k = e.stride_k;
+  const int64_t pair = 2 * (e.B_dtype == Dtype::float32 ? 4 : 2);
+  o.B_pairs = e.stride_k == 1 && e.r % 2 == 0 && e.stride_o % 2 == 0 && reinterpret_cast<uintptr_t>(e.B) % pair == 0;
   o.scaling = e.scaling;
   o.dropout = e.dropout;
   o.crow = e.crow;
@@ -26,30 +29,58 @@ EpilogueOperands operands_of(const Epilogue& e) {
   o.columns_stride = e.x_columns.stride;
   o.D = e.D;
   o.rows = e.rows;
-  o.terms = e.terms;
   return o;
+}
+
+// Lets a kernel have all the shared memory of the current device but its own; the same for every call, so that calls on
+// several threads do not take it from each other.
+template <typename T, typename B_t>
+cudaError_t allow_shared_memory() {
+  const auto kernel = &epilogue_kernel<T, B_t, Gather::shared>;
+  int device = 0, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  static std::atomic<uint64_t> allowed{0};  // a bit a device, the first 64
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (allowed.load() & bit) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               limit - STATIC_SHARED_BYTES);
+  if (error == cudaSuccess) allowed |= bit;
+  return error;
+}
+
+// Groups of features a block. Where x is gathered from shared memory, a block fills a multiprocessor and copies its tokens
+// first, which costs it about what a round of its warps does: as many blocks as make the fewest rounds, one after another.
+int64_t groups_a_block(int64_t tiles, int64_t groups, int64_t warps, int64_t multiprocessors, Gather gather) {
+  if (gather != Gather::shared) return ceil_div(groups, std::min(groups, ceil_div(2 * multiprocessors, tiles)));
+  int64_t best = groups, fewest = INT64_MAX;
+  for (int64_t chunks = 1; chunks <= std::min<int64_t>(groups, multiprocessors); ++chunks) {
+    const int64_t each = ceil_div(groups, chunks), waves = ceil_div(tiles * ceil_div(groups, each), multiprocessors);
+    const int64_t rounds = waves * (1 + ceil_div(each, warps));
+    if (rounds <= fewest) best = each, fewest = rounds;
+  }
+  return best;
 }
 
 template <typename T, typename B_t, Gather GATHER>
 cudaError_t launch_epilogue(const Epilogue& e, cudaStream_t stream) {
-  const auto kernel = &epilogue_kernel<T, B_t, GATHER>;
-  const int64_t shared = GATHER == Gather::shared ? epilogue_shared_bytes<T>(e.in_features) : 0;
-  if (shared > 0) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  constexpr int WARPS = EPILOGUE_WARPS<B_t, GATHER>;
+  int64_t shared = 0;
+  if constexpr (GATHER == Gather::shared) {
+    shared = epilogue_shared_bytes<T>(e.in_features);
+    const cudaError_t error = allow_shared_memory<T, B_t>();
     if (error != cudaSuccess) return error;
   }
-  // As many chunks of features as give every multiprocessor two blocks.
   const int64_t tiles = ceil_div(e.tokens, EPILOGUE_TOKENS), groups = ceil_div(e.out_features, EPILOGUE_FEATURES);
-  const int64_t chunks = std::min<int64_t>({ceil_div(2 * e.multiprocessors, tiles), groups, 65535});
-  const int64_t groups_a_chunk = ceil_div(groups, chunks);
+  const int64_t each = std::max(groups_a_block(tiles, groups, WARPS, e.multiprocessors, GATHER), ceil_div(groups, 65535));
   EpilogueOperands operands = operands_of(e);
-  operands.row_by_row = e.entries && groups_a_chunk < EPILOGUE_WARPS<B_t, GATHER> / 2;
+  operands.row_by_row = e.entries && each < WARPS / 2;
   const Matrix& x = GATHER == Gather::global ? e.x_columns : e.x;
-  ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), dim3(tiles, ceil_div(groups, groups_a_chunk)),
-              dim3(EPILOGUE_WARPS<B_t, GATHER> * WARP), shared, stream, static_cast<T*>(e.y.data),
-              static_cast<const B_t*>(e.H), static_cast<const B_t*>(e.B), static_cast<const T*>(x.data), operands,
-              static_cast<int>(groups_a_chunk * EPILOGUE_FEATURES));
+  ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), dim3(tiles, ceil_div(groups, each)), dim3(WARPS * WARP), shared, stream,
+              static_cast<T*>(e.y.data), static_cast<const B_t*>(e.H), static_cast<const B_t*>(e.B),
+              static_cast<const T*>(x.data), operands, static_cast<int>(each * EPILOGUE_FEATURES));
   return cudaGetLastError();
 }
 

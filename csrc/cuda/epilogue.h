@@ -1,4 +1,4 @@
-// y += scaling · H Bᵀ + x Sᵀ in one pass over y, each element summed in fp32 and rounded once.
+// y = (y +) scaling · H Bᵀ + x Sᵀ in one pass over y, each element summed in fp32 and rounded once.
 //
 // A warp makes 16 tokens x 32 features of y, a lane two tokens of 8 neighbouring features: lane 4 g + q tokens 2g and
 // 2g + 1, features 8q to 8q + 7, so that y moves in 16-byte accesses. The low-rank part runs on the tensor cores in 16
@@ -19,6 +19,7 @@ namespace rosa {
 constexpr int EPILOGUE_TOKENS = 16;
 constexpr int EPILOGUE_FEATURES = 32;
 constexpr int LONG_ROW = 128;  // entries: eight mean rows of a 4096 x 4096 S of density 0.4 %
+constexpr int STATIC_SHARED_BYTES = 1024;  // more than a block declares; rosa_kernels/backends/hardware.py leaves it out too
 
 // Shared memory for the tokens of x by columns.
 template <typename T>
@@ -34,6 +35,7 @@ struct EpilogueOperands {
   bool y_aligned, accumulate;
   int r, R;
   int64_t stride_o, stride_k;
+  bool B_pairs;  // whether B[o, k] and B[o, k + 1] are one access for even k
   float scaling;
   Dropout dropout;
   const int32_t* crow;
@@ -43,9 +45,10 @@ struct EpilogueOperands {
   int64_t columns_stride;
   const float* D;
   int64_t rows;
-  int terms;
   bool row_by_row;  // eight warps share 32 features
 };
+
+constexpr unsigned ALL_FEATURES = 0xff;  // of a lane, a bit each
 
 // A lane's part of y: acc[f][t], features first + f, tokens token + t.
 struct LanePart {
@@ -90,31 +93,26 @@ __device__ void copy_by_columns(T* columns, const T* x, const EpilogueOperands& 
   }
 }
 
-// B[feature, k] and B[feature, k + 1] as mma operands: terms[i] packs their i-th terms.
-template <typename T, typename B_t>
-__device__ __forceinline__ void load_rank_pair(uint32_t (&terms)[sizeof(B_t) > sizeof(T) ? Terms<T>::COUNT : 1],
-                                               const B_t* B, const EpilogueOperands& e, int feature, int k) {
-  const B_t* at = B + static_cast<int64_t>(feature) * e.stride_o + k * e.stride_k;
-  const bool in_range = feature < e.out_features;
-  const B_t low = in_range && k < e.r ? at[0] : rounded<B_t>(0.0f);
-  const B_t high = in_range && k + 1 < e.r ? at[e.stride_k] : rounded<B_t>(0.0f);
-  if constexpr (sizeof(B_t) > sizeof(T)) {
-    T low_terms[Terms<T>::COUNT], high_terms[Terms<T>::COUNT];
-    split(low, low_terms);
-    split(high, high_terms);
-#pragma unroll
-    for (int i = 0; i < Terms<T>::COUNT; ++i) terms[i] = packed(low_terms[i], high_terms[i]);
+// B[feature, k] and B[feature, k + 1], zeros where there are none.
+template <typename B_t>
+__device__ __forceinline__ Pair<B_t> load_rank_pair(const B_t* B, const EpilogueOperands& e, int feature, int k) {
+  Pair<B_t> pair = {};
+  if (feature >= e.out_features) return pair;
+  const B_t* at = B + feature * e.stride_o + k * e.stride_k;
+  if (e.B_pairs) {
+    if (k < e.r) pair = *reinterpret_cast<const Pair<B_t>*>(at);
   } else {
-    terms[0] = packed(low, high);
+    if (k < e.r) pair.at[0] = at[0];
+    if (k + 1 < e.r) pair.at[1] = at[e.stride_k];
   }
+  return pair;
 }
 
-// 16-bit: acc = H Bᵀ on the tensor cores, a wider H rounded once to T.
+// acc = H Bᵀ on the tensor cores, a wider H rounded once to T; `mine` as for add_sparse.
 template <typename T, typename B_t>
 __device__ __forceinline__ void add_low_rank_on_tensor_cores(LanePart& part, const B_t* H, const B_t* B,
                                                              const EpilogueOperands& e, int64_t token,
-                                                             int first_feature) {
-  constexpr int TERMS = sizeof(B_t) > sizeof(T) ? Terms<T>::COUNT : 1;
+                                                             int first_feature, unsigned mine) {
   const int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
   float acc[4][4] = {};
   for (int k = 0; k < e.R; k += 16) {
@@ -128,12 +126,16 @@ __device__ __forceinline__ void add_low_rank_on_tensor_cores(LanePart& part, con
     }
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      uint32_t pairs[2][TERMS];
+      if (!(mine >> 2 * n & 3)) continue;
+      uint32_t pairs[2][TERMS<T, B_t>];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        load_rank_pair<T, B_t>(pairs[half], B, e, first_feature + 8 * (g / 2) + 2 * n + g % 2, k + 8 * half + 2 * q);
+      for (int half = 0; half < 2; ++half) {
+        const int feature = first_feature + 8 * (g / 2) + 2 * n + g % 2;
+        const Pair<B_t> pair = load_rank_pair(B, e, feature, k + 8 * half + 2 * q);
+        packed_terms<T, B_t>(pairs[half], pair.at[0], pair.at[1]);
+      }
 #pragma unroll
-      for (int term = 0; term < TERMS; ++term) {
+      for (int term = 0; term < TERMS<T, B_t>; ++term) {
         const uint32_t B_fragment[2] = {pairs[0][term], pairs[1][term]};
         mma<T>(acc[n], H_fragment, B_fragment);
       }
@@ -145,7 +147,7 @@ __device__ __forceinline__ void add_low_rank_on_tensor_cores(LanePart& part, con
     for (int i = 0; i < 4; ++i) part.acc[2 * n + i % 2][i / 2] = acc[n][i];
 }
 
-// fp32: acc = H Bᵀ by fused multiply-adds.
+// acc = H Bᵀ by fused multiply-adds.
 __device__ __forceinline__ void add_low_rank_by_lanes(LanePart& part, const float* H, const float* B,
                                                       const EpilogueOperands& e, int64_t token, int feature) {
   for (int k = 0; k < e.r; ++k) {
@@ -162,13 +164,15 @@ __device__ __forceinline__ void add_low_rank_by_lanes(LanePart& part, const floa
 }
 
 // acc = scaling · dropout(acc)
-__device__ __forceinline__ void scale_low_rank(LanePart& part, const EpilogueOperands& e, int64_t token, int feature) {
+__device__ __forceinline__ void scale_low_rank(LanePart& part, const EpilogueOperands& e, int64_t token, int feature,
+                                               unsigned mine) {
   const uint64_t seed = e.dropout.seed ? *e.dropout.seed : 0;
   const float scaling = e.scaling * e.dropout.scale;
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
+      if (!(mine >> 4 * group & 0xf)) continue;
       const unsigned bits = e.dropout.seed ? keep_bits(seed, e.dropout.threshold, static_cast<uint32_t>(token + t),
                                                        static_cast<uint32_t>(feature / 4 + group))
                                            : 0xf;
@@ -180,18 +184,35 @@ __device__ __forceinline__ void scale_low_rank(LanePart& part, const EpilogueOpe
     }
 }
 
+constexpr int BATCH = 4;  // entries whose loads a lane has in flight
+
+__device__ __forceinline__ void load_batch(Entry (&batch)[BATCH], const Entry* entries, int first, int end, int step) {
+#pragma unroll
+  for (int i = 0; i < BATCH; ++i)
+    if (first + i * step < end) batch[i] = entries[first + i * step];
+}
+
 // (Σ value · x[token, col], Σ value · x[token + 1, col]) over entries first, first + step, ... below end.
 // columns: x[token, feature] at feature * stride and x[token + 1, feature] next to it. Stride_t: int where offsets fit it.
 template <typename T, typename Stride_t>
 __device__ __forceinline__ void gather(float (&sums)[2], const Entry* entries, int first, int end, int step,
                                        const T* columns, Stride_t stride) {
-#pragma unroll 4
-  for (int at = first; at < end; at += step) {
-    const Entry entry = entries[at];
-    float x[2];
-    widen(x, *reinterpret_cast<const Pair<T>*>(columns + entry.col * stride));
-    sums[0] += entry.value * x[0];
-    sums[1] += entry.value * x[1];
+  Entry next[BATCH] = {};
+  load_batch(next, entries, first, end, step);
+#pragma unroll 1
+  for (int at = first; at < end; at += BATCH * step) {
+    Entry batch[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) batch[i] = next[i];
+    load_batch(next, entries, at + BATCH * step, end, step);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      if (at + i * step >= end) break;
+      float x[2];
+      widen(x, *reinterpret_cast<const Pair<T>*>(columns + batch[i].col * stride));
+      sums[0] += batch[i].value * x[0];
+      sums[1] += batch[i].value * x[1];
+    }
   }
 }
 
@@ -200,34 +221,34 @@ template <typename T, typename Stride_t>
 __device__ __forceinline__ bool add_sparse(LanePart& part, const EpilogueOperands& e, const T* columns, Stride_t stride,
                                            int feature, unsigned mine) {
   const int q = threadIdx.x % 4;
+  int bounds[9];
+#pragma unroll
+  for (int f = 0; f < 9; ++f) bounds[f] = e.crow[min(feature + f, e.out_features)];
   bool any = false;
 #pragma unroll
   for (int f = 0; f < 8; ++f) {
     if (!(mine >> f & 1)) continue;
-    const int first = e.crow[min(feature + f, e.out_features)], end = e.crow[min(feature + f + 1, e.out_features)];
+    const int first = bounds[f], end = bounds[f + 1];
     any |= first < end;
     const bool is_long = end - first > LONG_ROW;
+    float sums[2] = {};
+    if (!is_long) gather(sums, e.entries, first, end, 1, columns, stride);
     const unsigned long_lanes = __ballot_sync(ALL_LANES, is_long) & 0xf;  // lanes 0 to 3 stand for the four rows
-    if (!is_long) {
-      float sums[2] = {};
-      gather(sums, e.entries, first, end, 1, columns, stride);
-      part.acc[f][0] += sums[0];
-      part.acc[f][1] += sums[1];
-    }
-    if (long_lanes == 0) continue;
 #pragma unroll 1
-    for (int owner = 0; owner < 4; ++owner) {
+    for (int owner = 0; owner < 4 && long_lanes; ++owner) {
       if (!(long_lanes >> owner & 1)) continue;
       const int row_first = __shfl_sync(ALL_LANES, first, owner), row_end = __shfl_sync(ALL_LANES, end, owner);
-      float sums[2] = {};
-      gather(sums, e.entries, row_first + q, row_end, 4, columns, stride);
+      float shared[2] = {};
+      gather(shared, e.entries, row_first + q, row_end, 4, columns, stride);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        sums[t] += __shfl_xor_sync(ALL_LANES, sums[t], 1);
-        sums[t] += __shfl_xor_sync(ALL_LANES, sums[t], 2);
-        if (q == owner) part.acc[f][t] += sums[t];
+        shared[t] += __shfl_xor_sync(ALL_LANES, shared[t], 1);
+        shared[t] += __shfl_xor_sync(ALL_LANES, shared[t], 2);
+        if (q == owner) sums[t] = shared[t];
       }
     }
+    part.acc[f][0] += sums[0];
+    part.acc[f][1] += sums[1];
   }
   return any;
 }
@@ -243,17 +264,11 @@ __device__ __forceinline__ bool add_rows(LanePart& part, const EpilogueOperands&
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       if (token + t >= e.tokens) continue;
-      const float* D = e.D + (token + t) * e.terms * e.rows + first / e.in_features;
-      float sum = 0;
-#pragma unroll 1  // unrolled for each feature and token, it is most of the kernel's code
-      for (int term = e.terms - 1; term >= 0; --term) sum += D[term * e.rows];  // the smallest first
-      part.acc[f][t] += sum;
+      part.acc[f][t] += e.D[(token + t) * e.rows + first / e.in_features];
     }
   }
   return any;
 }
-
-constexpr unsigned ALL_FEATURES = 0xff;
 
 // y = (y +) acc, rounded, at the lane's features of `mine`.
 template <typename T>
@@ -326,11 +341,11 @@ __global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == G
     bool any = !e.accumulate;
     if (e.r > 0) {
       any = true;
-      if constexpr (sizeof(T) == 2)
-        add_low_rank_on_tensor_cores<T, B_t>(part, H, B, e, token, first_feature);
+      if constexpr (ON_TENSOR_CORES<T, B_t>)
+        add_low_rank_on_tensor_cores<T, B_t>(part, H, B, e, token, first_feature, mine);
       else
         add_low_rank_by_lanes(part, H, B, e, token, feature);
-      scale_low_rank(part, e, token, feature);
+      scale_low_rank(part, e, token, feature, mine);
     }
     if constexpr (GATHER == Gather::shared) any |= add_sparse(part, e, columns, EPILOGUE_TOKENS, feature, mine);
     if constexpr (GATHER == Gather::global) any |= add_sparse(part, e, columns, e.columns_stride, feature, mine);

@@ -111,10 +111,9 @@ struct Epilogue {
   const Entry* entries;
   Matrix x;
   Matrix x_columns;
-  // D (tokens, terms * rows) fp32: of the p-th row of crow that is not empty, Σ_i D[t, i * rows + p]. Null: none.
+  // D (tokens, rows) fp32: what is added at the p-th row of crow that is not empty. Null: none.
   const float* D;
   int64_t rows;
-  int terms;
   int multiprocessors;
 };
 cudaError_t epilogue(const Epilogue&, cudaStream_t);

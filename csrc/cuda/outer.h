@@ -30,29 +30,6 @@ constexpr int SLAB = 64;
 // A warp's sums, in shared memory; + 1: neighbouring features fall into different banks.
 using SlabSums = float[SLAB][RANK_STEP + 1];
 
-// The (16, 16) fragments of Pᵀ from a lane's numbers, P[four tokens] at ranks g and g + 8; terms[i] holds their i-th terms.
-template <typename T, typename P_t>
-struct RankFragment {
-  static constexpr int TERMS = sizeof(P_t) > sizeof(T) ? Terms<T>::COUNT : 1;
-  uint32_t terms[TERMS][4];
-
-  __device__ __forceinline__ explicit RankFragment(const P_t (&numbers)[2][4]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const P_t low = numbers[i % 2][i / 2 * 2], high = numbers[i % 2][i / 2 * 2 + 1];
-      if constexpr (TERMS > 1) {
-        T low_terms[TERMS], high_terms[TERMS];
-        split(low, low_terms);
-        split(high, high_terms);
-#pragma unroll
-        for (int term = 0; term < TERMS; ++term) terms[term][i] = packed(low_terms[term], high_terms[term]);
-      } else {
-        terms[0][i] = packed(low, high);
-      }
-    }
-  }
-};
-
 // acc[m][n]: ranks 16 m..., fragment n holds feature 8 g + n of column g.
 template <typename T, typename P_t, int RANK_TILES>
 __device__ __forceinline__ void outer_on_tensor_cores(float (&acc)[RANK_TILES][8][4], const T* z, const P_t* P,
@@ -78,40 +55,48 @@ __device__ __forceinline__ void outer_on_tensor_cores(float (&acc)[RANK_TILES][8
     }
 #pragma unroll
     for (int m = 0; m < RANK_TILES; ++m) {
-      const RankFragment<T, P_t> p(numbers[m]);
+      uint32_t pairs[4][TERMS<T, P_t>];  // of the fragment of Pᵀ
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        packed_terms<T, P_t>(pairs[i], numbers[m][i % 2][i / 2 * 2], numbers[m][i % 2][i / 2 * 2 + 1]);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const uint32_t z_fragment[2] = {packed(z_rows[0].at[n], z_rows[1].at[n]), packed(z_rows[2].at[n], z_rows[3].at[n])};
 #pragma unroll
-        for (int term = 0; term < p.TERMS; ++term) mma<T>(acc[m][n], p.terms[term], z_fragment);
+        for (int term = 0; term < TERMS<T, P_t>; ++term) {
+          const uint32_t P_fragment[4] = {pairs[0][term], pairs[1][term], pairs[2][term], pairs[3][term]};
+          mma<T>(acc[m][n], P_fragment, z_fragment);
+        }
       }
     }
   }
 }
 
-// fp32: each lane multiplies 2 features by 16 ranks.
-__device__ __forceinline__ void outer_by_lanes(float (&acc)[2][RANK_STEP], const float* z, const float* P,
+// By fused multiply-adds: each lane multiplies 2 neighbouring features by 16 ranks.
+template <typename T>
+__device__ __forceinline__ void outer_by_lanes(float (&acc)[2][RANK_STEP], const T* z, const float* P,
                                                const OuterOperands& o, const OuterTile& tile) {
-  const int lane = threadIdx.x % WARP;
+  const int64_t feature = tile.feature + 2 * (threadIdx.x % WARP);
   const uint64_t seed = o.dropout.seed ? *o.dropout.seed : 0;
   for (int64_t first = tile.step * OUTER_STEP; first < o.tokens; first += tile.stride * OUTER_STEP) {
 #pragma unroll 4
     for (int64_t token = first; token < min(first + OUTER_STEP, o.tokens); ++token) {
+      unsigned kept = 0xf;
+      if (o.dropout.seed)
+        kept = keep_bits(seed, o.dropout.threshold, static_cast<uint32_t>(token), static_cast<uint32_t>(feature / 4));
       float numbers[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t feature = tile.feature + lane + WARP * half;
-        const bool kept = !o.dropout.seed || keep_bits(seed, o.dropout.threshold, static_cast<uint32_t>(token),
-                                                       static_cast<uint32_t>(feature / 4)) >> feature % 4 & 1;
-        numbers[half] = feature < o.features && kept ? z[token * o.z_stride + feature] : 0.0f;
-      }
+      for (int i = 0; i < 2; ++i)
+        numbers[i] = feature + i < o.features && kept >> (feature % 4 + i) & 1
+                         ? widened(z[token * o.z_stride + feature + i])
+                         : 0.0f;
 #pragma unroll
       for (int k = 0; k < RANK_STEP; k += 4) {
         const Vector<float> p = load_vector(P + token * o.R + tile.rank + k, 4, true);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) acc[half][k + i] += numbers[half] * p.at[i];
+          for (int f = 0; f < 2; ++f) acc[f][k + i] += numbers[f] * p.at[i];
       }
     }
   }
@@ -146,7 +131,7 @@ __global__ void __launch_bounds__(OUTER_WARPS* WARP)
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const OuterTile tile{blockIdx.x * static_cast<int64_t>(SLAB), blockIdx.y * static_cast<int64_t>(RANK_STEP) * RANK_TILES,
                        blockIdx.z * OUTER_WARPS + warp, gridDim.z * OUTER_WARPS};
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (ON_TENSOR_CORES<T, P_t>) {
     const int g = lane / 4, q = lane % 4;
     float acc[RANK_TILES][8][4] = {};
     outer_on_tensor_cores<T, P_t, RANK_TILES>(acc, z, P, o, tile);
@@ -165,9 +150,9 @@ __global__ void __launch_bounds__(OUTER_WARPS* WARP)
     float acc[2][RANK_STEP] = {};
     outer_by_lanes(acc, z, P, o, tile);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int f = 0; f < 2; ++f)
 #pragma unroll
-      for (int k = 0; k < RANK_STEP; ++k) sums[warp][lane + WARP * half][k] = acc[half][k];
+      for (int k = 0; k < RANK_STEP; ++k) sums[warp][2 * lane + f][k] = acc[f][k];
     __syncthreads();
     write_slab<P_t>(sums, target, parts, o, tile.feature, tile.rank);
   }

@@ -17,14 +17,13 @@ cudaError_t launch_shrink(const Shrink& s, cudaStream_t stream) {
   return error != cudaSuccess || !parts ? error : sum_parts(target, parts, s.tokens, R, s.splits, stream);
 }
 
-// As many ranks at once as leave the registers to the loads in flight.
+// As many ranks at once as leave the registers to the loads in flight; rosa_kernels/backends/cuda/kernels.py counts tiles.
 template <typename T, typename A_t>
 cudaError_t launch_by_rank(const Shrink& s, cudaStream_t stream) {
-  constexpr bool ON_TENSOR_CORES = sizeof(T) == 2, SPLIT = sizeof(A_t) > sizeof(T);
-  if constexpr (ON_TENSOR_CORES && !SPLIT) {
+  if constexpr (ON_TENSOR_CORES<T, A_t> && TERMS<T, A_t> == 1) {
     if (s.r > 32) return launch_shrink<T, A_t, 8>(s, stream);
   }
-  if constexpr (ON_TENSOR_CORES) {
+  if constexpr (ON_TENSOR_CORES<T, A_t>) {
     if (s.r > 16) return launch_shrink<T, A_t, 4>(s, stream);
   }
   return launch_shrink<T, A_t, 2>(s, stream);

@@ -44,39 +44,18 @@ __device__ __forceinline__ Vector<T> row_vector(const T* matrix, int64_t row, in
   return load_vector(matrix + row * stride + feature, row < rows ? features - feature : 0, aligned);
 }
 
-// 8 numbers of A (n, features) as mma operands of T: terms[i] holds the i-th term of each, packed in pairs.
+// 8 numbers of A (r, features) as mma operands of T, in pairs: pairs[i][term].
 template <typename T, typename A_t>
-struct RankVector {
-  static constexpr int TERMS = 1;
-  uint32_t terms[1][4];
-
-  __device__ __forceinline__ RankVector(const T* A, int64_t row, const ShrinkOperands& s, int64_t feature) {
-    const Vector<T> v = row_vector(A, row, s.r, s.A_stride, feature, s.features, s.A_aligned);
+__device__ __forceinline__ void load_rank_pairs(uint32_t (&pairs)[4][TERMS<T, A_t>], const A_t* A, int64_t row,
+                                                const ShrinkOperands& s, int64_t feature) {
+  constexpr int SIZE = Vector<A_t>::SIZE;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) terms[0][i] = packed(v.at[2 * i], v.at[2 * i + 1]);
+  for (int first = 0; first < 8; first += SIZE) {
+    const Vector<A_t> v = row_vector(A, row, s.r, s.A_stride, feature + first, s.features, s.A_aligned);
+#pragma unroll
+    for (int i = 0; i < SIZE; i += 2) packed_terms<T, A_t>(pairs[(first + i) / 2], v.at[i], v.at[i + 1]);
   }
-};
-
-template <typename T>
-struct RankVector<T, float> {
-  static constexpr int TERMS = Terms<T>::COUNT;
-  uint32_t terms[TERMS][4];
-
-  __device__ __forceinline__ RankVector(const float* A, int64_t row, const ShrinkOperands& s, int64_t feature) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Vector<float> v = row_vector(A, row, s.r, s.A_stride, feature + 4 * half, s.features, s.A_aligned);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        T low[TERMS], high[TERMS];
-        split(v.at[2 * i], low);
-        split(v.at[2 * i + 1], high);
-#pragma unroll
-        for (int term = 0; term < TERMS; ++term) terms[term][2 * half + i] = packed(low[term], high[term]);
-      }
-    }
-  }
-};
+}
 
 // What a warp sums: 16 tokens, some ranks, and of the steps of features every stride-th.
 struct ShrinkTile {
@@ -92,7 +71,7 @@ constexpr int STEP = 4 * Vector<T>::SIZE;
 template <int RANK_TILES>
 using WarpSums = float[SHRINK_TOKENS][8 * RANK_TILES];
 
-// 16-bit x.
+// On the tensor cores.
 template <typename T, typename A_t, int RANK_TILES>
 __device__ __forceinline__ void shrink_on_tensor_cores(WarpSums<RANK_TILES>& sums, const T* x, const A_t* A,
                                                        const ShrinkOperands& s, const ShrinkTile& tile) {
@@ -112,14 +91,15 @@ __device__ __forceinline__ void shrink_on_tensor_cores(WarpSums<RANK_TILES>& sum
     }
 #pragma unroll
     for (int ranks = 0; ranks < RANK_TILES; ++ranks) {
-      const RankVector<T, A_t> a(A, tile.rank + 8 * ranks + g, s, feature);
+      uint32_t pairs[4][TERMS<T, A_t>];
+      load_rank_pairs<T, A_t>(pairs, A, tile.rank + 8 * ranks + g, s, feature);
 #pragma unroll
-      for (int term = 0; term < a.TERMS; ++term) {
+      for (int term = 0; term < TERMS<T, A_t>; ++term) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {  // of the 32 features
           const uint32_t x_fragment[4] = {x_pairs[0][2 * half], x_pairs[1][2 * half], x_pairs[0][2 * half + 1],
                                           x_pairs[1][2 * half + 1]};
-          const uint32_t A_fragment[2] = {a.terms[term][2 * half], a.terms[term][2 * half + 1]};
+          const uint32_t A_fragment[2] = {pairs[2 * half][term], pairs[2 * half + 1][term]};
           mma<T>(acc[ranks], x_fragment, A_fragment);
         }
       }
@@ -131,30 +111,34 @@ __device__ __forceinline__ void shrink_on_tensor_cores(WarpSums<RANK_TILES>& sum
     for (int i = 0; i < 4; ++i) sums[g + 8 * (i / 2)][8 * ranks + 2 * q + i % 2] = acc[ranks][i];
 }
 
-// fp32 x: each lane multiplies its own features, and the four lanes of a token are added by shuffles.
-template <int RANK_TILES>
-__device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, const float* x, const float* A,
+// By fused multiply-adds: each lane multiplies its own features, and the four lanes of a token are added by shuffles.
+template <typename T, int RANK_TILES>
+__device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, const T* x, const float* A,
                                                 const ShrinkOperands& s, const ShrinkTile& tile) {
+  constexpr int SIZE = Vector<T>::SIZE;
   const int g = threadIdx.x % WARP / 4, q = threadIdx.x % 4;
   const int64_t token[2] = {tile.token + g, tile.token + g + 8};
   const uint64_t seed = s.dropout.seed ? *s.dropout.seed : 0;
   float acc[2][8 * RANK_TILES] = {};
   for (int64_t step = tile.step; step < tile.steps; step += tile.stride) {
-    const int64_t feature = step * STEP<float> + 4 * q;
-    Vector<float> v[2];
+    const int64_t feature = step * STEP<T> + SIZE * q;
+    Vector<T> v[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       v[half] = row_vector(x, token[half], s.tokens, s.x_stride, feature, s.features, s.x_aligned);
       drop(v[half], s.dropout, seed, token[half], feature);
     }
 #pragma unroll
-    for (int k = 0; k < 8 * RANK_TILES; ++k) {
-      const Vector<float> a = row_vector(A, tile.rank + k, s.r, s.A_stride, feature, s.features, s.A_aligned);
+    for (int k = 0; k < 8 * RANK_TILES; ++k)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int first = 0; first < SIZE; first += 4) {
+        const Vector<float> a =
+            row_vector(A, tile.rank + k, s.r, s.A_stride, feature + first, s.features, s.A_aligned);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[half][k] += v[half].at[i] * a.at[i];
-    }
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[half][k] += widened(v[half].at[first + i]) * a.at[i];
+      }
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -169,7 +153,7 @@ __device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, cons
 
 // grid: token tiles, rank tiles, splits of the features. Writes H in target, or parts (splits, tokens, R) where given.
 template <typename T, typename A_t, int RANK_TILES>
-__global__ void __launch_bounds__(SHRINK_WARPS* WARP, sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(SHRINK_WARPS* WARP, ON_TENSOR_CORES<T, A_t> ? 2 : 1)
     shrink_kernel(SumTarget target, float* parts, const T* x, const A_t* A, ShrinkOperands s, int64_t R) {
   constexpr int64_t RANKS = 8 * RANK_TILES;
   __shared__ WarpSums<RANK_TILES> sums[SHRINK_WARPS];
@@ -177,10 +161,10 @@ __global__ void __launch_bounds__(SHRINK_WARPS* WARP, sizeof(T) == 2 ? 2 : 1)
   const ShrinkTile tile{blockIdx.x * static_cast<int64_t>(SHRINK_TOKENS), blockIdx.y * RANKS,
                         blockIdx.z * SHRINK_WARPS + warp, gridDim.z * SHRINK_WARPS,
                         (s.features + STEP<T> - 1) / STEP<T>};
-  if constexpr (sizeof(T) == 2)
+  if constexpr (ON_TENSOR_CORES<T, A_t>)
     shrink_on_tensor_cores<T, A_t, RANK_TILES>(sums[warp], x, A, s, tile);
   else
-    shrink_by_lanes<RANK_TILES>(sums[warp], x, A, s, tile);
+    shrink_by_lanes<T, RANK_TILES>(sums[warp], x, A, s, tile);
   __syncthreads();
   for (int at = threadIdx.x; at < SHRINK_TOKENS * RANKS; at += SHRINK_WARPS * WARP) {
     const int64_t token = tile.token + at / RANKS, rank = tile.rank + at % RANKS;
@@ -188,6 +172,7 @@ __global__ void __launch_bounds__(SHRINK_WARPS* WARP, sizeof(T) == 2 ? 2 : 1)
     float total = 0;
 #pragma unroll
     for (int w = 0; w < SHRINK_WARPS; ++w) total += sums[w][at / RANKS][at % RANKS];
+    if (rank >= s.r) total = 0;  // padding, also where x is infinite
     if (parts)
       parts[(blockIdx.z * s.tokens + token) * R + rank] = total;
     else

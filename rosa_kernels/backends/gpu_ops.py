@@ -25,7 +25,7 @@ class Kernels(NamedTuple):
     add_in_place: Callable[[Tensor, Sparse], Tensor]
     """out += S; returns out, which is contiguous."""
     dense: Callable[[Sparse, torch.dtype], Tensor]
-    """S as a matrix."""
+    """S, in row order, as a matrix."""
 
 
 class Ops:

@@ -35,10 +35,11 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may ask for."""
-    if device.type == "cpu":
-        return 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    """Bytes of shared memory that a block may ask for beside what its kernel declares, less than 1 KiB."""
+    most = (
+        227 * 1024 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    )
+    return most - 1024
 
 
 def splits_of(length: int, block: int, tiles: int, device: torch.device, at_most: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from rosa_kernels.plan import gpu
 
 
 class Dropout(NamedTuple):
-    """seed: a tensor that kernels read, None for none. threshold: drop_threshold less 2**31, as an int32 holds it."""
+    """seed: a tensor that kernels read, None for none. threshold: smaller random words are dropped, at 2**32 all."""
 
     seed: Tensor | None
     keep_scale: float
@@ -25,9 +25,7 @@ class Dropout(NamedTuple):
     def of(cls, dropout_p: float, seed: Tensor | None) -> Dropout:
         if seed is None:
             return NO_DROPOUT
-        # p = 1 keeps one word in 2**32, times 0.
-        threshold = min(drop_threshold(dropout_p), 2**32 - 1) - 2**31
-        return cls(seed, keep_scale(dropout_p), threshold)
+        return cls(seed, keep_scale(dropout_p), drop_threshold(dropout_p))
 
 
 NO_DROPOUT = Dropout(None, 1.0, 0)

@@ -3,11 +3,11 @@
 The base is always a library GEMM, or one GEMM by W + scaling B A + S where that is exact enough (plan/gpu.py). What is
 left for the kernels, by the count for 16-bit operands on an H100 (T tokens, N x K weight, nnz entries of S):
 
-- One pass over y, 2 T N elements, adds the low-rank part and S. An entry costs 16 tokens 32 bytes of shared memory, where
-  a copy of x by columns lies: a read of 4 entries' tokens by a warp, 9 instructions (SASS of sm_90), takes 3 to 4 cycles
-  of a multiprocessor, as random features share banks. That is 1.5 times what L2 would deliver. The entries themselves, 8
-  bytes each, come from L2 once for each 16 tokens. Where shared memory does not hold all K features, x comes by columns
-  from L2.
+- One pass over y, 2 T N elements, adds the low-rank part and S. An entry costs 16 tokens 32 bytes of shared memory,
+  where a copy of x by columns lies: a read of 4 entries' tokens by a warp, some 9 instructions (SASS of sm_90), takes 3
+  to 4 cycles of a multiprocessor, as random features share banks. That is 1.5 times what L2 would deliver. The entries
+  themselves, 8 bytes each, come from L2 once for each 16 tokens, and so do A and B. Where shared memory does not hold
+  all K features, x comes by columns from L2.
 - Or D = scaling B A + S, dense, and a second library GEMM: 2 T N K FLOPs whatever the density. Even near 1.2 % at
   T = N = K = 4096.
 - Rows of S are a library GEMM with fp32 results, which the pass adds at their places; columns of S a library GEMM of
@@ -90,23 +90,28 @@ def linear_seconds(call: LinearCall, way: CudaWay, rates: Rates) -> float:
             flops / gpu.gemm_rate(rates, size, call.tf32), moved / rates.bandwidth
         )
     if way.H == "kernel" and not call.H_known:
-        in_parts = -(-T // TOKENS_A_BLOCK) < 2 * rates.multiprocessors  # which another launch adds
-        seconds += (1 + in_parts) * rates.launch_seconds + T * K * size / rates.bandwidth
+        in_parts = _tiles(T) < 2 * rates.multiprocessors  # which another launch adds
+        A = _tiles(T) * K * call.r * size / rates.l2_bandwidth
+        seconds += (1 + in_parts) * rates.launch_seconds + max(T * K * size / rates.bandwidth, A)
     if way.runs_the_epilogue:
-        y = T * N * size * (2 if way.base or way.S == "columns" else 1)
-        seconds += rates.launch_seconds + max(y / rates.bandwidth, _gather_seconds(call, way, rates))
+        y = T * N * size * (2 if way.base or way.S == "columns" else 1) / rates.bandwidth
+        B = _tiles(T) * N * call.r * size / rates.l2_bandwidth
+        seconds += rates.launch_seconds + max(y, B + _gather_seconds(call, way, rates))
     return seconds
+
+
+def _tiles(tokens: int) -> int:
+    """Each reads all of A, B and S from L2."""
+    return -(-tokens // TOKENS_A_BLOCK)
 
 
 def _gather_seconds(call: LinearCall, way: CudaWay, rates: Rates) -> float:
     if way.S not in ("shared", "global"):
         return 0.0
-    T, size = call.tokens, call.element_size
-    tiles = -(-T // TOKENS_A_BLOCK)
-    packing = rates.launch_seconds
+    T, size, tiles = call.tokens, call.element_size, _tiles(call.tokens)
+    x = T * call.K * size / rates.bandwidth
+    packing = rates.launch_seconds + (x if way.S == "shared" else rates.launch_seconds + 2 * x)
     by_entry = tiles * TOKENS_A_BLOCK * size / (SHARED_OVER_L2 if way.S == "shared" else 1)
-    if way.S == "global":
-        packing += rates.launch_seconds + 2 * T * call.K * size / rates.bandwidth
     return packing + call.nnz * max(by_entry, tiles * ENTRY_BYTES) / rates.l2_bandwidth
 
 

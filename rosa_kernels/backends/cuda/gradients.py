@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rosa_kernels.backends import gemms, hardware
 from rosa_kernels.backends.cuda import kernels
-from rosa_kernels.backends.cuda.mixed import adapters, matmul_fp32
+from rosa_kernels.backends.cuda.mixed import adapters, matmul
 from rosa_kernels.pattern import ROW
 from rosa_kernels.plan import cuda as plan
 from rosa_kernels.plan import gpu, gpu_table
@@ -13,11 +13,9 @@ from rosa_kernels.plan import gpu, gpu_table
 
 def low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
     """As gpu_ops.Kernels says; dH as kernels.shrink gives it."""
-    if dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype:
-        rates = gpu_table.rates(x.device, hardware.target(x.device))
-        if gpu.low_rank_gradients_by_library(*dy.shape, x.element_size(), rates):
-            dA, dB, dH = gemms.low_rank_gradients(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
-            return dA, dB, _padded(dH)
+    if dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype:  # the kernels would read x and dy twice too
+        dA, dB, dH = gemms.low_rank_gradients(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
+        return dA, dB, _padded(dH)
     A, B = adapters(lora_A, lora_B, x.dtype)
     dA = dB = dH = None
     if need_dB:
@@ -58,15 +56,10 @@ def take_sddmm(way, dy, x, crow, col, structure, dtype, rows=None):
     if way == "entries_columns":
         return kernels.sddmm(dy, x, crow, col, dtype)
     if way == "library":
-        return kernels.pick(_product(dy.T, x, dtype), crow, col, dtype)
+        return kernels.pick(matmul(dy.T, x, dtype), crow, col, dtype)
     if structure == ROW:
         count = nnz // N
         dy = kernels.gather_whole_rows(dy, crow, count, N) if rows is None else kernels.gather_columns(dy, rows)
     else:
         x = kernels.gather_columns(x, col[: nnz // M])
-    return _product(dy.T, x, dtype).view(-1)
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, rounded once where it is wanted in their dtype, else not."""
-    return left @ right if dtype == left.dtype else matmul_fp32(left, right)
+    return matmul(dy.T, x, dtype).view(-1)

@@ -9,12 +9,12 @@ from rosa_kernels.backends.shapes import cdiv
 
 RANK_STEP = 16
 """H has a multiple of it as columns; those beyond r are zeros."""
-_SHRINK_TOKENS, _SHRINK_BYTES, _SHRINK_RANKS = 16, 512, 32
+_SHRINK_TOKENS, _SHRINK_BYTES = 16, 512
 _OUTER_FEATURES, _OUTER_TOKENS = 64, 128
 _SDDMM_ENTRIES, _SDDMM_TOKENS = 64, 512
 _COLUMN_PADDING = 64
 _MOST_SPLITS = 16
-_ops = torch.ops.rosa_kernels_cuda
+_library = torch.ops.rosa_kernels_cuda
 
 
 def by_columns(x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def by_columns(x: Tensor) -> Tensor:
     x = unit_stride(x)
     T, features = x.shape
     columns = torch.empty(features, cdiv(T, _COLUMN_PADDING) * _COLUMN_PADDING, dtype=x.dtype, device=x.device)
-    _ops.by_columns(columns, x)
+    _library.by_columns(columns, x)
     return columns
 
 
@@ -30,7 +30,7 @@ def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
     """x (T, features)[:, columns]; columns (n,) int32."""
     x = unit_stride(x)
     gathered = torch.empty(x.shape[0], columns.shape[0], dtype=x.dtype, device=x.device)
-    _ops.gather_columns(gathered, x, columns, None, 0)
+    _library.gather_columns(gathered, x, columns, None, 0)
     return gathered
 
 
@@ -38,14 +38,14 @@ def gather_whole_rows(x: Tensor, crow: Tensor, count: int, width: int) -> Tensor
     """x (T, rows of S)[:, the `count` rows of S that are not empty], each of `width` entries."""
     x = unit_stride(x)
     gathered = torch.empty(x.shape[0], count, dtype=x.dtype, device=x.device)
-    _ops.gather_columns(gathered, x, None, crow, width)
+    _library.gather_columns(gathered, x, None, crow, width)
     return gathered
 
 
 def pack_entries(S: Sparse) -> Tensor:
     """(nnz,) of 8 bytes: column and fp32 value of each entry."""
     entries = torch.empty(S.nnz, dtype=torch.int64, device=S.values.device)
-    _ops.pack_entries(entries, S.col, S.permutation, kernel_dtype(S.values))
+    _library.pack_entries(entries, S.col, S.permutation, kernel_dtype(S.values))
     return entries
 
 
@@ -53,10 +53,11 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     """x̂ Aᵀ (T, r rounded up to 16) in A's dtype; x (T, K), A (r, K) in x's dtype or fp32."""
     x, A = unit_stride(x), unit_stride(A)
     (T, K), R = x.shape, cdiv(A.shape[0], RANK_STEP) * RANK_STEP
-    tiles = cdiv(T, _SHRINK_TOKENS) * cdiv(R, _SHRINK_RANKS)
+    most = 16 if not _on_tensor_cores(x, A) else 64 if A.dtype == x.dtype else 32  # ranks a block, as in shrink.cu
+    tiles = cdiv(T, _SHRINK_TOKENS) * cdiv(R, most)
     splits, _ = hardware.splits_of(K, _SHRINK_BYTES // x.element_size(), tiles, x.device, _MOST_SPLITS)
     H = torch.empty(T, R, dtype=A.dtype, device=x.device)
-    _ops.shrink(H, x, A, *dropout_arguments(dropout), _parts(splits, H.shape, x.device))
+    _library.shrink(H, x, A, *_dropout_arguments(dropout), _parts(splits, H.shape, x.device))
     return H
 
 
@@ -64,22 +65,23 @@ def outer(z: Tensor, P: Tensor, out: Tensor, scaling: float, dropout: Dropout = 
     """out (F, r), of any strides and P's dtype = scaling · ẑᵀ P[:, :r]; z (T, F), P (T, R) as shrink makes it."""
     z = unit_stride(z)
     (T, F), R = z.shape, P.shape[1]
-    tiles = cdiv(F, _OUTER_FEATURES) * cdiv(R, RANK_STEP)
+    most = 32 if P.dtype == z.dtype and _on_tensor_cores(z, P) else 16  # ranks a block, as in outer.cu
+    tiles = cdiv(F, _OUTER_FEATURES) * cdiv(R, most)
     splits, _ = hardware.splits_of(T, _OUTER_TOKENS, tiles, z.device, _MOST_SPLITS)
-    _ops.outer(out, z, P, scaling, *dropout_arguments(dropout), _parts(splits, (F, R), z.device))
+    _library.outer(out, z, P, scaling, *_dropout_arguments(dropout), _parts(splits, (F, R), z.device))
 
 
 def epilogue(
     y: Tensor, accumulate: bool, H: Tensor | None, B: Tensor | None, scaling: float, dropout: Dropout,
     crow: Tensor | None, entries: Tensor | None, x: Tensor | None, x_columns: Tensor | None, D: Tensor | None,
-    in_features: int, terms: int,
+    in_features: int,
 ) -> None:  # fmt: skip
     """y = (y +) scaling · dropout(H Bᵀ) + x Sᵀ + D at the rows of S that are not empty; see csrc/cuda/kernels.h.
 
-    D (T, terms · rows) fp32. x is read in tiles that fit in shared memory, or x_columns (by_columns) in its place.
+    D (T, rows) fp32. x is read in tiles that fit in shared memory, or x_columns (by_columns) in its place.
     """
-    _ops.epilogue(
-        y, accumulate, H, B, scaling, *dropout_arguments(dropout), crow, entries, x, x_columns, D, in_features, terms,
+    _library.epilogue(
+        y, accumulate, H, B, scaling, *_dropout_arguments(dropout), crow, entries, x, x_columns, D, in_features,
         hardware.multiprocessors(y.device),
     )  # fmt: skip
 
@@ -90,20 +92,20 @@ def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) 
     nnz, padded = col.shape[0], x.shape[1]
     splits, _ = hardware.splits_of(padded, _SDDMM_TOKENS, cdiv(nnz, _SDDMM_ENTRIES), x.device, _MOST_SPLITS)
     out = torch.empty(nnz, dtype=dtype, device=x.device)
-    _ops.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
+    _library.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
     return out
 
 
 def pick(matrix: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     """(nnz,) the entries of a matrix at a pattern's places."""
     out = torch.empty(col.shape, dtype=dtype, device=matrix.device)
-    _ops.pick(out, unit_stride(matrix), crow, col)
+    _library.pick(out, unit_stride(matrix), crow, col)
     return out
 
 
 def scatter(out: Tensor, base: Tensor | None, S: Sparse) -> Tensor:
     """out = base + S; base None: S alone, base = out: in place. Returns out."""
-    _ops.scatter(out, None if base is None else unit_stride(base), kernel_dtype(S.values), S.crow, S.col)
+    _library.scatter(out, None if base is None else unit_stride(base), kernel_dtype(S.values), S.crow, S.col)
     return out
 
 
@@ -111,9 +113,14 @@ def _parts(splits: int, shape, device: torch.device) -> Tensor | None:
     return None if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=device)
 
 
-def dropout_arguments(dropout: Dropout) -> tuple[Tensor | None, int, float]:
+def _dropout_arguments(dropout: Dropout) -> tuple[Tensor | None, int, float]:
     """(seed, threshold, scale) as the kernels take them."""
-    return dropout.seed, dropout.threshold + 2**31, dropout.keep_scale
+    return dropout.seed, dropout.threshold, dropout.keep_scale
+
+
+def _on_tensor_cores(x: Tensor, other: Tensor) -> bool:
+    """As csrc/cuda/arithmetic.h says of their dtypes."""
+    return x.dtype == torch.bfloat16 or x.dtype == other.dtype == torch.float16
 
 
 def unit_stride(matrix: Tensor) -> Tensor:

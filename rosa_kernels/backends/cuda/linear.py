@@ -6,17 +6,20 @@ from torch import Tensor
 
 from rosa_kernels.backends import hardware
 from rosa_kernels.backends.cuda import kernels
-from rosa_kernels.backends.cuda.mixed import adapters, matmul_fp32, terms_of
+from rosa_kernels.backends.cuda.mixed import adapters, matmul, terms_of
 from rosa_kernels.backends.problem import NO_DROPOUT, Linear, Sparse
+from rosa_kernels.pattern import UNSTRUCTURED
 from rosa_kernels.plan import cuda as plan
 from rosa_kernels.plan import gpu_table
 
 
 def linear(problem: Linear) -> Tensor:
-    """(T, N) in x's dtype, contiguous. H, where known: (T, r rounded up to kernels.RANK_STEP) as kernels.shrink gives it."""
-    device = problem.x.device
+    """(T, N) in x's dtype, contiguous. H, where known: (T, r rounded up to 16) as kernels.shrink gives it."""
+    device, call = problem.x.device, problem.call()
+    if call.mixed_values and problem.x.dtype == torch.float16:  # no sum of fp16 numbers holds them: not for the library
+        call = call._replace(structure=UNSTRUCTURED)
     rates = gpu_table.rates(device, hardware.target(device))
-    return take(problem, plan.choose_linear(problem.call(), hardware.shared_memory(device), rates))
+    return take(problem, plan.choose_linear(call, hardware.shared_memory(device), rates))
 
 
 def take(problem: Linear, way: plan.CudaWay) -> Tensor:
@@ -56,7 +59,6 @@ def _epilogue(y: Tensor | None, problem: Linear, way: plan.CudaWay) -> Tensor:
     if y is None:
         y = torch.empty(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
     H = B = crow = entries = shared_x = columns = D = None
-    terms = 1
     if way.H == "kernel":
         A, B = adapters(problem.A, problem.B, x.dtype)
         H = problem.H
@@ -67,11 +69,16 @@ def _epilogue(y: Tensor | None, problem: Linear, way: plan.CudaWay) -> Tensor:
         shared_x = kernels.unit_stride(x) if way.S == "shared" else None
         columns = kernels.by_columns(x) if way.S == "global" else None
     elif way.S == "rows":
-        rows = terms_of(S.whole_rows(), x.dtype)
-        crow, terms = S.crow, len(rows)
-        D = matmul_fp32(x, torch.cat(rows).T)
+        crow, D = S.crow, _product_with_rows(x, S.whole_rows())
     kernels.epilogue(
         y, accumulate, H, B, problem.scaling, problem.dropout if problem.drop_at == "out" else NO_DROPOUT,
-        crow, entries, shared_x, columns, D, x.shape[1], terms,
+        crow, entries, shared_x, columns, D, x.shape[1],
     )  # fmt: skip
     return y
+
+
+def _product_with_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x rowsᵀ (T, rows) in fp32."""
+    terms = terms_of(rows, x.dtype)
+    product = matmul(x, torch.cat(terms).T, torch.float32)
+    return product if len(terms) == 1 else product.view(x.shape[0], len(terms), rows.shape[0]).sum(1)

@@ -1,10 +1,10 @@
-"""Adapters of another dtype than x's: what the library can multiply x by without losing their precision."""
+"""Adapters of another dtype than x's: products that do not lose their precision."""
 
 import torch
 from torch import Tensor
 
-_TERMS = {torch.bfloat16: 3, torch.float16: 2}
-"""Numbers of the dtype that hold fp32's 24 bits, as csrc/cuda/arithmetic.h splits them."""
+_TERMS = 3
+"""bf16 numbers that hold fp32's 24 bits, as csrc/cuda/arithmetic.h splits them."""
 
 
 def adapters(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -13,16 +13,17 @@ def adapters(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def terms_of(matrix: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Matrices of the dtype whose sum is `matrix`, the largest first."""
+    """Matrices of x's dtype whose sum is `matrix`, the largest first. Not for fp16: its numbers end at 2**-24."""
     if matrix.dtype == dtype or dtype == torch.float32:
         return [matrix.to(dtype)]
+    assert dtype == torch.bfloat16, dtype
     rest, terms = matrix.float(), []
-    for _ in range(_TERMS[dtype]):
+    for _ in range(_TERMS):
         terms.append(rest.to(dtype))
-        rest = rest - terms[-1].float()
+        rest = torch.where(terms[-1].isfinite(), rest - terms[-1].float(), 0)
     return terms
 
 
-def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with the fp32 sums as they are; both of one dtype."""
-    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
+def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, both of one dtype: rounded once where that is `dtype`, else the fp32 sums."""
+    return left @ right if dtype == left.dtype else torch.mm(left, right, out_dtype=torch.float32)

@@ -18,7 +18,5 @@ def sum_with(weight: Tensor, S: Sparse) -> Tensor:
 
 
 def dense(S: Sparse, dtype: torch.dtype) -> Tensor:
-    """S as a matrix (N, K)."""
-    if S.transpose_of is not None:
-        return dense(S.transpose_of, dtype).T
+    """S, in row order, as a matrix (N, K)."""
     return kernels.scatter(torch.empty(S.shape, dtype=dtype, device=S.values.device), None, S)

@@ -52,6 +52,11 @@ def dot_mixed(a, b, acc, PRECISION: tl.constexpr):
     return dot(a, high, dot(a, low, acc, PRECISION), PRECISION)
 
 
+def int32_threshold(threshold: int) -> int:
+    """A Dropout's threshold less 2**31, as keep_tile compares it: p = 1 keeps one word in 2**32, times 0."""
+    return min(threshold, 2**32 - 1) - 2**31
+
+
 @triton.jit
 def keep_tile(key, tokens, first_feature, threshold, BLOCK_F: tl.constexpr):
     """(len(tokens), BLOCK_F) bools: the elements that dropout keeps, as rosa_kernels/dropout.py defines them.

@@ -8,6 +8,7 @@ from rosa_kernels.backends import hardware
 from rosa_kernels.backends.problem import NO_DROPOUT, Linear, Sparse
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, runtime
+from rosa_kernels.backends.triton.arithmetic import int32_threshold
 from rosa_kernels.backends.triton.columns import by_columns
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.linear_kernel import linear_kernel
@@ -108,7 +109,7 @@ def _launch(
         linear_kernel, (cdiv(T, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),),
         out, x, x_columns, weight, bias, H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
         T, N, K, R, 0 if H is None else H.shape[0], out.shape[1], K, out.shape[1].bit_length(),
-        scaling, dropout.keep_scale, dropout.threshold,
+        scaling, dropout.keep_scale, int32_threshold(dropout.threshold),
         out.stride(0), *x.stride(), _strides(x_columns)[1],
         *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
         DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None,

@@ -13,7 +13,7 @@ from rosa_kernels.backends import hardware
 from rosa_kernels.backends.problem import NO_DROPOUT, Dropout
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, runtime
-from rosa_kernels.backends.triton.arithmetic import dot_mixed, keep_tile, narrow, sum_of_parts
+from rosa_kernels.backends.triton.arithmetic import dot_mixed, int32_threshold, keep_tile, narrow, sum_of_parts
 from rosa_kernels.backends.triton.parts import add_parts, one_part
 
 _FEW_TOKENS = 64
@@ -117,7 +117,8 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
     runtime.launch(
         shrink_kernel, (tiles[0], splits, tiles[1]),
-        parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, dropout.threshold, *x.stride(), *A.stride(),
+        parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, int32_threshold(dropout.threshold),
+        *x.stride(), *A.stride(),
         EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
     return parts
@@ -146,7 +147,7 @@ def outer(
     runtime.launch(
         outer_kernel, (tiles[0], splits, tiles[1]),
         parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0],
-        scaling * dropout.keep_scale, dropout.threshold,
+        scaling * dropout.keep_scale, int32_threshold(dropout.threshold),
         *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
         WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=hardware.precision(z), BLOCK_R=block_r(R),
         config=config,
