@@ -27,8 +27,8 @@ REGISTERS, SHARED = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 
 
 MMAS = {"shrink_kernel": 2, "outer_kernel": 8, "epilogue_kernel": 4}
 """In the loop's body, for each tile of ranks and each of the numbers that stand for one of the adapter's."""
-TERMS = {"__nv_bfloat16": 3, "__half": 2}
-"""16-bit numbers that stand for an fp32 one."""
+TERMS = {("__nv_bfloat16",) * 2: 1, ("__half",) * 2: 1, ("__nv_bfloat16", "float"): 3}
+"""16-bit numbers that stand for one of the adapter's, by the dtypes of x and the adapter that meet on tensor cores."""
 WIDE_LOADS = {
     "by_columns_kernel": 2,
     "shrink_kernel": 4,
@@ -115,11 +115,10 @@ def misfits(kernel: Kernel, chip: str) -> list[str]:
 
 def mmas_of(kernel: Kernel) -> int:
     """Of the loop's body: what the compiler unrolls is a multiple of it."""
-    dtype, *others = kernel.arguments
-    if dtype not in TERMS or kernel.name not in MMAS:
+    if kernel.name not in MMAS:
         return 0
-    rank_tiles = 1 if kernel.name == "epilogue_kernel" else int(others[1])
-    return MMAS[kernel.name] * rank_tiles * (TERMS[dtype] if others[0] == "float" else 1)
+    rank_tiles = 1 if kernel.name == "epilogue_kernel" else int(kernel.arguments[2])
+    return MMAS[kernel.name] * rank_tiles * TERMS.get(tuple(kernel.arguments[:2]), 0)
 
 
 def code_faults(kernel: Kernel) -> list[str]:
@@ -223,7 +222,8 @@ def test_faults_are_found(tmp_path):
         found["shrink_kernel"],
     )
     assert found["outer_kernel"] == (
-        "6 blocks take 258048 bytes of shared memory, of 233472; 4 tensor-core instructions, not 8 or a multiple of it; "
+        "6 blocks take 258048 bytes of shared memory, of 233472; "
+        "4 tensor-core instructions, not 8 or a multiple of it; "
         "4 of 4 tensor-core instructions multiply bf16; only 1 LDG take 16 bytes"
     )
     assert re.fullmatch(r"1 blocks of 1024 threads take \d+ registers, of 65536", found["pick_kernel"])
@@ -233,7 +233,7 @@ def table(kernels_of: dict[str, list[Kernel]]) -> str:
     """A kernel a line, a GPU a column."""
     release = re.search(r"release (\S+),", output_of(nvcc(), "--version"))[1]
     lines = [
-        f"nvcc {release}. Registers / static shared / instructions, on tensor cores. fp16 is as bf16.",
+        f"nvcc {release}. Registers / static shared / instructions, on tensor cores. fp16 is as bf16, or as fp32 beside it.",
         "",
         "| kernel | " + " | ".join(kernels_of) + " |",
         "|---" * (1 + len(kernels_of)) + "|",
