@@ -106,8 +106,9 @@ void gather_columns_op(Tensor out, const Tensor x, const OptionalTensor col, con
 }
 
 void pack_entries_op(Tensor entries, const Tensor col, const OptionalTensor permutation, const Tensor values) {
+  STD_TORCH_CHECK(entries.numel() >= col.numel() + ENTRY_PADDING, "room for ENTRY_PADDING more entries");
   run("pack_entries", pack_entries,
-      {entries.numel(), entries_of(entries), ints_of(col), ints_of(permutation), contiguous_data(values),
+      {col.numel(), entries_of(entries), ints_of(col), ints_of(permutation), contiguous_data(values),
        dtype_of(values)},
       values);
 }

@@ -184,37 +184,60 @@ __device__ __forceinline__ void scale_low_rank(LanePart& part, const EpilogueOpe
     }
 }
 
-constexpr int BATCH = 4;  // entries whose loads a lane has in flight
+constexpr int BATCH = 4;  // entries whose loads a lane has in flight together
+static_assert(ENTRY_PADDING >= 2 * BATCH * 4, "the batch after a long row's last one");
 
-__device__ __forceinline__ void load_batch(Entry (&batch)[BATCH], const Entry* entries, int first, int end, int step) {
-#pragma unroll
-  for (int i = 0; i < BATCH; ++i)
-    if (first + i * step < end) batch[i] = entries[first + i * step];
-}
-
-// (Σ value · x[token, col], Σ value · x[token + 1, col]) over entries first, first + step, ... below end.
-// columns: x[token, feature] at feature * stride and x[token + 1, feature] next to it. Stride_t: int where offsets fit it.
+// Entries of a row and x at their columns. columns: x[token, feature] at feature * stride and x[token + 1, feature] next to
+// it. Stride_t: int where offsets fit it.
 template <typename T, typename Stride_t>
-__device__ __forceinline__ void gather(float (&sums)[2], const Entry* entries, int first, int end, int step,
-                                       const T* columns, Stride_t stride) {
-  Entry next[BATCH] = {};
-  load_batch(next, entries, first, end, step);
-#pragma unroll 1
-  for (int at = first; at < end; at += BATCH * step) {
-    Entry batch[BATCH];
+struct RowReader {
+  const Entry* entries;
+  int end, step;
+  const T* columns;
+  Stride_t stride;
+
+  // Past the row's end too, into others or ENTRY_PADDING, which are not added.
+  __device__ __forceinline__ void load(Entry (&batch)[BATCH], int at) const {
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) batch[i] = next[i];
-    load_batch(next, entries, at + BATCH * step, end, step);
+    for (int i = 0; i < BATCH; ++i) batch[i] = entries[at + i * step];
+  }
+
+  __device__ __forceinline__ void add(float (&sums)[2], const Entry& entry) const {
+    float x[2];
+    widen(x, *reinterpret_cast<const Pair<T>*>(columns + entry.col * stride));
+    sums[0] += entry.value * x[0];
+    sums[1] += entry.value * x[1];
+  }
+
+  // Adds the batch at `at`.
+  __device__ __forceinline__ void add(float (&sums)[2], const Entry (&batch)[BATCH], int at) const {
+    if (at + (BATCH - 1) * step < end) {
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      if (at + i * step >= end) break;
-      float x[2];
-      widen(x, *reinterpret_cast<const Pair<T>*>(columns + batch[i].col * stride));
-      sums[0] += batch[i].value * x[0];
-      sums[1] += batch[i].value * x[1];
+      for (int i = 0; i < BATCH; ++i) add(sums, batch[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < BATCH - 1; ++i)
+        if (at + i * step < end) add(sums, batch[i]);
     }
   }
-}
+
+  // (Σ value · x[token, col], Σ value · x[token + 1, col]) over entries at, at + step, ... below end. Two batches take turns:
+  // one is on its way from L2 while the other is added.
+  __device__ __forceinline__ void gather(float (&sums)[2], int at) const {
+    Entry even[BATCH], odd[BATCH];
+    if (at < end) load(even, at);
+#pragma unroll 1
+    while (at < end) {
+      load(odd, at + BATCH * step);
+      add(sums, even, at);
+      at += BATCH * step;
+      if (at >= end) break;
+      load(even, at + BATCH * step);
+      add(sums, odd, at);
+      at += BATCH * step;
+    }
+  }
+};
 
 // acc += x Sᵀ at the lane's features of `mine`, a bit each. Returns whether the lane has any entry there.
 template <typename T, typename Stride_t>
@@ -232,14 +255,14 @@ __device__ __forceinline__ bool add_sparse(LanePart& part, const EpilogueOperand
     any |= first < end;
     const bool is_long = end - first > LONG_ROW;
     float sums[2] = {};
-    if (!is_long) gather(sums, e.entries, first, end, 1, columns, stride);
+    if (!is_long) RowReader<T, Stride_t>{e.entries, end, 1, columns, stride}.gather(sums, first);
     const unsigned long_lanes = __ballot_sync(ALL_LANES, is_long) & 0xf;  // lanes 0 to 3 stand for the four rows
 #pragma unroll 1
     for (int owner = 0; owner < 4 && long_lanes; ++owner) {
       if (!(long_lanes >> owner & 1)) continue;
       const int row_first = __shfl_sync(ALL_LANES, first, owner), row_end = __shfl_sync(ALL_LANES, end, owner);
       float shared[2] = {};
-      gather(shared, e.entries, row_first + q, row_end, 4, columns, stride);
+      RowReader<T, Stride_t>{e.entries, row_end, 4, columns, stride}.gather(shared, row_first + q);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         shared[t] += __shfl_xor_sync(ALL_LANES, shared[t], 1);

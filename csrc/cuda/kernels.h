@@ -52,7 +52,9 @@ struct GatherColumns {
 };
 cudaError_t gather_columns(const GatherColumns&, cudaStream_t);
 
-// entries[e] = {col[e], values[permutation[e]]} (e itself where permutation is null). values: fp32, bf16 or fp16.
+// entries[e] = {col[e], values[permutation[e]]} (e itself where permutation is null). values: fp32, bf16 or fp16. After the
+// last one there must be room for ENTRY_PADDING more: the epilogue fetches ahead.
+constexpr int ENTRY_PADDING = 32;
 struct PackEntries {
   int64_t nnz;
   Entry* entries;

@@ -4,7 +4,7 @@ The base is always a library GEMM, or one GEMM by W + scaling B A + S where that
 left for the kernels, by the count for 16-bit operands on an H100 (T tokens, N x K weight, nnz entries of S):
 
 - One pass over y, 2 T N elements, adds the low-rank part and S. An entry costs 16 tokens 32 bytes of shared memory,
-  where a copy of x by columns lies: a read of 4 entries' tokens by a warp, some 9 instructions (SASS of sm_90), takes 3
+  where a copy of x by columns lies: a read of 4 entries' tokens by a warp, some 12 instructions (SASS of sm_90), takes 3
   to 4 cycles of a multiprocessor, as random features share banks. That is 1.5 times what L2 would deliver. The entries
   themselves, 8 bytes each, come from L2 once for each 16 tokens, and so do A and B. Where shared memory does not hold
   all K features, x comes by columns from L2.

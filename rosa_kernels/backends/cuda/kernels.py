@@ -14,6 +14,7 @@ _OUTER_FEATURES, _OUTER_TOKENS = 64, 128
 _SDDMM_ENTRIES, _SDDMM_TOKENS = 64, 512
 _COLUMN_PADDING = 64
 _MOST_SPLITS = 16
+_ENTRY_PADDING = 32
 _library = torch.ops.rosa_kernels_cuda
 
 
@@ -43,8 +44,8 @@ def gather_whole_rows(x: Tensor, crow: Tensor, count: int, width: int) -> Tensor
 
 
 def pack_entries(S: Sparse) -> Tensor:
-    """(nnz,) of 8 bytes: column and fp32 value of each entry."""
-    entries = torch.empty(S.nnz, dtype=torch.int64, device=S.values.device)
+    """(nnz and padding,) of 8 bytes: column and fp32 value of each entry."""
+    entries = torch.empty(S.nnz + _ENTRY_PADDING, dtype=torch.int64, device=S.values.device)
     _library.pack_entries(entries, S.col, S.permutation, kernel_dtype(S.values))
     return entries
 
