@@ -7,7 +7,7 @@ its races run and the CPU's do not, so that a run is meant to stay under eight m
 Every benchmark times its candidates in turn within each round, prints one table of ratios at the end and fails where
 this package is slower than the best naive way, or slower than it was in FILE: rules in interleaved.py. With
 --benchmark-disable everything runs and nothing is judged. A whole run of the GPU's races writes
-bench/results/<device>.json (gpu_results.py).
+bench/results/<device>-<backend>.json (gpu_results.py).
 """
 
 import json

@@ -72,6 +72,7 @@ class Result:
 
 def report(results: Iterable[Result], did_not_finish: list[str], partial: str | None, dry_run: bool) -> dict:
     """partial: why some races are missing, or None; did_not_finish: races that an error ended."""
+    results = list(results)
     races: dict[str, dict] = {}
     for result in results:
         case = result.case
@@ -92,6 +93,7 @@ def report(results: Iterable[Result], did_not_finish: list[str], partial: str | 
         "partial": partial,
         "did_not_finish": did_not_finish,
         **_machine(dry_run),
+        "backends": sorted({result.backend for result in results}),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "rosa_kernels": rk.__version__,
         "commit": _commit(),
@@ -108,8 +110,9 @@ def keep(directory: Path, content: dict) -> str:
 
 
 def _write(directory: Path, content: dict) -> Path:
-    """<device>.json in directory, whole or not at all."""
-    name = "dry-run" if content["dry_run"] else re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
+    """<device>-<backends>.json in directory, whole or not at all."""
+    device_and_backends = "-".join((content["device"], *content["backends"])).lower()
+    name = "dry-run" if content["dry_run"] else re.sub(r"[^a-z0-9]+", "-", device_and_backends).strip("-")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

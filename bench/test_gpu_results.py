@@ -39,11 +39,11 @@ def test_the_report_names_machine_software_and_ratios(results):
     assert race["eager"]["left_out"] == {"csr": "a reason"} and race["eager"]["backend"] == "triton"
 
 
-def test_a_whole_run_takes_the_name_of_the_device(results, tmp_path, monkeypatch):
+def test_a_whole_run_takes_the_names_of_the_device_and_of_what_served_it(results, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_results, "RESULTS", tmp_path)
     assert keep(tmp_path, report(results, [], partial=None, dry_run=False)).startswith("written: ")
     (path,) = tmp_path.iterdir()
-    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert path.name == "nvidia-h100-80gb-hbm3-triton.json"
     assert json.loads(path.read_text())["races"]
 
 
@@ -55,7 +55,7 @@ def test_anything_else_stays_out_of_the_results(results, tmp_path, monkeypatch, 
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(tmp_path):
-    content = {"dry_run": False, "partial": None, "device": "X"}
+    content = {"dry_run": False, "partial": None, "device": "X", "backends": []}
     keep(tmp_path, content)
     with pytest.raises(TypeError):
         keep(tmp_path, content | {"races": {object()}})
