@@ -5,7 +5,17 @@ were.
 import pytest
 import torch
 from cases import CPU, CSR_ADD_CASES, LINEAR_CASES, SDDMM_CASES, SPMM_CASES, LinearCase, make_inputs
-from oracle import MULTIPLY_ONE_DELTA, UNIT_ROUNDOFF, Expected, check, compute_roundoff, expected_linear, naive_linear
+from oracle import (
+    MULTIPLY_ONE_DELTA,
+    SMALLEST_SUBNORMAL,
+    UNIT_ROUNDOFF,
+    Expected,
+    check,
+    compute_roundoff,
+    dense,
+    expected_linear,
+    naive_linear,
+)
 from philox import keep_mask, seed_drawn_after
 
 import rosa_kernels as rk
@@ -98,6 +108,26 @@ def test_errors_are_no_worse_than_naive_pytorchs(backend, dtype, device, case, a
         allowed = 2 * (naive[name].cpu().double() - exact).norm()
         allowed += (UNIT_ROUNDOFF[result.dtype] + 8 * compute_roundoff(dtype)) * exact.norm()
         assert (result.cpu().double() - exact).norm() <= allowed, name
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-7])
+@pytest.mark.parametrize("pattern", ["random", "rows", "columns"])
+def test_small_fp32_adapters_keep_their_precision(backend, dtype, device, pattern, scale):
+    """As young adapters and gradients are: far below the smallest number of fp16."""
+    case = LinearCase((20,), 66, 35, 4, pattern, base=False, lora_dtype=torch.float32, values_dtype=torch.float32)
+    inputs = make_inputs(case, dtype, device)
+    A, B = (scale * t for t in (inputs.lora_A, inputs.lora_B))
+    leaves = [t.requires_grad_() for t in (A, B)]
+    y = rk.rosa_delta(inputs.x, *leaves, 1 / scale, inputs.values, inputs.pattern)
+    dA, dB = torch.autograd.grad(y, leaves, inputs.dy)
+    x, dy, A, B = (t.detach().cpu().double() for t in (inputs.x, inputs.dy, A, B))
+    for name, got, exact in (("dA", dA, (dy @ B).T @ x / scale), ("dB", dB, dy.T @ (x @ A.T) / scale)):
+        error = float((got.cpu().double() - exact).norm() / exact.norm())
+        assert error < 2.0**-19, f"{name}: relative error {error:.2g}"
+    small = rk.spmm(inputs.x, scale * inputs.values, inputs.pattern).cpu().double() / scale
+    exact = x @ dense(inputs.values, inputs.pattern.to("cpu")).T
+    rounding = UNIT_ROUNDOFF[dtype] + SMALLEST_SUBNORMAL[dtype] / scale  # of y
+    assert float((small - exact).norm() / exact.norm()) < rounding + 2.0**-20
 
 
 def sparse_inputs(case, dtype, device):

@@ -33,18 +33,36 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(exponent):
+    """2.0 ** exponent, -126 to 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot_mixed(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b where b may be wider than a: then b is taken as a sum of numbers of a's dtype, to fp32's precision.
 
-    Three in bf16 (24 bits), two in fp16 (22 bits, and no finer than 2**-24).
+    Three in bf16 (24 bits), two in fp16 (22 bits), whose numbers end at 2**-24: there b is scaled by a power of two,
+    the largest of the tile to 2**14, so that terms end 38 bits below it.
     """
     if b.dtype == a.dtype:
         return dot(a, b, acc, PRECISION)
     wide = b.to(tl.float32)
     if a.dtype == tl.float32:
         return dot(a, wide, acc, PRECISION)
+    if a.dtype == tl.float16:
+        largest = tl.max(tl.max(tl.abs(wide), 1), 0)
+        exponent = min(14 - ((largest.to(tl.int32, bitcast=True) >> 23) - 127), 126)
+        product = dot_terms(a, wide * power_of_two(exponent), tl.zeros_like(acc), PRECISION)
+        return acc + power_of_two(-exponent) * product
+    return dot_terms(a, wide, acc, PRECISION)
+
+
+@triton.jit
+def dot_terms(a, wide, acc, PRECISION: tl.constexpr):
+    """acc + a wide, an fp32 `wide` as two numbers of fp16 or three of bf16 each."""
     high = narrow(wide, a.dtype)
-    infinite = tl.abs(high.to(tl.float32)) == float("inf")  # of fp16, beyond 65504: the product is too, not NaN
+    infinite = tl.abs(high.to(tl.float32)) == float("inf")  # then the product is too, not NaN
     rest = tl.where(infinite, 0.0, wide - high.to(tl.float32))
     low = narrow(rest, a.dtype)
     if a.dtype == tl.bfloat16:
