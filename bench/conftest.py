@@ -72,7 +72,7 @@ def pytest_generate_tests(metafunc):
         shapes = metafunc.module.SHAPES
         if metafunc.config.getoption("--shapes") == "quick":
             shapes = shapes[:1]
-        if metafunc.config.getoption("--benchmark-disable"):  # nothing is timed, and some CPUs take seconds for a bf16 GEMM
+        if metafunc.config.getoption("--benchmark-disable"):  # some CPUs take seconds for a bf16 GEMM
             shapes = list(dict.fromkeys(replace(shape, tokens=min(512, shape.tokens)) for shape in shapes))
         metafunc.parametrize("shape", shapes, ids=str)
 
