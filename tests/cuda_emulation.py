@@ -113,14 +113,14 @@ def environment(variant: str) -> dict[str, str]:
 
 def install(library: str) -> None:
     """Makes backend "cuda", asked for by name, take CPU tensors in this process: a build's kernels serve them."""
-    from rosa_kernels.backends import cuda
+    from rosa_kernels.backends import cuda, hardware
 
     torch.ops.load_library(library)
 
     def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"emulated, its tensors are on the CPU, not on {device.type}"
-        return None if dtype in cuda._DTYPES else f"it does not compute {dtype}"
+        return hardware.refusal(device, dtype)
 
     cuda.unavailable_reason = lambda: None
     cuda.refusal = refusal

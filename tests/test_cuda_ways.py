@@ -1,13 +1,13 @@
 """Every way of the CUDA backend's cost model, forced in turn on the emulated kernels, gives the right numbers; and the
 model is consistent."""
 
-import operator
 import os
 
 import pytest
 import torch
 from cases import CPU, LinearCase, make_inputs
 from oracle import check, dense, expected_linear
+from plan_calls import call_of, calls, nearest
 from test_ops import mask_of, run_linear
 
 import rosa_kernels as rk
@@ -50,20 +50,10 @@ WAYS_CASES = [
 ]
 
 
-def call_of(case, dtype):
-    """The forward's call, as far as legal ways depend on it."""
-    mixed = {
-        name: wide is not None and wide != dtype
-        for name, wide in (("lora", case.lora_dtype), ("values", case.values_dtype))
-    }
-    structure = 0 if case.pattern is None else make_inputs(case, FP32).pattern.structure
-    if mixed["values"] and dtype == FP16:  # which the library cannot multiply
-        structure = 0
-    return gpu.LinearCall(
-        case.tokens, case.out_features, case.in_features, case.r, int(case.pattern is not None), structure,
-        dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"],
-        mixed_values=mixed["values"],
-    )  # fmt: skip
+def cuda_call_of(case, dtype):
+    """fp16 values of another dtype are gathered, whatever their structure: the library cannot multiply them."""
+    call = call_of(case, dtype)
+    return call._replace(structure=0) if call.mixed_values and dtype == FP16 else call
 
 
 def legal_ways(call):
@@ -75,13 +65,8 @@ WAYS = [
     pytest.param(case, dtype, way, id=f"{case.id}-{str(dtype)[6:]}-{'-'.join(filter(None, way)) or 'zeros'}")
     for case in WAYS_CASES
     for dtype in (FP32, BF16, FP16)
-    for way in legal_ways(call_of(case, dtype))
+    for way in legal_ways(cuda_call_of(case, dtype))
 ]
-
-
-def nearest(ways, wanted):
-    """The legal way that shares the most with the wanted one: a backward transposes rows to columns."""
-    return max(ways, key=lambda way: sum(map(operator.eq, way, wanted)))
 
 
 def check_all(got, case, inputs, delta_rounded=False):
@@ -207,15 +192,6 @@ def test_x_fills_shared_memory_to_the_last_byte():
     kernels.epilogue(y, False, None, None, 1.0, NO_DROPOUT, S.crow, kernels.pack_entries(S), inputs.x, None, None, K)
     exact = inputs.x.double() @ dense(inputs.values, inputs.pattern).T
     assert float((y.double() - exact).norm() / exact.norm()) < 2.0**-7
-
-
-def calls():
-    for tokens in (1, 16, 300, 4096, 32768):
-        for N, K in ((64, 64), (768, 768), (3072, 768), (4096, 4096), (4096, 14336)):
-            for density in (0.0, 0.001, 0.01, 0.2):
-                for element_size, tf32 in ((2, False), (4, False), (4, True)):
-                    nnz = round(density * N * K)
-                    yield gpu.LinearCall(tokens, N, K, 16, nnz, 0, element_size, tf32)
 
 
 @pytest.mark.parametrize("target", gpu_table.RATES)

@@ -1,7 +1,6 @@
 """Every way of the GPU's cost model, forced in turn on the interpreted kernels, gives the right numbers; and the
 model is consistent."""
 
-import operator
 import os
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from cases import LinearCase, make_inputs
 from oracle import check, expected_linear
 from philox import keep_mask, seed_drawn_after
+from plan_calls import call_of, calls, nearest
 from test_ops import SEED, run_linear
 
 import rosa_kernels as rk
@@ -36,22 +36,6 @@ WAYS_CASES = [
 ]
 
 
-def structure_of(case):
-    return 0 if case.pattern is None else make_inputs(case, FP32).pattern.structure
-
-
-def call_of(case, dtype):
-    """The forward's call, as far as legal ways depend on it."""
-    mixed = {
-        name: wide is not None and wide != dtype
-        for name, wide in (("lora", case.lora_dtype), ("values", case.values_dtype))
-    }
-    return gpu.LinearCall(
-        case.tokens, case.out_features, case.in_features, case.r, int(case.pattern is not None), structure_of(case),
-        dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"], mixed_values=mixed["values"],
-    )  # fmt: skip
-
-
 def way_name(way):
     return "-".join(filter(None, (way.base, way.H, way.S))) or "zeros"
 
@@ -62,11 +46,6 @@ WAYS = [
     for dtype in (FP32, BF16)
     for way in gpu.linear_ways(call_of(case, dtype))
 ]
-
-
-def nearest(ways, wanted):
-    """The legal way that shares the most with the wanted one: a backward knows H, transposes rows to columns."""
-    return max(ways, key=lambda way: sum(map(operator.eq, way, wanted)))
 
 
 @interpreted
@@ -140,15 +119,6 @@ def test_sddmm_of_whole_rows_and_columns_by_way(monkeypatch, dtype, way, pattern
         got = run_linear(case, inputs)
     check("values", got["values"], expected_linear(case, inputs)["values"], inputs.values)
     assert seen == [("shared", "packed")]
-
-
-def calls():
-    for tokens in (1, 16, 300, 4096, 32768):
-        for N, K in ((64, 64), (768, 768), (3072, 768), (4096, 4096), (4096, 14336)):
-            for density in (0.0, 0.001, 0.01, 0.2):
-                for element_size, tf32 in ((2, False), (4, False), (4, True)):
-                    nnz = round(density * N * K)
-                    yield gpu.LinearCall(tokens, N, K, 16, nnz, 0, element_size, tf32)
 
 
 @pytest.mark.parametrize("target", gpu_table.RATES)

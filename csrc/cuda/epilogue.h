@@ -6,9 +6,8 @@
 // fragment n.
 //
 // S is gathered: an entry costs a lane one read of both tokens of x, from a copy of the block's 16 tokens by columns in
-// shared memory, which serves such reads faster than L2 (rosa_kernels/plan/cuda.py), or from a copy of x by
-// columns in global memory where shared memory does not hold all features. Lanes of one q share a row of S, the four q's
-// take different ones; a long row is shared by the whole warp, and warps take the next features when they are done, so
+// shared memory, which serves such reads faster than L2 (rosa_kernels/plan/cuda.py), or from a copy of x by columns in
+// global memory where shared memory does not hold all features. Lanes of one q share a row of S, the four q's take different ones; a long row is shared by the whole warp, and warps take the next features when they are done, so
 // that one long row does not hold up the rest. For few tokens the rows of S are all the parallelism there is: eight
 // warps then share 32 features, a row for each lane.
 #pragma once

@@ -7,6 +7,20 @@ from torch import Tensor
 
 from rosa_kernels.backends.shapes import cdiv
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the GPU kernels compute."""
+_OLDEST = (8, 0)
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels of a GPU backend do not compute this dtype on this device, if so."""
+    if dtype not in DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < _OLDEST:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"it needs a GPU of compute capability 8.0 (Ampere) or newer, this one has {capability}"
+    return None
+
 
 def precision(x: Tensor) -> str:
     """How x is multiplied: "tf32" for fp32 where PyTorch's switch for matmuls says so and the GPU can, else "ieee"."""

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from rosa_kernels.backends import gpu_ops
+from rosa_kernels.backends import gpu_ops, hardware
 
 try:
     import triton
@@ -20,9 +20,6 @@ else:
     _ops = gpu_ops.Ops(gpu_ops.Kernels(linear, low_rank_gradients, _sddmm, sum_with, add_in_place, dense))
     rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
     spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OLDEST = (8, 0)
 
 
 def unavailable_reason() -> str | None:
@@ -40,9 +37,4 @@ def _emulated() -> bool:
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and _emulated()):
         return f"its tensors are on a CUDA or ROCm device, not on {device.type}"
-    if dtype not in _DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < _OLDEST:
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"it needs a GPU of compute capability 8.0 (Ampere) or newer, this one has {capability}"
-    return None
+    return hardware.refusal(device, dtype)
