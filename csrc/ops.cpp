@@ -6,6 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -148,17 +152,37 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
 }
 
 void merge(Tensor out, const Tensor weight, const OptionalTensor A, const OptionalTensor B, double scaling,
-           const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col) {
+           const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t first_row,
+           int64_t first_column) {
   Merge m{};
-  m.dtype = dtype_of(weight);
+  m.weight_dtype = dtype_of(weight);
+  m.out_dtype = dtype_of(out);
   m.in_features = weight.size(1);
-  m.out_features = weight.size(0);
+  m.first_row = first_row;
+  m.rows = out.size(0);
+  m.first_column = first_column;
+  m.columns = out.size(1);
   m.out = matrix_of(out);
   m.weight = matrix_of(weight);
   m.low_rank = low_rank_of(A, B, scaling);
   m.sparse = csr_of(values, crow, col, 0);
-  STD_TORCH_CHECK(m.low_rank.r == 0 || m.dtype == Dtype::float32, "a low-rank delta is merged in float32 alone");
+  STD_TORCH_CHECK(first_row >= 0 && first_row + m.rows <= weight.size(0) && first_column >= 0 &&
+                      first_column + m.columns <= m.in_features,
+                  "a strip of the weight");
+  STD_TORCH_CHECK(m.out_dtype == Dtype::float32 || (m.out_dtype == m.weight_dtype && m.low_rank.r == 0),
+                  "a low-rank delta is merged in float32 alone");
   kernels().merge(m);
+}
+
+// Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.
+bool fast_bfloat16() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__builtin_cpu_supports("avx512f") || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  return a & (1u << 5);  // AVX512_BF16; every processor with AMX-BF16 has it too
+#else
+  return true;
+#endif
 }
 
 }  // namespace
@@ -174,7 +198,8 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
       "Tensor? permutation, int structure, Tensor? seed, int threshold, float scale) -> ()");
   m.def(
       "merge(Tensor(a!) out, Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
-      "Tensor? col) -> ()");
+      "Tensor? col, int first_row, int first_column) -> ()");
+  m.def("fast_bfloat16() -> bool");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");
 }
@@ -183,6 +208,7 @@ STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("forward", TORCH_BOX(&rosa::forward));
   m.impl("backward", TORCH_BOX(&rosa::backward));
   m.impl("merge", TORCH_BOX(&rosa::merge));
+  m.impl("fast_bfloat16", TORCH_BOX(&rosa::fast_bfloat16));
   m.impl("instruction_set", TORCH_BOX(&rosa::instruction_set));
   m.impl("build_info", TORCH_BOX(&rosa::build_info));
 }

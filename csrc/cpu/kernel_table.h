@@ -21,7 +21,14 @@ inline void forward(const Forward& f) {
 inline void backward(const Backward& b) {
   b.dtype == Dtype::float32 ? BackwardSweep<float>(b).run() : BackwardSweep<uint16_t>(b).run();
 }
-inline void merge(const Merge& m) { m.dtype == Dtype::float32 ? merge_rows<float>(m) : merge_rows<uint16_t>(m); }
+inline void merge(const Merge& m) {
+  if (m.weight_dtype == Dtype::float32)
+    merge_rows<float, float>(m);
+  else if (m.out_dtype == Dtype::float32)
+    merge_rows<uint16_t, float>(m);
+  else
+    merge_rows<uint16_t, uint16_t>(m);
+}
 
 }  // namespace ROSA_ISA
 }  // namespace rosa

@@ -63,10 +63,12 @@ struct Backward {
   float *dA, *dB, *dvalues;
 };
 
-// out (out_features, in_features) = weight + scaling · B A + S. bfloat16 takes S alone.
+// out (rows, columns) = (weight + scaling · B A + S)[first_row : first_row + rows, first_column : first_column + columns]; out
+// is float32, or of the weight's dtype where r = 0.
 struct Merge {
-  Dtype dtype;
-  int64_t in_features, out_features;
+  Dtype weight_dtype, out_dtype;
+  int64_t in_features;  // of the whole weight
+  int64_t first_row, rows, first_column, columns;
   Matrix out, weight;
   LowRank low_rank;
   Csr sparse;

@@ -1,24 +1,48 @@
-// weight + scaling · B A + S into a new matrix, one pass over the weight.
+// A strip of weight + scaling · B A + S, or of the weight alone in fp32, in one pass over the weight.
 #pragma once
 #include "scratch.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
-// out[i][k] = weight[i][k] + Σ_q coefficients[q] · A[q][k] for one row and `width` features from k on.
-inline void merge_scalar(const Merge& m, int64_t i, int64_t k, int64_t width) {
-  const float* weight = (const float*)m.weight.data + i * m.weight.stride;
-  float* out = (float*)m.out.data + i * m.out.stride;
-  for (; width > 0; ++k, --width) {
+constexpr int64_t MERGED_ROWS = 16;     // rows finished together: S finds them in the cache
+constexpr int64_t MERGED_COLUMNS = 256;  // whose coefficients of A stay in the first-level cache for all of those rows
+
+// The strip's rows of weight and out, and of the low-rank factors.
+template <class W>
+struct MergedRows {
+  MergedRows(const Merge& m, int64_t i)
+      : weight((const W*)m.weight.data + (m.first_row + i) * m.weight.stride + m.first_column),
+        out((float*)m.out.data + i * m.out.stride),
+        A(m.low_rank.r ? m.low_rank.A + m.first_column : nullptr),
+        B(m.low_rank.r ? m.low_rank.B + (m.first_row + i) * m.low_rank.r : nullptr) {}
+
+  const W* weight;
+  float* out;
+  const float *A, *B;
+};
+
+inline float as_float(float a) { return a; }
+inline float as_float(uint16_t a) {  // bfloat16
+  const uint32_t bits = (uint32_t)a << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// out[k] = weight[k] + scaling · Σ_q B[q] · A[q][k] for one row and the columns [k, end).
+template <class W>
+inline void merge_scalar(const Merge& m, const MergedRows<W>& row, int64_t k, int64_t end) {
+  for (; k < end; ++k) {
     float delta = 0;
-    for (int64_t q = 0; q < m.low_rank.r; ++q) delta += m.low_rank.B[i * m.low_rank.r + q] * m.low_rank.A[q * m.in_features + k];
-    out[k] = weight[k] + m.low_rank.scaling * delta;
+    for (int64_t q = 0; q < m.low_rank.r; ++q) delta += row.B[q] * row.A[q * m.in_features + k];
+    row.out[k] = as_float(row.weight[k]) + m.low_rank.scaling * delta;
   }
 }
 
-// The same for Rows rows from i on and one strip of vectors from k on.
-template <int Rows>
-inline void merge_tile(const Merge& m, int64_t i, int64_t k) {
+// The same for Rows rows and one strip of vectors from k on.
+template <int Rows, class W>
+inline void merge_tile(const Merge& m, const MergedRows<W>& rows, int64_t k) {
   Vec sums[Rows][STRIP];
 #pragma GCC unroll 4
   for (int j = 0; j < Rows; ++j)
@@ -27,71 +51,99 @@ inline void merge_tile(const Merge& m, int64_t i, int64_t k) {
   for (int64_t q = 0; q < m.low_rank.r; ++q) {
     Vec a[STRIP];
 #pragma GCC unroll 4
-    for (int v = 0; v < STRIP; ++v) a[v] = load(m.low_rank.A + q * m.in_features + k + v * LANES);
+    for (int v = 0; v < STRIP; ++v) a[v] = load(rows.A + q * m.in_features + k + v * LANES);
 #pragma GCC unroll 4
     for (int j = 0; j < Rows; ++j) {
-      const Vec c = broadcast(m.low_rank.B[(i + j) * m.low_rank.r + q]);
+      const Vec c = broadcast(rows.B[j * m.low_rank.r + q]);
 #pragma GCC unroll 4
       for (int v = 0; v < STRIP; ++v) sums[j][v] = fma(c, a[v], sums[j][v]);
     }
   }
   const Vec scale = broadcast(m.low_rank.scaling);
 #pragma GCC unroll 4
-  for (int j = 0; j < Rows; ++j) {
-    const float* weight = (const float*)m.weight.data + (i + j) * m.weight.stride + k;
-    float* out = (float*)m.out.data + (i + j) * m.out.stride + k;
+  for (int j = 0; j < Rows; ++j)
 #pragma GCC unroll 4
-    for (int v = 0; v < STRIP; ++v) store(out + v * LANES, fma(scale, sums[j][v], load(weight + v * LANES)));
-  }
+    for (int v = 0; v < STRIP; ++v)
+      store(rows.out + j * m.out.stride + k + v * LANES,
+            fma(scale, sums[j][v], load(rows.weight + j * m.weight.stride + k + v * LANES)));
 }
 
-inline void merge_low_rank(const Merge& m, int64_t begin, int64_t end) {
-  constexpr int64_t WIDTH = STRIP * LANES;
-  int64_t k = 0;
-  for (; k + WIDTH <= m.in_features; k += WIDTH) {
+// Rows [begin, end) of the strip, without S.
+template <class W>
+inline void merge_dense(const Merge& m, int64_t begin, int64_t end) {
+  for (int64_t k = 0; k < m.columns; k += MERGED_COLUMNS) {
+    const int64_t panel_end = smaller(k + MERGED_COLUMNS, m.columns);
     int64_t i = begin;
-    for (; i + 4 <= end; i += 4) merge_tile<4>(m, i, k);
-    for (; i < end; ++i) merge_tile<1>(m, i, k);
+    for (int64_t rows = 4; i < end; i += rows) {
+      if (end - i < 4) rows = 1;
+      const MergedRows<W> at(m, i);
+      int64_t c = k;
+      for (; c + STRIP * LANES <= panel_end; c += STRIP * LANES) rows == 4 ? merge_tile<4>(m, at, c) : merge_tile<1>(m, at, c);
+      for (int64_t j = 0; c < panel_end && j < rows; ++j) merge_scalar(m, MergedRows<W>(m, i + j), c, panel_end);
+    }
   }
-  for (int64_t i = begin; k < m.in_features && i < end; ++i) merge_scalar(m, i, k, m.in_features - k);
 }
 
 inline void add_entry(float* out, float value) { *out += value; }
 inline void add_entry(uint16_t* out, float value) {  // bfloat16, to nearest even; NaN stays NaN
-  uint32_t bits = (uint32_t)*out << 16;
-  float total;
-  std::memcpy(&total, &bits, sizeof total);
-  total += value;
+  const float total = as_float(*out) + value;
+  uint32_t bits;
   std::memcpy(&bits, &total, sizeof bits);
   *out = (uint16_t)((total != total ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-// out += row i of S; a whole row at once where S has all of it.
+// The first entry of [begin, end), sorted by column, at this column or after it.
+inline int64_t entry_from_column(const Csr& s, int64_t begin, int64_t end, int64_t column) {
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (s.col[middle] < column)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+// out += the strip's part of S's row; all of its columns at once where S has them all.
 template <class T>
-inline void add_sparse_row(const Csr& s, int64_t i, int64_t in_features, T* out) {
-  int64_t e = s.crow[i], end = s.crow[i + 1];
-  if (end - e == in_features)
+inline void add_sparse_row(const Merge& m, int64_t i, T* out) {
+  const Csr& s = m.sparse;
+  int64_t e = s.crow[m.first_row + i], end = s.crow[m.first_row + i + 1];
+  if (m.columns < m.in_features) {
+    e = entry_from_column(s, e, end, m.first_column);
+    end = entry_from_column(s, e, end, m.first_column + m.columns);
+  }
+  T* const at = out - m.first_column;
+  if (end - e == m.columns)
     for (; e + LANES <= end; e += LANES) {
-      T* to = out + (e - s.crow[i]);
+      T* to = at + s.col[e];
       store(to, add(load(to), load(s.values + e)));
     }
-  for (; e < end; ++e) add_entry(out + s.col[e], s.values[e]);
+  for (; e < end; ++e) add_entry(at + s.col[e], s.values[e]);
 }
 
 template <class T>
+inline void copy_rows(const Merge& m, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    std::memcpy((T*)m.out.data + i * m.out.stride,
+                (const T*)m.weight.data + (m.first_row + i) * m.weight.stride + m.first_column, sizeof(T) * m.columns);
+}
+
+// weight in W, out in T.
+template <class W, class T>
 void merge_rows(const Merge& m) {
-  for_slots(larger(1, smaller(thread_count(), m.out_features * m.in_features / 32768)), m.out_features,
-            [&](int64_t, int64_t begin, int64_t end) {
-              if (m.low_rank.r) {
-                merge_low_rank(m, begin, end);
-              } else {
-                for (int64_t i = begin; i < end; ++i)
-                  std::memcpy((T*)m.out.data + i * m.out.stride, (const T*)m.weight.data + i * m.weight.stride,
-                              sizeof(T) * m.in_features);
-              }
-              for (int64_t i = begin; m.sparse.values && i < end; ++i)
-                add_sparse_row(m.sparse, i, m.in_features, (T*)m.out.data + i * m.out.stride);
-            });
+  constexpr int64_t ELEMENTS_A_SLOT = 32768;  // fewer are not worth waking a thread
+  const int64_t slots = larger(1, smaller(thread_count(), m.rows * m.columns / ELEMENTS_A_SLOT));
+  for_slots(slots, m.rows, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += MERGED_ROWS) {
+      const int64_t last = smaller(i + MERGED_ROWS, end);
+      if (sizeof(W) == sizeof(T) && !m.low_rank.r)
+        copy_rows<T>(m, i, last);
+      else
+        merge_dense<W>(m, i, last);
+      for (int64_t j = i; m.sparse.values && j < last; ++j) add_sparse_row(m, j, (T*)m.out.data + j * m.out.stride);
+    }
+  });
 }
 
 }  // namespace ROSA_ISA

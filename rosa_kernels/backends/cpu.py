@@ -1,14 +1,18 @@
 """The C++ kernels of csrc/, around PyTorch's own GEMMs for the base layer; fp32 and bf16, accumulated in fp32."""
 
+import functools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from rosa_kernels.backends import cpu_gemms
+from rosa_kernels.backends.cpu_gemms import Delta
 from rosa_kernels.backends.gemms import low_rank_gradients
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.plan import cpu as plan
+from rosa_kernels.plan.cpu import Way
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _library = next(Path(__file__).parent.parent.glob("_C.*so"), None)
@@ -34,6 +38,11 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache
+def _fast_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and _kernels.fast_bfloat16()
+
+
 def instruction_set() -> str:
     return _kernels.instruction_set()
 
@@ -44,16 +53,19 @@ def build_info() -> str:
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    if plan.merges(x, weight, seed):
-        return F.linear(x, _merged(weight, _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col), bias)
+    widened = plan.widens(x, _fast_bfloat16())
+    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened)
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
+    elif way is Way.MERGED or widened:
+        delta = _delta(lora_A, lora_B, scaling, values, crow, col) if way is Way.MERGED else None
+        y = cpu_gemms.linear(as_matrix(x), _matrix(weight), bias, delta).view(*x.shape[:-1], weight.shape[0])
     else:
         y = F.linear(x, weight, bias).contiguous()
-    if plan.low_rank_by_gemm(x, lora_A, lora_B, values, seed):
+    if way is Way.GEMMS:
         as_matrix(y).addmm_(as_matrix(x) @ lora_A.T, lora_B.T, alpha=scaling)
-    else:
+    elif way is Way.KERNELS:
         _add_forward(y, x, _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col, structure, dropout_p, seed)
     return y
 
@@ -63,16 +75,18 @@ def rosa_linear_backward(
 ):
     need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
     dy2, x2 = _matrix(dy), _matrix(x)
-    low_rank = _low_rank(lora_A, lora_B, scaling)
-    values_fp32 = _floats(values)
-    merges = plan.merges(x, weight, seed)
+    widened = dy.dtype == torch.bfloat16 and not _fast_bfloat16()
+    delta = _delta(lora_A, lora_B, scaling, values, crow, col)
+    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened)
     dx2 = None
-    if need_dx and merges:
-        dx2 = dy2 @ _merged(weight, low_rank, values_fp32, crow, col)
+    if need_dx and weight is None:
+        dx2 = torch.zeros_like(x2)
+    elif need_dx and (way is Way.MERGED or widened):
+        dx2 = cpu_gemms.linear_dx(dy2, _matrix(weight), delta if way is Way.MERGED else None)
     elif need_dx:
-        dx2 = torch.zeros_like(x2) if weight is None else dy2 @ weight
-    dx_to_add = None if merges else dx2
-    if not merges and plan.low_rank_by_gemm(x, lora_A, lora_B, values, seed):
+        dx2 = dy2 @ weight
+    dx_to_add = None if way is Way.MERGED else dx2
+    if way is Way.GEMMS:
         dA, dB, dH = low_rank_gradients(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
         if dx_to_add is not None:
             dx_to_add.addmm_(dH, lora_A, alpha=scaling)
@@ -84,12 +98,12 @@ def rosa_linear_backward(
         )
         if any(gradient is not None for gradient in (dx_to_add, dA, dB, dvalues)):
             _kernels.backward(
-                dx_to_add, dA, dB, dvalues, dy2, x2, *low_rank, values_fp32, crow, col, ccol, row, permutation,
+                dx_to_add, dA, dB, dvalues, dy2, x2, *delta, ccol, row, permutation,
                 structure, *_dropout(dropout_p, seed),
             )  # fmt: skip
     gradients = (
         dx2.view(x.shape) if need_dx else None,
-        dy2.T @ x2 if need_dweight else None,
+        cpu_gemms.linear_dweight(dy2, x2, widened) if need_dweight else None,
         dy2.sum(0) if need_dbias else None,
         dA.to(lora_A.dtype) if need_dA else None,
         dB.to(lora_B.dtype) if need_dB else None,
@@ -115,15 +129,7 @@ def sddmm(dy, x, crow, col, structure):
 
 
 def csr_add(weight, values, crow, col):
-    return _merged(weight, (None, None, 0.0), _floats(values), crow, col)
-
-
-def _merged(weight, low_rank, values, crow, col):
-    """weight + scaling · B A + S, for one call."""
-    weight = _matrix(weight)
-    out = torch.empty(weight.shape, dtype=weight.dtype)
-    _kernels.merge(out, weight, *low_rank, values, crow, col)
-    return out
+    return cpu_gemms.merged(_matrix(weight), Delta(values=_floats(values), crow=crow, col=col), weight.dtype)
 
 
 def _add_forward(y, x, low_rank, values, crow, col, structure, dropout_p, seed) -> None:
@@ -145,6 +151,10 @@ def _floats(tensor):
 
 def _low_rank(lora_A, lora_B, scaling):
     return _floats(lora_A), _floats(lora_B), scaling
+
+
+def _delta(lora_A, lora_B, scaling, values, crow, col):
+    return Delta(_floats(lora_A), _floats(lora_B), scaling, _floats(values), crow, col)
 
 
 def _dropout(dropout_p, seed):

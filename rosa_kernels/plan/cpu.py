@@ -1,28 +1,101 @@
-"""Which way is cheapest on a CPU: a merged weight, library GEMMs or the C++ kernels for the adapter's part."""
+"""Which way is cheapest on a CPU: a merged weight, library GEMMs or the C++ kernels for the adapter's part.
+
+Costs are counted in multiply-adds of the library's fp32 GEMM, so that one model serves every CPU: what another kind of
+multiply-add, or an element moved, takes relative to those. Only what differs between the ways is counted.
+"""
+
+from enum import Enum
+from math import prod
 
 import torch
 from torch import Tensor
 
+from rosa_kernels.pattern import UNSTRUCTURED
 
-def merges(x: Tensor, weight: Tensor | None, seed: Tensor | None) -> bool:
-    """True where one GEMM by W + scaling · B A + S, made for the call, beats adding the adapter to y.
+# Measured with AVX2 (Zen 3) on two threads; bench/test_plan_regret.py shows what trusting them costs.
+_LOW_RANK = 1.5  # a multiply-add of the kernels' low-rank part
+_ENTRY = 5.0  # an entry of S for a token, gathered; in rows, columns and blocks it is a dense multiply-add
+_ELEMENT = 7.0  # an element of x read, or of y read or written
+_MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and read again by the GEMM
+_MERGED_ENTRY = 50.0  # an entry of S added to it
 
-    In FLOPs per rank, merging costs out · in once and saves tokens · (in + out); it pays from
-    tokens = in · out / (in + out) on. It is exact enough in fp32 alone: bf16 would round small deltas away (8-60 % of
-    them). Dropout acts on the low-rank path's x and leaves nothing to merge.
+WIDENED_TOKENS = 12
+"""From here on fp32 GEMMs serve bf16 faster than the library's bf16 products by rows, where the CPU has no instructions
+for those."""
+
+
+class Way(Enum):
+    """How the adapter's part joins the base's product."""
+
+    MERGED = "one GEMM by W + scaling · B A + S, made for the call"
+    GEMMS = "library GEMMs add the low-rank part"
+    KERNELS = "one pass of the C++ kernels adds all of it"
+
+
+def widens(x: Tensor, fast_bfloat16: bool) -> bool:
+    """True where x Wᵀ in bf16 goes through fp32 GEMMs; in the backward dy W and dyᵀ x do for any number of tokens.
+
+    PyTorch's bf16 GEMM without AVX512-BF16 or AMX is 8 (F.linear) to 130 times (dy @ W) slower than its fp32 GEMM on
+    an AVX2 CPU; github.com/pytorch/pytorch/issues/146508 has more.
     """
-    if weight is None or x.dtype != torch.float32 or seed is not None:
-        return False
+    return x.dtype == torch.bfloat16 and not fast_bfloat16 and x.numel() >= WIDENED_TOKENS * x.shape[-1]
+
+
+def forward_way(
+    x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None,
+    structure: int, seed: Tensor | None, widened: bool,
+) -> Way:  # fmt: skip
+    """Way for y. Only fp32 is merged, or bf16 widened to it: bf16 would round 8-60 % of the small deltas away."""
+    unmerged = Way.GEMMS if _library_serves(x, lora_A, lora_B, values, seed, widened) else Way.KERNELS
+    if not _may_merge(x, weight, seed, widened):
+        return unmerged
     out_features, in_features = weight.shape
-    tokens = x.numel() // max(1, in_features)
-    return tokens * (in_features + out_features) > in_features * out_features
+    low_rank = (1.0 if unmerged is Way.GEMMS else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
+    moved = _ELEMENT * (in_features + 2 * out_features)
+    adding = prod(x.shape[:-1]) * (low_rank + _sparse_cost(values, structure) + moved)
+    return Way.MERGED if _merging_cost(weight, lora_A, values) < adding else unmerged
 
 
-def low_rank_by_gemm(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None, seed) -> bool:
-    """True where an unmerged low-rank part goes through the library's GEMMs.
+def dx_way(
+    dy: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None,
+    structure: int, seed: Tensor | None, widened: bool,
+) -> Way:  # fmt: skip
+    """Way for dx. The sweep for dA, dB and dS reads x and dy whatever it is, so that KERNELS costs dx's own part alone.
 
-    Alone and all in x's dtype, it meets tuned bf16 instructions there that the kernels do not use yet. With S beside
-    it one pass over y for both is faster, and rounds y once less; dropout and mixed dtypes would cost the library
-    extra copies.
+    GEMMS stands for dA and dB too, and for bf16 alone: its GEMMs have instructions that the kernels do not use yet.
     """
-    return lora_A is not None and values is None and seed is None and x.dtype == lora_A.dtype == lora_B.dtype
+    if dy.dtype != torch.float32 and _library_serves(dy, lora_A, lora_B, values, seed, widened):
+        return Way.GEMMS
+    if not _may_merge(dy, weight, seed, widened):
+        return Way.KERNELS
+    in_features = weight.shape[1]
+    low_rank = _LOW_RANK * _rank(lora_A) * in_features
+    adding = prod(dy.shape[:-1]) * (low_rank + _sparse_cost(values, structure) + 2 * _ELEMENT * in_features)
+    return Way.MERGED if _merging_cost(weight, lora_A, values) < adding else Way.KERNELS
+
+
+def _library_serves(x, lora_A, lora_B, values, seed, widened) -> bool:
+    """A low-rank part alone, all in one dtype: S, dropout and mixed dtypes would cost the library extra passes."""
+    alone = lora_A is not None and values is None and seed is None and not widened
+    return alone and x.dtype == lora_A.dtype == lora_B.dtype
+
+
+def _may_merge(x, weight, seed, widened) -> bool:
+    """Dropout acts on the low-rank path's x alone and leaves nothing to merge."""
+    return weight is not None and seed is None and (x.dtype == torch.float32 or widened)
+
+
+def _merging_cost(weight: Tensor, lora_A: Tensor | None, values: Tensor | None) -> float:
+    entries = 0 if values is None else values.shape[0]
+    return weight.numel() * (_MERGED_ELEMENT + _rank(lora_A)) + _MERGED_ENTRY * entries
+
+
+def _sparse_cost(values: Tensor | None, structure: int) -> float:
+    """Of S for a token."""
+    if values is None:
+        return 0.0
+    return (_ENTRY if structure == UNSTRUCTURED else _LOW_RANK) * values.shape[0]
+
+
+def _rank(lora_A: Tensor | None) -> int:
+    return 0 if lora_A is None else lora_A.shape[0]
