@@ -74,6 +74,16 @@ def dx_way(
     return Way.MERGED if _merging_cost(weight, lora_A, values) < adding else Way.KERNELS
 
 
+def legal_ways(x, weight, lora_A, lora_B, values, seed, widened) -> tuple[Way, ...]:
+    """All of the ways that give the right numbers, for those who measure what the choice among them is worth."""
+    ways = [Way.KERNELS]
+    if _library_serves(x, lora_A, lora_B, values, seed, widened):
+        ways.append(Way.GEMMS)
+    if _may_merge(x, weight, seed, widened):
+        ways.append(Way.MERGED)
+    return tuple(ways)
+
+
 def _library_serves(x, lora_A, lora_B, values, seed, widened) -> bool:
     """A low-rank part alone, all in one dtype: S, dropout and mixed dtypes would cost the library extra passes."""
     alone = lora_A is not None and values is None and seed is None and not widened

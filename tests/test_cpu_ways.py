@@ -1,0 +1,139 @@
+"""Every way of the CPU's plan, forced in turn over strips and chunks of a few elements, gives the right numbers; and the plan
+takes the ways that its costs are meant to choose."""
+
+import pytest
+import torch
+from cases import LinearCase, make_inputs
+from test_ops import check_linear, run_linear
+
+import rosa_kernels as rk
+from rosa_kernels.backends import cpu, cpu_gemms
+from rosa_kernels.pattern import ROW, UNSTRUCTURED
+from rosa_kernels.plan import cpu as plan
+from rosa_kernels.plan.cpu import Way
+
+pytestmark = pytest.mark.skipif(
+    rk.available_backends()["cpu"] is not None, reason=f"backend cpu: {rk.available_backends()['cpu']}"
+)
+FP32, BF16 = torch.float32, torch.bfloat16
+
+CASES = [
+    LinearCase((25,), 66, 35, 3, "random"),
+    LinearCase((25,), 66, 35, 17, None, bias=False),
+    LinearCase((25,), 66, 35, 0, "empty_rows"),
+    LinearCase((5, 7), 66, 35, 8, "rows", x_layout="transposed", dy_layout="padded"),
+    LinearCase((25,), 35, 66, 8, "columns", weight_layout="transposed", adapter_layout="transposed"),
+    LinearCase((25,), 70, 35, 4, "almost_full", weight_layout="padded"),
+    LinearCase((25,), 70, 35, 4, "full", lora_dtype=FP32, values_dtype=FP32),
+    LinearCase((25,), 300, 40, 4, "random", lora_dtype=FP32, values_dtype=FP32),
+    LinearCase((1,), 66, 35, 4, "random"),
+    LinearCase((0,), 66, 35, 4, "random"),
+    LinearCase((25,), 66, 35, 4, "random", dropout_p=0.3),
+    LinearCase((25,), 66, 35, 4, None, dropout_p=0.3, lora_dtype=FP32),
+    LinearCase((25,), 66, 35, 4, "random", base=False),
+]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Several strips of every weight and several chunks of every batch."""
+    monkeypatch.setattr(cpu_gemms, "STRIP_ELEMENTS", 640)
+    monkeypatch.setattr(cpu_gemms, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(plan, "WIDENED_TOKENS", 0)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """force(way) -> the list of the ways taken: that one where it is legal, else the plan's."""
+
+    def install(way):
+        taken = []
+        for function in ("forward_way", "dx_way"):
+            planned = getattr(plan, function)
+
+            def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, planned=planned):
+                legal = way in plan.legal_ways(x, weight, lora_A, lora_B, values, seed, widened)
+                taken.append(way if legal else planned(x, weight, lora_A, lora_B, values, structure, seed, widened))
+                return taken[-1]
+
+            monkeypatch.setattr(plan, function, choose)
+        return taken
+
+    return install
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
+@pytest.mark.parametrize("dtype,fast_bfloat16", [(FP32, True), (BF16, True), (BF16, False)], ids=["fp32", "bf16", "widened"])
+def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_bfloat16):
+    monkeypatch.setattr(cpu, "_fast_bfloat16", lambda: fast_bfloat16)
+    taken = force(way)
+    with rk.use_backend("cpu"):
+        check_linear("cpu", case, dtype)
+    assert len(taken) == 2
+
+
+def test_each_way_was_legal_somewhere(monkeypatch, force):
+    for way in Way:
+        taken = force(way)
+        with rk.use_backend("cpu"):
+            check_linear("cpu", LinearCase((25,), 66, 35, 3, None), FP32)
+        assert taken == [way, way]
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("way", [Way.MERGED, Way.KERNELS], ids=lambda way: way.name)
+def test_small_deltas_survive_the_widening_of_bf16(monkeypatch, small_pieces, force, way):
+    """Deltas of 2^-10 of W's entries, which bf16 (unit roundoff 2^-8) would round away, move y by their sum."""
+    monkeypatch.setattr(cpu, "_fast_bfloat16", lambda: False)
+    force(way)
+    x, weight = torch.ones(16, 512, dtype=BF16), torch.zeros(8, 512, dtype=BF16)
+    weight[:, ::2], weight[:, 1::2] = 1.0, -1.0
+    pattern = rk.CSRPattern.from_mask(torch.ones(8, 512, dtype=torch.bool))
+    with rk.use_backend("cpu"):
+        y = rk.sparse_linear(x, weight, None, torch.full((8 * 512,), 2.0**-10, dtype=BF16), pattern)
+    assert torch.equal(y, torch.full((16, 8), 0.5, dtype=BF16))
+
+
+def test_bf16_gradient_of_a_trainable_weight_is_summed_in_fp32(monkeypatch, small_pieces):
+    monkeypatch.setattr(cpu, "_fast_bfloat16", lambda: False)
+    case = LinearCase((300,), 40, 35, 3, "random")
+    inputs = make_inputs(case, BF16)
+    with rk.use_backend("cpu"):
+        got = run_linear(case, inputs)["weight"].double()
+    exact = inputs.dy.double().T @ inputs.x.double()
+    assert ((got - exact).abs() <= 2.0**-8 * exact.abs() + 1e-3).all()
+
+
+def chosen(tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False):
+    """(way for y, way for dx) of meta tensors: no memory is touched."""
+    x, dy = (torch.empty(tokens, features, dtype=dtype, device="meta") for features in (in_features, out_features))
+    weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
+    A, B = torch.empty(r, in_features, device="meta"), torch.empty(out_features, r, device="meta")
+    nnz = int(density * weight.numel())
+    values = torch.empty(nnz, device="meta") if nnz else None
+    adapter = (A, B) if r else (None, None)
+    arguments = (weight, *adapter, values, structure, None, widened)
+    return plan.forward_way(x, *arguments), plan.dx_way(dy, *arguments)
+
+
+def test_many_tokens_merge_in_fp32_and_in_widened_bf16_alone():
+    for O, I in ((768, 768), (3072, 768), (4096, 4096)):
+        assert chosen(4096, O, I) == (Way.MERGED, Way.MERGED)
+        assert chosen(4096, O, I, dtype=BF16, widened=True) == (Way.MERGED, Way.MERGED)
+        assert chosen(4096, O, I, dtype=BF16) == (Way.KERNELS, Way.KERNELS)
+        assert chosen(16, O, I) == (Way.KERNELS, Way.KERNELS)
+
+
+def test_the_more_entries_the_sooner_it_merges():
+    fewest = [
+        min(t for t in range(1, 5000) if chosen(t, 1024, 1024, density=d, structure=s)[0] is Way.MERGED)
+        for d, s in ((0.1, UNSTRUCTURED), (0.02, UNSTRUCTURED), (0.02, ROW), (0.001, UNSTRUCTURED))
+    ]
+    assert fewest == sorted(fewest) and len(set(fewest)) == 4
+
+
+def test_lora_alone_goes_through_the_library_until_it_merges():
+    assert chosen(64, 4096, 4096, density=0.0)[0] is Way.GEMMS
+    assert chosen(2048, 4096, 4096, density=0.0)[0] is Way.GEMMS
+    assert chosen(8192, 4096, 4096, density=0.0)[0] is Way.MERGED
