@@ -10,17 +10,23 @@ constexpr int GROUP = 4;  // rows that share each load of their inputs
 // packed[g][l][j] = matrix[4 g + j][l], zero past the last row: four rows' coefficients lie side by side.
 inline void pack_groups(const float* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
                         float* packed) {
-  for (int64_t g = 0; g < rows; g += GROUP)
-    for (int64_t l = 0; l < length; ++l)
-      for (int64_t j = 0; j < GROUP; ++j)
-        *packed++ = g + j < rows ? matrix[(g + j) * row_stride + l * column_stride] : 0.0f;
+  for (int64_t g = 0; g < rows; g += GROUP) {
+    const float* group = matrix + g * row_stride;
+    if (g + GROUP <= rows)
+      for (int64_t l = 0; l < length; ++l)
+        for (int64_t j = 0; j < GROUP; ++j) *packed++ = group[j * row_stride + l * column_stride];
+    else
+      for (int64_t l = 0; l < length; ++l)
+        for (int64_t j = 0; j < GROUP; ++j)
+          *packed++ = g + j < rows ? group[j * row_stride + l * column_stride] : 0.0f;
+  }
 }
 
 // out[j][t] = alpha · Σ_l coefficients[l][j] · in[l][t] for one group; with bits, in is masked by dropout first.
 template <bool Masked>
 inline void multiply_group(const float* coefficients, const float* in, const uint64_t* keep_bits, int64_t length,
-                           float alpha, float* out) {
-  for (int64_t t = 0; t < TOKENS; t += STRIP * LANES) {
+                           float alpha, float* out, int64_t width) {
+  for (int64_t t = 0; t < width; t += STRIP * LANES) {
     Vec sums[GROUP][STRIP];
 #pragma GCC unroll 4
     for (int j = 0; j < GROUP; ++j)
@@ -48,14 +54,14 @@ inline void multiply_group(const float* coefficients, const float* in, const uin
   }
 }
 
-// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups.
+// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups; the first width columns.
 inline void multiply(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
-                     float alpha, float* out) {
+                     float alpha, float* out, int64_t width = TOKENS) {
   for (int64_t g = 0; g < rows; g += GROUP) {
     if (keep_bits)
-      multiply_group<true>(packed + g * length, in, keep_bits, length, alpha, out + g * TOKENS);
+      multiply_group<true>(packed + g * length, in, keep_bits, length, alpha, out + g * TOKENS, width);
     else
-      multiply_group<false>(packed + g * length, in, nullptr, length, alpha, out + g * TOKENS);
+      multiply_group<false>(packed + g * length, in, nullptr, length, alpha, out + g * TOKENS, width);
   }
 }
 

@@ -5,12 +5,16 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-// packed[f][t] = rows[t][f], fp32; features from `features` up to the next multiple of LANES and absent tokens become zero.
+// The part of a block that holds any of its tokens, in whole strips; what lies beyond is neither computed nor read.
+inline int64_t used_width(int64_t tokens) { return rounded_up(tokens, STRIP * LANES); }
+
+// packed[f][t] = rows[t][f], fp32; features from `features` up to the next multiple of LANES and absent tokens become zero,
+// the latter as far as `width`.
 template <class T>
-inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* packed) {
+inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* packed, int64_t width = TOKENS) {
   const int64_t whole = features / LANES * LANES;
   for (int64_t f = 0; f < whole; f += LANES)
-    for (int64_t t = 0; t < TOKENS; t += LANES) {
+    for (int64_t t = 0; t < width; t += LANES) {
       Vec tile[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) tile[i] = t + i < tokens ? load(rows + (t + i) * stride + f) : zero();

@@ -33,21 +33,32 @@ class Update {
   template <class T>
   void add_to(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
               float* scratch) const {
-    multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch);
+    add_tiles(rows, stride, tokens, ranks, in, keep_bits, scratch, 0, tile_count());
+  }
+
+  // In TILE output features each.
+  int64_t tile_count() const { return (out_features_ + TILE - 1) / TILE; }
+
+  // The same for tiles [begin, end) of the output features.
+  template <class T>
+  void add_tiles(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
+                 float* scratch, int64_t begin, int64_t end) const {
+    const int64_t width = used_width(tokens);
+    multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch, width);
     alignas(64) float tile[TILE * TOKENS];
-    for (int64_t i = 0; i < out_features_; i += TILE) {
+    for (int64_t i = begin * TILE; i < smaller(end * TILE, out_features_); i += TILE) {
       const int64_t count = smaller(TILE, out_features_ - i);
       const bool some_sparse = sparse_.values && sparse_.crow[i] != sparse_.crow[i + count];
       if (!r_ && !some_sparse) continue;
       std::memset(tile, 0, sizeof tile);
       if (r_) {
-        multiply(expand_ + i * r_, ranks, nullptr, count, r_, alpha_, tile);
+        multiply(expand_ + i * r_, ranks, nullptr, count, r_, alpha_, tile, width);
         if (keep_bits) drop(keep_bits + i, count, tile);
       }
       if (some_sparse && whole_rows_)
         scatter_rows(sparse_, in_features_, i, count, scratch, tile);
       else if (some_sparse)
-        add_sparse(sparse_, i, count, in, tile);
+        add_sparse(sparse_, i, count, in, tile, width);
       add_transposed(tile, tokens, count, rows + i, stride);
     }
   }

@@ -23,6 +23,7 @@ def low_rank_by_gemm(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, va
 
     Alone and all in x's dtype, it meets tuned bf16 instructions there that the kernels do not use yet. With S beside
     it one pass over y for both is faster, and rounds y once less; dropout and mixed dtypes would cost the library
-    extra copies.
+    extra copies. For one token the library's four calls cost more than the multiplications.
     """
-    return lora_A is not None and values is None and seed is None and x.dtype == lora_A.dtype == lora_B.dtype
+    alone = lora_A is not None and values is None and seed is None
+    return alone and x.dtype == lora_A.dtype == lora_B.dtype and x.numel() > x.shape[-1]
