@@ -4,13 +4,12 @@ Nothing is saved but inputs, so activation checkpointing, FSDP and autograd's ow
 nothing derived from a trainable tensor outlives a call.
 """
 
-import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from rosa_kernels import ops
 from rosa_kernels.pattern import COLUMN, ROW
 
-_ops = torch.ops.rosa_kernels
 _TRANSPOSED = {ROW: COLUMN, COLUMN: ROW}
 
 
@@ -31,7 +30,7 @@ class RoSALinearFunction(Function):
         ctx.save_for_backward(
             x, weight if need_x else None, lora_A, lora_B, values, crow, col, ccol, row, permutation, seed
         )
-        return _ops.rosa_linear(
+        return ops.rosa_linear(
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed
         )
 
@@ -40,7 +39,7 @@ class RoSALinearFunction(Function):
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, values, crow, col, ccol, row, permutation, seed = ctx.saved_tensors
         scaling, structure, dropout_p = ctx.numbers
-        gradients = _ops.rosa_linear_backward(
+        gradients = ops.rosa_linear_backward(
             dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation,
             structure, dropout_p, seed, ctx.needs,
         )  # fmt: skip
@@ -57,7 +56,7 @@ class SpMMFunction(Function):
     def forward(ctx, x, values, crow, col, ccol, row, permutation, structure):
         ctx.structure = structure
         ctx.save_for_backward(x, values, crow, col, ccol, row, permutation)
-        return _ops.spmm(x, values, crow, col, structure)
+        return ops.spmm(x, values, crow, col, structure)
 
     @staticmethod
     @once_differentiable
@@ -65,9 +64,9 @@ class SpMMFunction(Function):
         x, values, crow, col, ccol, row, permutation = ctx.saved_tensors
         dx = dvalues = None
         if ctx.needs_input_grad[0]:
-            dx = _ops.spmm(dy, values[permutation], ccol, row, transposed_structure(ctx.structure))
+            dx = ops.spmm(dy, values[permutation], ccol, row, transposed_structure(ctx.structure))
         if ctx.needs_input_grad[1]:
-            dvalues = _ops.sddmm(dy, x, crow, col, ctx.structure).to(values.dtype)
+            dvalues = ops.sddmm(dy, x, crow, col, ctx.structure).to(values.dtype)
         return dx, dvalues, None, None, None, None, None, None
 
 
@@ -78,7 +77,7 @@ class SDDMMFunction(Function):
     def forward(ctx, dy, x, crow, col, ccol, row, permutation, structure):
         ctx.structure = structure
         ctx.save_for_backward(dy, x, crow, col, ccol, row, permutation)
-        return _ops.sddmm(dy, x, crow, col, structure)
+        return ops.sddmm(dy, x, crow, col, structure)
 
     @staticmethod
     @once_differentiable
@@ -86,9 +85,9 @@ class SDDMMFunction(Function):
         dy, x, crow, col, ccol, row, permutation = ctx.saved_tensors
         ddy = dx = None
         if ctx.needs_input_grad[0]:
-            ddy = _ops.spmm(x, g, crow, col, ctx.structure)
+            ddy = ops.spmm(x, g, crow, col, ctx.structure)
         if ctx.needs_input_grad[1]:
-            dx = _ops.spmm(dy, g[permutation], ccol, row, transposed_structure(ctx.structure))
+            dx = ops.spmm(dy, g[permutation], ccol, row, transposed_structure(ctx.structure))
         return ddy, dx, None, None, None, None, None, None
 
 
@@ -99,7 +98,7 @@ class CSRAddFunction(Function):
     def forward(ctx, weight, values, crow, col, rows):
         ctx.values_dtype = values.dtype
         ctx.save_for_backward(rows, col)
-        return _ops.csr_add(weight, values, crow, col)
+        return ops.csr_add(weight, values, crow, col)
 
     @staticmethod
     @once_differentiable

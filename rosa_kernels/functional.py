@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from rosa_kernels import dropout
+from rosa_kernels import dropout, ops
 from rosa_kernels.autograd import CSRAddFunction, RoSALinearFunction, SDDMMFunction, SpMMFunction
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern
 
-_ops = torch.ops.rosa_kernels
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -86,7 +85,7 @@ def spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
         return SpMMFunction.apply(
             x, values, pattern.crow_indices, pattern.col_indices, *pattern.transpose(), pattern.structure
         )
-    return _ops.spmm(x, values, pattern.crow_indices, pattern.col_indices, pattern.structure)
+    return ops.spmm(x, values, pattern.crow_indices, pattern.col_indices, pattern.structure)
 
 
 def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
@@ -110,7 +109,7 @@ def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
         return SDDMMFunction.apply(
             dy, x, pattern.crow_indices, pattern.col_indices, *pattern.transpose(), pattern.structure
         )
-    return _ops.sddmm(dy, x, pattern.crow_indices, pattern.col_indices, pattern.structure)
+    return ops.sddmm(dy, x, pattern.crow_indices, pattern.col_indices, pattern.structure)
 
 
 def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
@@ -130,10 +129,76 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
         return CSRAddFunction.apply(
             weight, values, pattern.crow_indices, pattern.col_indices, pattern.row_of_entry()
         )
-    return _ops.csr_add(weight, values, pattern.crow_indices, pattern.col_indices)
+    return ops.csr_add(weight, values, pattern.crow_indices, pattern.col_indices)
 
 
 def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training):
+    if not _fits(x, weight, bias, lora_A, lora_B, values, pattern):
+        x, weight, bias = _checked(x, weight, bias, lora_A, lora_B, values, pattern)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
+    seed = None
+    if training and dropout_p > 0 and lora_A is not None:
+        seed = dropout.new_seed(x.device)
+    crow = col = None
+    structure = UNSTRUCTURED
+    if pattern is not None:
+        crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
+    scaling, dropout_p = float(scaling), float(dropout_p)
+    if _wants_grad(x, weight, bias, lora_A, lora_B, values):
+        transposed = (None, None, None) if pattern is None else pattern.transpose()
+        return RoSALinearFunction.apply(
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, *transposed, structure, dropout_p, seed
+        )
+    return ops.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+
+
+def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
+    """Whether a call is of the common kind and passes every check of _checked, which takes 10 us on a cold cache.
+
+    The common kind: outside autocast, a weight and lora_A and lora_B, all on the CPU.
+    """
+    return (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and isinstance(lora_A, Tensor)
+        and isinstance(lora_B, Tensor)
+        and x.is_cpu
+        and weight.is_cpu
+        and lora_A.is_cpu
+        and lora_B.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and (dtype := x.dtype) in _FLOATING
+        and weight.dtype == dtype
+        and lora_A.dtype in _FLOATING
+        and lora_B.dtype in _FLOATING
+        and len(shape := weight.shape) == 2
+        and x.shape[-1:] == shape[1:]
+        and len(shape_A := lora_A.shape) == 2
+        and shape_A[0] > 0
+        and shape_A[1] == shape[1]
+        and lora_B.shape == (shape[0], shape_A[0])
+        and (
+            bias is None
+            or (isinstance(bias, Tensor) and bias.is_cpu and bias.dtype == dtype and bias.shape == shape[:1])
+        )
+        and (
+            values is pattern is None
+            or (
+                isinstance(pattern, CSRPattern)
+                and isinstance(values, Tensor)
+                and pattern.col_indices.is_cpu
+                and values.is_cpu
+                and values.dtype in _FLOATING
+                and pattern.shape == shape
+                and values.shape == pattern.col_indices.shape
+            )
+        )
+    )
+
+
+def _checked(x, weight, bias, lora_A, lora_B, values, pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Checks every tensor and the pattern; returns x, weight and bias as autocast wants them."""
     _check_type("x", x, Tensor)
     for name, tensor in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B), ("values", values)):
         if tensor is not None:
@@ -147,27 +212,13 @@ def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, drop
         raise ValueError("lora_A and lora_B: expected both or neither")
     if (values is None) != (pattern is None):
         raise ValueError("values and pattern: expected both or neither")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
     if lora_A is not None:
         _check_lora(lora_A, lora_B, in_features, out_features, x.device)
-    seed = None
-    if training and dropout_p > 0 and lora_A is not None:
-        seed = dropout.new_seed(x.device)
-    crow = col = None
-    structure = UNSTRUCTURED
     if pattern is not None:
         if pattern.shape != (out_features, in_features):
             raise ValueError(f"pattern: expected shape {(out_features, in_features)}, got {pattern.shape}")
         _check_values(values, pattern, x.device)
-        crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
-    scaling, dropout_p = float(scaling), float(dropout_p)
-    if _wants_grad(x, weight, bias, lora_A, lora_B, values):
-        transposed = (None, None, None) if pattern is None else pattern.transpose()
-        return RoSALinearFunction.apply(
-            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, *transposed, structure, dropout_p, seed
-        )
-    return _ops.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+    return x, weight, bias
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:

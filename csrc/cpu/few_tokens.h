@@ -5,7 +5,8 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int64_t FEW_TOKENS = 8;  // above it a block of TOKENS, even if mostly empty, is faster
+// Above it a block of TOKENS, even if mostly empty, is faster; sooner where its strips are narrow.
+constexpr int64_t FEW_TOKENS = STRIP * LANES < TOKENS ? 3 : 8;
 
 // Σ_l a[l] · b[l]; four sums hide the latency of an addition.
 inline float dot(const float* a, const float* b, int64_t length) {
@@ -50,29 +51,56 @@ inline void drop(const Dropout& dropout, int64_t token, int64_t features, uint64
     if (!(bits[f] & 1)) x[f] = 0;
 }
 
+// delta[i] = Σ_q B[i][q] · ranks[q] for rows [begin, end).
+inline void expand(const LowRank& l, const float* ranks, int64_t begin, int64_t end, float* delta) {
+  if (l.r == 0 || l.r % LANES != 0) {
+    for (int64_t i = begin; i < end; ++i) delta[i] = dot(l.B + i * l.r, ranks, l.r);
+    return;
+  }
+  std::memset(delta + begin, 0, sizeof(float) * (end - begin));
+  DotProducts dots(delta + begin);
+  for (int64_t i = begin; i < end; ++i) {
+    Vec products = zero();
+    for (int64_t q = 0; q < l.r; q += LANES) products = fma(load(l.B + i * l.r + q), load(ranks + q), products);
+    dots.push(products);
+  }
+  dots.finish();
+}
+
+// Rows of the result are shared among threads where each has work for some 20 us.
+inline int64_t few_slots(const Forward& f) {
+  constexpr int64_t SHARE = 1 << 15;  // entries of B and S, most of them read one at a time
+  const int64_t work = f.tokens * (f.low_rank.r * f.out_features / LANES + f.sparse.nnz);
+  return larger(1, smaller(smaller(thread_count(), f.out_features), work / SHARE));
+}
+
 template <class T>
 void forward_few(const Forward& f) {
-  const int64_t r = f.low_rank.r;
+  const int64_t r = f.low_rank.r, in = f.in_features, out = f.out_features;
   static thread_local Arena arena;
   float* piece[5];
-  arena.cut({f.in_features, f.in_features, r, f.out_features, f.dropout.on ? 2 * rounded_up(f.in_features, 4) : 0}, piece);
-  float *x = piece[0], *x_hat = f.dropout.on ? piece[1] : piece[0], *ranks = piece[2], *delta = piece[3];
+  arena.cut({f.tokens * in, f.dropout.on ? in : 0, f.tokens * r, f.tokens * out, f.dropout.on ? 2 * rounded_up(in, 4) : 0},
+            piece);
+  float *x = piece[0], *x_hat = piece[1], *ranks = piece[2], *delta = piece[3];
   const float alpha = low_rank_scale(f.low_rank, f.dropout);
   for (int64_t t = 0; t < f.tokens; ++t) {
-    widen((const T*)f.x.data + t * f.x.stride, f.in_features, x);
+    widen((const T*)f.x.data + t * f.x.stride, in, x + t * in);
     if (f.dropout.on) {
-      std::memcpy(x_hat, x, sizeof(float) * f.in_features);
-      drop(f.dropout, t, f.in_features, reinterpret_cast<uint64_t*>(piece[4]), x_hat);
+      std::memcpy(x_hat, x + t * in, sizeof(float) * in);
+      drop(f.dropout, t, in, reinterpret_cast<uint64_t*>(piece[4]), x_hat);
     }
-    for (int64_t q = 0; q < r; ++q) ranks[q] = alpha * dot(f.low_rank.A + q * f.in_features, x_hat, f.in_features);
-    for (int64_t i = 0; i < f.out_features; ++i) {
-      float total = r ? dot(f.low_rank.B + i * r, ranks, r) : 0.0f;
-      for (int64_t e = f.sparse.values ? f.sparse.crow[i] : 0; f.sparse.values && e < f.sparse.crow[i + 1]; ++e)
-        total += f.sparse.values[e] * x[f.sparse.col[e]];
-      delta[i] = total;
-    }
-    add_rounded(delta, f.out_features, (T*)f.y.data + t * f.y.stride);
+    const float* shrunk = f.dropout.on ? x_hat : x + t * in;
+    for (int64_t q = 0; q < r; ++q) ranks[t * r + q] = alpha * dot(f.low_rank.A + q * in, shrunk, in);
   }
+  for_slots(few_slots(f), out, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < f.tokens; ++t) expand(f.low_rank, ranks + t * r, begin, end, delta + t * out);
+    for (int64_t i = begin; f.sparse.values && i < end; ++i)
+      for (int64_t t = 0; t < f.tokens; ++t)
+        for (int64_t e = f.sparse.crow[i]; e < f.sparse.crow[i + 1]; ++e)
+          delta[t * out + i] += f.sparse.values[e] * x[t * in + f.sparse.col[e]];
+    for (int64_t t = 0; t < f.tokens; ++t)
+      add_rounded(delta + t * out + begin, end - begin, (T*)f.y.data + t * f.y.stride + begin);
+  });
 }
 
 }  // namespace ROSA_ISA

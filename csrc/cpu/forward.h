@@ -10,6 +10,15 @@ inline int64_t block_count(int64_t tokens) { return (tokens + TOKENS - 1) / TOKE
 inline int64_t slot_count(int64_t tokens) { return smaller(thread_count(), block_count(tokens)); }
 inline float low_rank_scale(const LowRank& l, const Dropout& d) { return l.scaling * (d.on ? d.scale : 1.0f); }
 
+// Into how many parts the output features are cut where there are fewer blocks than threads; each packs x and computes H for
+// itself. A part must be worth waking a thread, some 10 us.
+inline int64_t parts_of_a_block(const Forward& f, int64_t blocks, int64_t tiles) {
+  constexpr int64_t PART = 1 << 18;  // multiplications
+  if (blocks == 0 || blocks >= thread_count()) return 1;
+  const int64_t work = smaller(f.tokens, TOKENS) * (f.low_rank.r * f.out_features + f.sparse.nnz);
+  return larger(1, smaller(smaller(thread_count() / blocks, tiles), work / PART));
+}
+
 template <class T>
 void forward_blocks(const Forward& f) {
   const int64_t r = f.low_rank.r, padded_r = rounded_up(r, GROUP), padded_in = rounded_up(f.in_features, LANES);
@@ -17,7 +26,9 @@ void forward_blocks(const Forward& f) {
   pack_groups(f.low_rank.A, f.in_features, 1, r, f.in_features, shrink);
   const Update update(f.low_rank.B, r, 1, r, low_rank_scale(f.low_rank, f.dropout), f.sparse, f.in_features,
                       f.out_features);
-  for_slots(slot_count(f.tokens), block_count(f.tokens), [&](int64_t, int64_t begin, int64_t end) {
+  const int64_t blocks = block_count(f.tokens);
+  const int64_t parts = parts_of_a_block(f, blocks, update.tile_count());
+  for_slots(smaller(thread_count(), blocks * parts), blocks * parts, [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Arena arena;
     float* piece[4];
     arena.cut({padded_in * TOKENS, padded_r * TOKENS, update.scratch_size(),
@@ -25,12 +36,13 @@ void forward_blocks(const Forward& f) {
               piece);
     float *packed = piece[0], *ranks = piece[1], *scratch = piece[2];
     uint64_t* bits = f.dropout.on ? reinterpret_cast<uint64_t*>(piece[3]) : nullptr;
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * TOKENS, tokens = smaller(TOKENS, f.tokens - first);
-      pack((const T*)f.x.data + first * f.x.stride, f.x.stride, tokens, f.in_features, packed);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / parts * TOKENS, part = item % parts, tokens = smaller(TOKENS, f.tokens - first);
+      pack((const T*)f.x.data + first * f.x.stride, f.x.stride, tokens, f.in_features, packed, used_width(tokens));
       if (bits) keep_bits(f.dropout, first, f.in_features, bits);
-      multiply(shrink, packed, bits, r, f.in_features, 1.0f, ranks);
-      update.add_to((T*)f.y.data + first * f.y.stride, f.y.stride, tokens, ranks, packed, nullptr, scratch);
+      multiply(shrink, packed, bits, r, f.in_features, 1.0f, ranks, used_width(tokens));
+      update.add_tiles((T*)f.y.data + first * f.y.stride, f.y.stride, tokens, ranks, packed, nullptr, scratch,
+                       update.tile_count() * part / parts, update.tile_count() * (part + 1) / parts);
     }
   });
 }

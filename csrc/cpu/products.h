@@ -10,19 +10,25 @@ constexpr int GROUP = 4;  // rows that share each load of their inputs
 // packed[g][l][j] = matrix[4 g + j][l], zero past the last row: four rows' coefficients lie side by side.
 inline void pack_groups(const float* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
                         float* packed) {
-  for (int64_t g = 0; g < rows; g += GROUP)
-    for (int64_t l = 0; l < length; ++l)
-      for (int64_t j = 0; j < GROUP; ++j)
-        *packed++ = g + j < rows ? matrix[(g + j) * row_stride + l * column_stride] : 0.0f;
+  for (int64_t g = 0; g < rows; g += GROUP) {
+    const float* group = matrix + g * row_stride;
+    if (g + GROUP <= rows)
+      for (int64_t l = 0; l < length; ++l)
+        for (int64_t j = 0; j < GROUP; ++j) *packed++ = group[j * row_stride + l * column_stride];
+    else
+      for (int64_t l = 0; l < length; ++l)
+        for (int64_t j = 0; j < GROUP; ++j)
+          *packed++ = g + j < rows ? group[j * row_stride + l * column_stride] : 0.0f;
+  }
 }
 
 // out[j][t] = alpha · (out[j][t] + Σ_l coefficients[l][j] · in[l][t]) for one group, out taken as zero at First; with bits, in is
 // masked by dropout before.
 template <bool First, bool Masked>
 inline void multiply_group(const float* coefficients, const float* in, const uint64_t* keep_bits, int64_t length,
-                           float alpha, float* out) {
+                           float alpha, float* out, int64_t used) {
   const Vec scale = broadcast(alpha);
-  for (int64_t t = 0; t < TOKENS; t += STRIP * LANES) {
+  for (int64_t t = 0; t < used; t += STRIP * LANES) {
     Vec sums[GROUP][STRIP];
 #pragma GCC unroll 4
     for (int j = 0; j < GROUP; ++j)
@@ -51,27 +57,27 @@ inline void multiply_group(const float* coefficients, const float* in, const uin
 
 template <bool First>
 inline void multiply_panel(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
-                           int64_t begin, int64_t width, float alpha, float* out) {
+                           int64_t begin, int64_t width, float alpha, float* out, int64_t used) {
   for (int64_t g = 0; g < rows; g += GROUP) {
-    const float* coefficients = packed + g * length + begin * GROUP;
+    const float *coefficients = packed + g * length + begin * GROUP, *inputs = in + begin * TOKENS;
     if (keep_bits)
-      multiply_group<First, true>(coefficients, in + begin * TOKENS, keep_bits + begin, width, alpha, out + g * TOKENS);
+      multiply_group<First, true>(coefficients, inputs, keep_bits + begin, width, alpha, out + g * TOKENS, used);
     else
-      multiply_group<First, false>(coefficients, in + begin * TOKENS, nullptr, width, alpha, out + g * TOKENS);
+      multiply_group<First, false>(coefficients, inputs, nullptr, width, alpha, out + g * TOKENS, used);
   }
 }
 
 constexpr int64_t LONG_PANEL = 4 * PANEL;  // features of a block that stay in the second-level cache (64 KiB)
 
-// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups. All groups pass over a panel
-// of `in` before the next one is fetched.
+// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups; the first `used` columns. All
+// groups pass over a panel of `in` before the next one is fetched.
 inline void multiply(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
-                     float alpha, float* out) {
+                     float alpha, float* out, int64_t used = TOKENS) {
   const int64_t width = smaller(LONG_PANEL, length);
-  multiply_panel<true>(packed, in, keep_bits, rows, length, 0, width, width < length ? 1.0f : alpha, out);
+  multiply_panel<true>(packed, in, keep_bits, rows, length, 0, width, width < length ? 1.0f : alpha, out, used);
   for (int64_t l = width; l < length; l += LONG_PANEL) {
     const int64_t next = smaller(LONG_PANEL, length - l);
-    multiply_panel<false>(packed, in, keep_bits, rows, length, l, next, l + next < length ? 1.0f : alpha, out);
+    multiply_panel<false>(packed, in, keep_bits, rows, length, l, next, l + next < length ? 1.0f : alpha, out, used);
   }
 }
 

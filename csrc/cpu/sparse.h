@@ -18,10 +18,10 @@ inline int64_t rows_alike(const Csr& s, int64_t i, int64_t limit) {
   return n;
 }
 
-// out[t] += Σ_e values[e] · in[col[e]][t] over the entries of one row.
-inline void add_row(const Csr& s, int64_t i, const float* in, float* out) {
-  constexpr int WIDTH = TOKENS / LANES > 8 ? 8 : TOKENS / LANES;
-  for (int64_t t = 0; t < TOKENS; t += WIDTH * LANES) {
+// out[t] += Σ_e values[e] · in[col[e]][t] over the entries of one row, for t below width, WIDTH vectors at a time.
+template <int WIDTH>
+inline void add_row(const Csr& s, int64_t i, const float* in, float* out, int64_t width) {
+  for (int64_t t = 0; t < width; t += WIDTH * LANES) {
     Vec sums[WIDTH];
 #pragma GCC unroll 8
     for (int v = 0; v < WIDTH; ++v) sums[v] = load(out + t + v * LANES);
@@ -37,10 +37,10 @@ inline void add_row(const Csr& s, int64_t i, const float* in, float* out) {
 }
 
 // The same for GROUP rows from i on that have the same columns.
-inline void add_rows_alike(const Csr& s, int64_t i, const float* in, float* out) {
+inline void add_rows_alike(const Csr& s, int64_t i, const float* in, float* out, int64_t width) {
   const int64_t length = s.crow[i + 1] - s.crow[i];
   const int32_t* col = s.col + s.crow[i];
-  for (int64_t t = 0; t < TOKENS; t += STRIP * LANES) {
+  for (int64_t t = 0; t < width; t += STRIP * LANES) {
     Vec sums[GROUP][STRIP];
 #pragma GCC unroll 4
     for (int j = 0; j < GROUP; ++j)
@@ -64,16 +64,20 @@ inline void add_rows_alike(const Csr& s, int64_t i, const float* in, float* out)
   }
 }
 
-// out (rows, TOKENS) += rows [first, first + rows) of S · in.
-inline void add_sparse(const Csr& s, int64_t first, int64_t rows, const float* in, float* out) {
+// out (rows, TOKENS) += rows [first, first + rows) of S · in, the first width columns.
+inline void add_sparse(const Csr& s, int64_t first, int64_t rows, const float* in, float* out, int64_t width) {
+  constexpr int WHOLE = TOKENS / LANES > 8 ? 8 : TOKENS / LANES;
   for (int64_t i = first; i < first + rows;) {
     if (s.crow[i] == s.crow[i + 1]) {
       ++i;
     } else if (s.structure != Structure::unstructured && rows_alike(s, i, first + rows - i) == GROUP) {
-      add_rows_alike(s, i, in, out + (i - first) * TOKENS);
+      add_rows_alike(s, i, in, out + (i - first) * TOKENS, width);
       i += GROUP;
     } else {
-      add_row(s, i, in, out + (i - first) * TOKENS);
+      if (width % (WHOLE * LANES) == 0)
+        add_row<WHOLE>(s, i, in, out + (i - first) * TOKENS, width);
+      else
+        add_row<STRIP>(s, i, in, out + (i - first) * TOKENS, width);
       ++i;
     }
   }

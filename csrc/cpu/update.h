@@ -17,6 +17,7 @@ class Update {
   Update(const float* expand, int64_t row_stride, int64_t column_stride, int64_t r, float alpha, const Csr& sparse,
          int64_t in_features, int64_t out_features)
       : r_(r),
+        step_(r ? TILE : SPARSE_TILE),
         alpha_(alpha),
         in_features_(in_features),
         out_features_(out_features),
@@ -35,22 +36,31 @@ class Update {
   template <class T>
   void add_to(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
               float* scratch) const {
-    multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch);
+    add_tiles(rows, stride, tokens, ranks, in, keep_bits, scratch, 0, tile_count());
+  }
+
+  int64_t tile_count() const { return (out_features_ + step_ - 1) / step_; }
+
+  // The same for tiles [begin, end) of the output features.
+  template <class T>
+  void add_tiles(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
+                 float* scratch, int64_t begin, int64_t end) const {
+    const int64_t used = used_width(tokens);
+    multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch, used);
     alignas(64) float tile[TILE * TOKENS];
-    const int64_t step = r_ ? TILE : SPARSE_TILE;
-    for (int64_t i = 0; i < out_features_; i += step) {
-      const int64_t count = smaller(step, out_features_ - i);
+    for (int64_t i = begin * step_; i < smaller(end * step_, out_features_); i += step_) {
+      const int64_t count = smaller(step_, out_features_ - i);
       const bool some_sparse = sparse_.values && sparse_.crow[i] != sparse_.crow[i + count];
       if (!r_ && !some_sparse) continue;
       std::memset(tile, 0, sizeof(float) * rounded_up(count, 16) * TOKENS);
       if (r_) {
-        multiply(expand_ + i * r_, ranks, nullptr, count, r_, alpha_, tile);
+        multiply(expand_ + i * r_, ranks, nullptr, count, r_, alpha_, tile, used);
         if (keep_bits) drop(keep_bits + i, count, tile);
       }
       if (some_sparse && whole_rows_)
         scatter_rows(sparse_, in_features_, i, count, scratch, tile);
       else if (some_sparse)
-        add_sparse(sparse_, i, count, in, tile);
+        add_sparse(sparse_, i, count, in, tile, used);
       add_transposed(tile, tokens, count, rows + i, stride);
     }
   }
@@ -62,7 +72,7 @@ class Update {
         store(tile + j * TOKENS + t, keep(keep_bits[j] >> t, load(tile + j * TOKENS + t)));
   }
 
-  int64_t r_;
+  int64_t r_, step_;
   float alpha_;
   int64_t in_features_, out_features_;
   Csr sparse_;

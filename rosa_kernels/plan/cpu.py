@@ -48,12 +48,13 @@ def forward_way(
     structure: int, seed: Tensor | None, widened: bool,
 ) -> Way:  # fmt: skip
     """Way for y. Only fp32 is merged, or bf16 widened to it: bf16 would round 8-60 % of the small deltas away."""
-    unmerged = Way.GEMMS if _library_serves(x, lora_A, lora_B, values, seed, widened) else Way.KERNELS
+    one_token = x.numel() <= x.shape[-1]  # for which the library's four calls cost more than the multiplications
+    by_gemm = not one_token and _library_serves(x, lora_A, lora_B, values, seed, widened)
+    unmerged = Way.GEMMS if by_gemm else Way.KERNELS
     if not _may_merge(x, weight, seed, widened):
         return unmerged
     out_features, in_features = weight.shape
     tokens = prod(x.shape[:-1])
-    by_gemm = unmerged is Way.GEMMS
     low_rank = (1.0 if by_gemm else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
     moved = _ELEMENT * (in_features + 2 * out_features)
     a_token = low_rank + _sparse_cost(values, structure) + moved
