@@ -69,6 +69,7 @@ def _strips(count: int, length: int) -> list[tuple[int, int]]:
     return [(count * i // strips, count * (i + 1) // strips) for i in range(strips)]
 
 
+@torch.no_grad()  # an op below autograd is also called above it, by exported programs; out= would refuse their parameters
 def _multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = x · matrix + bias, the matrix in fp32, x and out in fp32 or bf16."""
     if x.dtype == matrix.dtype:
