@@ -27,6 +27,17 @@ class TransposedCsr {
 inline const float* direct_rows(const float* rows, int64_t tokens) { return tokens == TOKENS ? rows : nullptr; }
 inline const float* direct_rows(const uint16_t*, int64_t) { return nullptr; }
 
+// dS of one block; gathered and turned hold the touched features, TOKENS of each.
+inline void add_dS(const Backward& b, const PartialSums& sums, int64_t slot, const int32_t* touched, const Block& x,
+                   const Block& dy, float* gathered, float* turned) {
+  const int64_t count = sums.touched_count;
+  if (!count) return sample(b.sparse, b.out_features, dy.packed, x.packed, sums.dS(slot));
+  const bool rows = b.sparse.structure == Structure::row;  // of dy; else columns, of x
+  gather_rows(touched, count, rows ? dy.packed : x.packed, gathered);
+  token_major(gathered, count, turned);
+  outer(turned, count, rows ? x : dy, rows ? b.in_features : b.out_features, sums.dS(slot));
+}
+
 template <class T>
 class BackwardSweep {
  public:
@@ -89,7 +100,7 @@ class BackwardSweep {
     const Block x = {direct_rows(x_rows, tokens), b_.x.stride, s.x, nullptr};
     const Block x_dropped = s.bits ? Block{nullptr, 0, s.x, s.bits} : x;
     const Block dy = {direct_rows(dy_rows, tokens), b_.dy.stride, s.dy, nullptr};
-    if (b_.dvalues) add_dS(slot, x, dy, s);
+    if (b_.dvalues) add_dS(b_, sums_, slot, touched_, x, dy, s.ranks, s.turned);
     if (b_.dB) {
       multiply(shrink_x_, s.x, s.bits, r_, b_.in_features, 1.0f, s.ranks);  // H
       token_major(s.ranks, r_, s.turned);
@@ -104,15 +115,6 @@ class BackwardSweep {
       T* dx_rows = (T*)b_.dx.data + first * b_.dx.stride;
       dx_update_.add_to(dx_rows, b_.dx.stride, tokens, s.ranks, s.dy, s.bits, s.update);
     }
-  }
-
-  void add_dS(int64_t slot, const Block& x, const Block& dy, const Scratch& s) const {
-    const int64_t touched = sums_.touched_count;
-    if (!touched) return sample(b_.sparse, b_.out_features, s.dy, s.x, sums_.dS(slot));
-    const bool rows = b_.sparse.structure == Structure::row;  // of dy; else columns, of x
-    gather_rows(touched_, touched, rows ? s.dy : s.x, s.ranks);
-    token_major(s.ranks, touched, s.turned);
-    outer(s.turned, touched, rows ? x : dy, rows ? b_.in_features : b_.out_features, sums_.dS(slot));
   }
 
   const Backward& b_;
