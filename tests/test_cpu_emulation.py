@@ -5,6 +5,7 @@ what is compiled for the processor holds those instructions. Speed is not shown 
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -30,7 +31,7 @@ def run(instruction_set: str, variant: str, fewest: int, *options: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short", *options]
     done = subprocess.run(
         [*command, *(str(TESTS / name) for name in FILES)],
-        env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment, cwd=TESTS.parent, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[:6000]}\n...\n{done.stdout[-6000:]}"
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
@@ -48,6 +49,18 @@ def test_no_access_is_out_of_bounds(instruction_set):
     run(instruction_set, "address", 60, "--part=0/7")
 
 
+def test_the_emulation_aborts_where_the_processor_would_fault(tmp_path):
+    if cuda_emulation.compiler() is None:
+        pytest.skip("no C++ compiler is found")
+    program = tmp_path / "misuse"
+    command = [cuda_emulation.compiler(), "-std=c++17", f"-I{CSRC}", str(TESTS / "tile_misuse.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True)
+    assert subprocess.run([str(program), "0"], check=False).returncode == 0
+    for use in range(1, 9):
+        done = subprocess.run([str(program), str(use)], check=False, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGABRT and "emulated tiles:" in done.stderr, use
+
+
 @pytest.mark.parametrize("instruction_set", cpu_emulation.SETS)
 def test_the_processor_s_own_code_holds_the_instructions(instruction_set, tmp_path):
     """In each of the products: every function that multiplies rows or sums outer products inlines them."""
@@ -56,7 +69,7 @@ def test_the_processor_s_own_code_holds_the_instructions(instruction_set, tmp_pa
         pytest.skip("a C++ compiler and objdump are needed")
     machine = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
     known = [compiler, *FLAGS[instruction_set], "-x", "c++", "-fsyntax-only", os.devnull]
-    if not machine.startswith("x86_64") or subprocess.run(known, capture_output=True).returncode != 0:
+    if not machine.startswith("x86_64") or subprocess.run(known, check=False, capture_output=True).returncode != 0:
         pytest.skip(f"{compiler} for {machine.strip()} does not know {' '.join(FLAGS[instruction_set])}")
     source, made = CSRC / "cpu" / f"kernels_{instruction_set}.cpp", tmp_path / "kernels.o"
     subprocess.run(
