@@ -211,9 +211,10 @@ class BuildKernels(build_ext):
         """INSTRUCTION_SETS whose options the compiler knows; a file without its options leaves its kernels out."""
         if platform.machine() not in ("x86_64", "AMD64"):
             return {}
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)  # older: one for all
         known = {}
         for name, flags in INSTRUCTION_SETS.items():
-            probe = [*self.compiler.compiler_so, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+            probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
             if subprocess.run(probe, check=False, capture_output=True).returncode == 0:
                 known[name] = flags
             else:

@@ -5,7 +5,8 @@ namespace rosa {
 extern const Kernels emulated_amx_kernels, emulated_avx512bf16_kernels;
 
 const Supported& supported_kernels() {
-  static const Supported supported = {{&emulated_amx_kernels, &emulated_avx512bf16_kernels, &kernels_portable}, 3, "; emulated"};
+  static const Supported supported = {
+      {&emulated_amx_kernels, &emulated_avx512bf16_kernels, &kernels_portable}, 3, "; emulated"};
   return supported;
 }
 

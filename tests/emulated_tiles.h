@@ -1,5 +1,5 @@
-// csrc/cpu/tiles_amx.h in plain C++: the state of a thread's tiles, TDPBF16PS's own order of summing (Intel's manual), and abort()
-// where the processor would fault. After emulated_pairs.h.
+// csrc/cpu/tiles_amx.h in plain C++: the state of a thread's tiles, TDPBF16PS's own order of summing (Intel's manual), and
+// abort() where the processor would fault. After emulated_pairs.h.
 #pragma once
 #include <cstdio>
 #include <cstdlib>

@@ -1,12 +1,12 @@
-// Operands of bfloat16 products with fp32 sums. Instructions for them multiply pairs of neighbours along the summed index.
+// Operands of bfloat16 products with fp32 sums. The instructions multiply pairs of neighbours along the summed index.
 //
-// bfloat16 adapters are exact operands; their H and dH are rounded to bfloat16 once. Of fp32 adapters each number is a sum of
-// bfloat16 terms of 8 bits: three hold its 24 bits exactly, for A in H = x Aᵀ, B in dH = dy B, and H and dH in dB and dA. In the
-// products that end in bfloat16, y += H Bᵀ and dx += dH A, H and dH are rounded once and two terms of B and A err by 2^-15.
-// Exact down to 2^-126: the instructions take denormals as zeros.
+// bfloat16 adapters are exact operands; their H and dH are rounded to bfloat16 once. Of fp32 adapters each number is a sum
+// of bfloat16 terms of 8 bits: three hold its 24 bits exactly, for A in H = x Aᵀ, B in dH = dy B, and H and dH in dB and dA.
+// In the products that end in bfloat16, y += H Bᵀ and dx += dH A, H and dH are rounded once and two terms of B and A err by
+// 2^-15. Exact down to 2^-126: the instructions take denormals as zeros.
 //
-// All terms but the first are summed apart: where x is infinite a term of 0 makes that sum NaN, and it is left out, for the first
-// term alone then has the infinity that fp32 arithmetic gives.
+// All terms but the first are summed apart: where x is infinite a term of 0 makes that sum NaN, and it is left out, for the
+// first term alone then has the infinity that fp32 arithmetic gives.
 #pragma once
 #include "philox.h"
 #include "products.h"
@@ -139,8 +139,8 @@ inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int
   return {copy, width};
 }
 
-// rounded (TOKENS, stride) = ranks (TOKENS, padded_r), to nearest even, and zero from r up to padded_r: an infinite x makes NaN of
-// the ranks that are no ranks. What lies between padded_r and stride is left alone.
+// rounded (TOKENS, stride) = ranks (TOKENS, padded_r), to nearest even, and zero from r up to padded_r, where an infinite x
+// has made NaN. What lies between padded_r and stride is left alone.
 inline Rows round_ranks(const float* ranks, int64_t r, int64_t padded_r, uint16_t* rounded, int64_t stride) {
   for (int64_t t = 0; t < TOKENS; ++t)
     for (int64_t q = 0; q < padded_r; q += PANEL) {

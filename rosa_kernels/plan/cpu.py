@@ -62,7 +62,7 @@ def dx_way(
 ) -> Way:  # fmt: skip
     """Way for dx. The sweep for dA, dB and dS reads x and dy whatever it is, so that KERNELS costs dx's own part alone.
 
-    GEMMS stands for dA and dB too, and for bf16 alone: its GEMMs have instructions that the kernels do not use yet.
+    GEMMS stands for dA and dB too, and for bf16 alone: the kernels' bf16 products are unmeasured beside the library's.
     """
     if dy.dtype != torch.float32 and _library_serves(dy, lora_A, lora_B, values, seed, widened):
         return Way.GEMMS
