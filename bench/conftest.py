@@ -155,9 +155,9 @@ def race(request, run_and_judge):
     candidates: {name: function}; "ours" is this package, "frozen" the layer's own GEMMs, any other a naive way.
     """
 
-    def run(candidates, dtype, *, goal=None, allowance=0.0):
+    def run(candidates, dtype, *, goal=None, allowance=0.0, seconds=1.5):
         result = Race(request.node.name.removeprefix("test_"), candidates, goal=goal, allowance=allowance)
-        run_and_judge(result, "cpu", dtype, seconds=1.5)
+        run_and_judge(result, "cpu", dtype, seconds=seconds)
         request.config.stash[_CPU_RACES].append(result)
         _fail_where_slower(result)
 

@@ -5,6 +5,7 @@ luckiest round. The verdict is SLOWER where both the lower quartile and the mini
 of the best naive candidate by more than NOISE (and an allowance in seconds, where the case has one), or where the
 ratio to "frozen" is more than DRIFT above an earlier run's. A race whose lower quartile is beyond DISTURBED times the
 minimum, for any candidate, is marked as noisy: other processes took the cores, repeat it on a quiet machine.
+A naive way that takes over HOPELESS times ours, and over HOPELESS_SECONDS, is timed once: no round could change the verdict.
 Candidates named in `unjudged` are timed and shown, marked with a star, but ours may lose to them: their result is
 another one.
 """
@@ -19,6 +20,7 @@ import torch
 NOISE = 1.05
 DRIFT = 1.10
 DISTURBED = 1.5
+HOPELESS, HOPELESS_SECONDS = 5.0, 0.2
 _MIN_ROUNDS, _MAX_ROUNDS = 4, 40
 _OURS, _FROZEN = "ours", "frozen"
 
@@ -76,21 +78,28 @@ class Race:
         self._check_same_results()
         one_call = {name: self.timer(function, 1) for name, function in self.candidates.items()}
         calls = {name: max(1, round(self.timer.min_sample_seconds / t)) for name, t in one_call.items()}
-        round_seconds = sum(calls[name] * t for name, t in one_call.items())
+        hopeless = self._hopeless(one_call)
+        for name in hopeless:
+            self.seconds[name].append(one_call[name])
+        others = [name for name in self.candidates if name != _OURS and name not in hopeless]
+        round_seconds = sum(calls[name] * one_call[name] for name in (_OURS, *others))
         rounds = max(_MIN_ROUNDS, min(_MAX_ROUNDS, round(seconds / round_seconds)))
-        others = [name for name in self.candidates if name != _OURS]
 
         def measure(name):
             self.seconds[name].append(self.timer(self.candidates[name], calls[name]) / calls[name])
 
         def time_the_others():
-            turn = len(self.seconds[_OURS]) % len(others)
+            turn = len(self.seconds[_OURS]) % max(1, len(others))
             for name in others[turn:] + others[:turn]:
                 measure(name)
 
         benchmark.extra_info["calls_a_round"] = calls[_OURS]
         benchmark.pedantic(lambda: measure(_OURS), setup=time_the_others, rounds=rounds)
         self.candidates = {}
+
+    def _hopeless(self, one_call: dict[str, float]) -> list[str]:
+        limit = max(HOPELESS * one_call[_OURS], HOPELESS_SECONDS)
+        return [name for name in self.naive if one_call[name] > limit]
 
     def _check_same_results(self) -> None:
         """A race between different results says nothing. The tolerance is that of bf16, rounded by every naive way."""

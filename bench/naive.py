@@ -4,7 +4,13 @@ A HandWritten layer has its backward by hand, because autograd through torch.spa
 parts: CSR (torch.sparse and sampled_addmm; fp32 copies for bf16, which PyTorch's CSR ops reject on a CPU), Dense (S
 scattered into a copy of W, the gradient gathered from a dense dW; in 16 bits this rounds away small deltas), DenseApart
 (S scattered into zeros and multiplied on its own) and Rows (three small GEMMs). fp32 adapters are cast to x's dtype.
+
+On a CPU without instructions for bf16 PyTorch's bf16 GEMMs are 8 to 130 times slower than fp32's: there these layers, and
+what stands for the frozen one, compute in fp32 between casts.
 """
+
+import functools
+import time
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +109,42 @@ class Rows(NoSparse):
         return (dy[:, self.rows].T @ x).flatten()
 
 
+@functools.cache
+def _bf16_is_slow(tokens: int, backward: bool) -> bool:
+    """Whether bf16 GEMMs of so many tokens lose to fp32 GEMMs between casts on this CPU, tried on a small weight."""
+    x, W = torch.ones(min(tokens, 64), 512, dtype=torch.bfloat16), torch.ones(512, 512, dtype=torch.bfloat16)
+
+    def seconds(multiply):
+        return min(_timed(lambda: multiply(x, W)) for _ in range(5))
+
+    widened = seconds(lambda a, b: (a.float() @ b.float().T).to(a.dtype))
+    return widened < seconds(torch.matmul if backward else F.linear)
+
+
+def _timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def as_multiplied(x, *others, backward=True):
+    """The tensors in the dtype in which this device multiplies x fastest: fp32 where its bf16 GEMMs are slow."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _bf16_is_slow(x.numel() // x.shape[-1], backward):
+        return tuple(None if tensor is None else tensor.float() for tensor in (x, *others))
+    return x, *others
+
+
+def frozen_step(x, W, b, dy):
+    """The layer's own two GEMMs: y and dx."""
+    wide_x, wide_dy, W, b = as_multiplied(x, dy, W, b)
+    return F.linear(wide_x, W, b).to(x.dtype), (wide_dy @ W).to(x.dtype)
+
+
+def frozen_forward(x, W, b):
+    wide, W, b = as_multiplied(x, W, b, backward=False)
+    return F.linear(wide, W, b).to(x.dtype)
+
+
 def forward_by_hand(x, W, b, A, B, scaling, values, sparse):
     """(y, the weight that S may be merged into, H or None): addmm into the base's result."""
     M = sparse.weight(W, values)
@@ -120,23 +162,31 @@ class HandWritten(Function):
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, scaling, values, sparse):
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, A, B, values)]
+        dtype = x.dtype
+        x, W, b, A, B, values = as_multiplied(x, W, b, A, B, values)
         y, M, H = forward_by_hand(x, W, b, A, B, scaling, values, sparse)
         ctx.save_for_backward(x, M, A, B, values, H)
         ctx.scaling, ctx.sparse = scaling, sparse
-        return y
+        return y.to(dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x, M, A, B, values, H = ctx.saved_tensors
+        dy = dy.to(x.dtype)
         dx = dy @ M
         dA = dB = None
         if A is not None:
             dH = (dy @ B.to(dy.dtype)).mul_(ctx.scaling)
-            dA, dB = (dH.T @ x).to(A.dtype), (dy.T @ H).mul_(ctx.scaling).to(B.dtype)
+            dA, dB = dH.T @ x, (dy.T @ H).mul_(ctx.scaling)
             dx.addmm_(dH, A.to(dy.dtype))
         ctx.sparse.add_to_dx(dx, dy, values)
         dvalues = ctx.sparse.gradient(dy, x)
-        return dx, None, None, dA, dB, None, None if dvalues is None else dvalues.to(values.dtype), None
+        dx, dA, dB, dvalues = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip((dx, dA, dB, dvalues), ctx.dtypes)
+        )
+        return dx, None, None, dA, dB, None, dvalues, None
 
 
 def lora_as_peft(x, W, b, A, B, scaling):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from layers import Layer, Shape
-from naive import CSR, NoSparse
+from naive import CSR, NoSparse, as_multiplied, frozen_forward
 
 import rosa_kernels as rk
 
@@ -22,10 +22,11 @@ def _no_grad():
 def forward(layer, sparse, values):
     """naive.HandWritten's forward, without the cost of a Function."""
     A, B, scaling = layer.lora
-    y = torch.nn.functional.linear(*layer.base)
-    y.addmm_(layer.x @ A.T, B.T, alpha=scaling)
-    sparse.add_to_y(y, layer.x, values)
-    return (y,)
+    x, W, b, A, B, values = as_multiplied(*layer.base, A, B, values, backward=False)
+    y = torch.nn.functional.linear(x, W, b)
+    y.addmm_(x @ A.T, B.T, alpha=scaling)
+    sparse.add_to_y(y, x, values)
+    return (y.to(layer.dtype),)
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
@@ -34,7 +35,7 @@ def test_rosa_few_tokens(race, shape, dtypes):
     csr = CSR(layer.pattern)
     race(
         {
-            "frozen": lambda: (torch.nn.functional.linear(*layer.base),),
+            "frozen": lambda: (frozen_forward(*layer.base),),
             "ours": lambda: (rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern),),
             "csr": lambda: forward(layer, csr, layer.values),
         },
@@ -49,7 +50,7 @@ def test_lora_few_tokens(race, shape, dtypes):
     nothing = NoSparse()
     race(
         {
-            "frozen": lambda: (torch.nn.functional.linear(*layer.base),),
+            "frozen": lambda: (frozen_forward(*layer.base),),
             "ours": lambda: (rk.lora_linear(*layer.base, *layer.lora),),
             "addmm": lambda: forward(layer, nothing, None),
         },

@@ -108,6 +108,30 @@ def test_a_race_takes_its_timer_and_lets_its_candidates_go():
     assert race.candidates == {}
 
 
+def test_a_hopeless_way_is_timed_once_and_a_slow_one_in_every_round():
+    class Ticks:
+        min_sample_seconds = 0.0
+
+        def __init__(self, seconds):
+            self.seconds = seconds
+
+        def __call__(self, function, calls):
+            return self.seconds[function()[0].numel()] * calls
+
+    def candidates(*names):  # told apart by the length of their result
+        return {name: lambda n=n: (torch.ones(n),) for n, name in enumerate(names, 1)}
+
+    def raced(*seconds):
+        race = Race("planted", candidates("ours", "slow", "slower"), timer=Ticks(dict(enumerate(seconds, 1))))
+        race._check_same_results = lambda: None
+        race.run(Stopwatch(), seconds=0.0)
+        return {name: len(samples) for name, samples in race.seconds.items()}
+
+    assert raced(1.0, 4.9, 5.1) == {"ours": 4, "slow": 4, "slower": 1}
+    assert raced(1.0, 6.0, 5.1) == {"ours": 4, "slow": 1, "slower": 1}
+    assert raced(0.01, 0.06, 0.21) == {"ours": 4, "slow": 4, "slower": 1}
+
+
 def test_different_results_are_no_race():
     race = Race("wrong", {"ours": lambda: RESULT, "naive": lambda: (torch.ones(3) * 1.1,)})
     with pytest.raises(AssertionError, match="result 0 of 'naive' differs"):

@@ -24,12 +24,10 @@ class TransposedCsr {
   Buffer<float> values_;
 };
 
-inline const float* direct_rows(const float* rows, int64_t tokens) { return tokens == TOKENS ? rows : nullptr; }
-inline const float* direct_rows(const uint16_t*, int64_t) { return nullptr; }
-
 // dS of one block; gathered and turned hold the touched features, TOKENS of each.
-inline void add_dS(const Backward& b, const PartialSums& sums, int64_t slot, const int32_t* touched, const Block& x,
-                   const Block& dy, float* gathered, float* turned) {
+template <class T>
+inline void add_dS(const Backward& b, const PartialSums& sums, int64_t slot, const int32_t* touched, const Block<T>& x,
+                   const Block<T>& dy, float* gathered, float* turned) {
   const int64_t count = sums.touched_count;
   if (!count) return sample(b.sparse, b.out_features, dy.packed, x.packed, sums.dS(slot));
   const bool rows = b.sparse.structure == Structure::row;  // of dy; else columns, of x
@@ -97,9 +95,10 @@ class BackwardSweep {
     if (want_x_) pack(x_rows, b_.x.stride, tokens, b_.in_features, s.x);
     pack(dy_rows, b_.dy.stride, tokens, b_.out_features, s.dy);
     if (s.bits) keep_bits(b_.dropout, first, b_.in_features, s.bits);
-    const Block x = {direct_rows(x_rows, tokens), b_.x.stride, s.x, nullptr};
-    const Block x_dropped = s.bits ? Block{nullptr, 0, s.x, s.bits} : x;
-    const Block dy = {direct_rows(dy_rows, tokens), b_.dy.stride, s.dy, nullptr};
+    const bool whole = tokens == TOKENS;
+    const Block<T> x = {whole ? x_rows : nullptr, b_.x.stride, s.x, nullptr};
+    const Block<T> x_dropped = s.bits ? Block<T>{nullptr, 0, s.x, s.bits} : x;
+    const Block<T> dy = {whole ? dy_rows : nullptr, b_.dy.stride, s.dy, nullptr};
     if (b_.dvalues) add_dS(b_, sums_, slot, touched_, x, dy, s.ranks, s.turned);
     if (b_.dB) {
       multiply(shrink_x_, s.x, s.bits, r_, b_.in_features, 1.0f, s.ranks);  // H

@@ -11,7 +11,7 @@ class BackwardPairs {
   explicit BackwardPairs(const Backward& b)
       : b_(b),
         r_(b.low_rank.r),
-        padded_r_(rounded_up(r_, PANEL)),
+        padded_r_(rounded_up(r_, LANES)),
         terms_(term_counts(b.low_rank)),
         want_dH_(b.dA || b.dx.data),
         packs_dy_(b.dvalues || (b.dx.data && b.sparse.values)),
@@ -76,8 +76,11 @@ class BackwardPairs {
     const uint16_t* dy_data = (const uint16_t*)b_.dy.data + first * b_.dy.stride;
     if (b_.dvalues) pack(x_data, b_.x.stride, tokens, b_.in_features, s.x);
     if (packs_dy_) pack(dy_data, b_.dy.stride, tokens, b_.out_features, s.dy);
-    if (b_.dvalues)
-      add_dS(b_, sums_, slot, touched_, {nullptr, 0, s.x, nullptr}, {nullptr, 0, s.dy, nullptr}, s.touched, s.turned);
+    if (b_.dvalues) {
+      const Block<uint16_t> x = {tokens == TOKENS ? x_data : nullptr, b_.x.stride, s.x, nullptr};
+      const Block<uint16_t> dy = {tokens == TOKENS ? dy_data : nullptr, b_.dy.stride, s.dy, nullptr};
+      add_dS(b_, sums_, slot, touched_, x, dy, s.touched, s.turned);
+    }
     const TokenBits kept = block_bits(b_.dropout, first, b_.in_features, s.bits);
     const Rows dy = block_rows(dy_data, b_.dy.stride, tokens, b_.out_features, {nullptr}, s.dy_rows);
     const bool wants_x = b_.dA || b_.dB;

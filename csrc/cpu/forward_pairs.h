@@ -14,13 +14,13 @@ struct RankBlock {
   uint16_t* rounded;
   int64_t r, padded_r, rounded_stride;
 
-  static int64_t values_size(int64_t r) { return TOKENS * rounded_up(r, PANEL); }
+  static int64_t values_size(int64_t r) { return TOKENS * rounded_up(r, LANES); }
   static int64_t rounded_size(int64_t r) { return TOKENS * rounded_up(r, ROW_MULTIPLE) / 2; }
   RankBlock(float* values, float* rounded, int64_t r)
       : values(values),
         rounded(reinterpret_cast<uint16_t*>(rounded)),
         r(r),
-        padded_r(rounded_up(r, PANEL)),
+        padded_r(rounded_up(r, LANES)),
         rounded_stride(rounded_up(r, ROW_MULTIPLE)) {
     std::memset(rounded, 0, sizeof(float) * rounded_size(r));
   }

@@ -123,10 +123,13 @@ inline void add_sparse_row(const Merge& m, int64_t i, T* out) {
 }
 
 template <class T>
-inline void copy_rows(const Merge& m, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    std::memcpy((T*)m.out.data + i * m.out.stride,
-                (const T*)m.weight.data + (m.first_row + i) * m.weight.stride + m.first_column, sizeof(T) * m.columns);
+inline void copy_row(const T* weight, int64_t columns, T* out) {
+  std::memcpy(out, weight, sizeof(T) * columns);
+}
+inline void copy_row(const uint16_t* weight, int64_t columns, float* out) {
+  int64_t k = 0;
+  for (; k + LANES <= columns; k += LANES) store(out + k, load(weight + k));
+  for (; k < columns; ++k) out[k] = as_float(weight[k]);
 }
 
 // weight in W, out in T.
@@ -137,11 +140,13 @@ void merge_rows(const Merge& m) {
   for_slots(slots, m.rows, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += MERGED_ROWS) {
       const int64_t last = smaller(i + MERGED_ROWS, end);
-      if (sizeof(W) == sizeof(T) && !m.low_rank.r)
-        copy_rows<T>(m, i, last);
-      else
-        merge_dense<W>(m, i, last);
-      for (int64_t j = i; m.sparse.values && j < last; ++j) add_sparse_row(m, j, (T*)m.out.data + j * m.out.stride);
+      if (m.low_rank.r) merge_dense<W>(m, i, last);
+      for (int64_t j = i; j < last; ++j) {
+        T* out = (T*)m.out.data + j * m.out.stride;
+        if (!m.low_rank.r)
+          copy_row((const W*)m.weight.data + (m.first_row + j) * m.weight.stride + m.first_column, m.columns, out);
+        if (m.sparse.values) add_sparse_row(m, j, out);
+      }
     }
   });
 }

@@ -12,7 +12,7 @@ inline int64_t padded_pairs(int64_t length) { return (length + 1) / 2; }
 inline void begin_products(int64_t) {}
 inline void end_products() {}
 
-// out[t][n] = Σ_k rows[t][k] · panel[k][n] for Tokens rows and the PANEL columns of a panel.
+// out[t][n] = Σ_k rows[t][k] · panel[k][n] for Tokens rows and the LANES columns of a panel.
 template <int Terms, int Tokens>
 inline void multiply_tokens(const uint16_t* rows, int64_t row_stride, const uint32_t* panel, int64_t pairs, float* out,
                             int64_t stride) {
@@ -25,7 +25,7 @@ inline void multiply_tokens(const uint16_t* rows, int64_t row_stride, const uint
   for (int64_t k = 0; k < pairs; ++k) {
     Pairs w[Terms];
 #pragma GCC unroll 3
-    for (int j = 0; j < Terms; ++j) w[j] = load_pairs(panel + (k * Terms + j) * PANEL);
+    for (int j = 0; j < Terms; ++j) w[j] = load_pairs(panel + (k * Terms + j) * LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < Tokens; ++i) {
       const Pairs x = broadcast_pair(rows + i * row_stride + 2 * k);
@@ -56,7 +56,7 @@ inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float
 template <int Terms>
 inline void pack_ranks_of(const float* ranks, int64_t padded_r, uint32_t* packed) {
   for (int64_t t = 0; t < TOKENS; t += 2, ranks += 2 * padded_r)
-    for (int64_t q = 0; q < padded_r; q += PANEL, packed += PANEL)
+    for (int64_t q = 0; q < padded_r; q += LANES, packed += LANES)
       store_terms<Terms>(load(ranks + q), load(ranks + padded_r + q), packed, BLOCK_PAIRS * padded_r);
 }
 
@@ -70,7 +70,7 @@ inline void add_outer(const uint32_t* ranks, int64_t padded_r, const uint32_t* p
   for (int64_t t = 0; t < BLOCK_PAIRS; ++t) {
     Pairs row[Width];
 #pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) row[v] = load_pairs(panel + (t * Width + v) * PANEL);
+    for (int v = 0; v < Width; ++v) row[v] = load_pairs(panel + (t * Width + v) * LANES);
 #pragma GCC unroll 4
     for (int q = 0; q < GROUP; ++q) {
       const Pairs c = broadcast_pair(ranks + t * padded_r + q);
@@ -88,19 +88,19 @@ inline void outer_terms(const uint32_t* ranks, int64_t padded_r, int terms, cons
 #pragma GCC unroll 4
   for (int q = 0; q < GROUP; ++q)
 #pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) acc[q][v] = First ? load(sums + q * stride + v * PANEL) : zero();
+    for (int v = 0; v < Width; ++v) acc[q][v] = First ? load(sums + q * stride + v * LANES) : zero();
   for (int j = First ? 0 : 1; j < (First ? 1 : terms); ++j)
     add_outer(ranks + j * BLOCK_PAIRS * padded_r, padded_r, panel, acc);
 #pragma GCC unroll 4
   for (int q = 0; q < GROUP; ++q)
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) {
-      float* to = sums + q * stride + v * PANEL;
+      float* to = sums + q * stride + v * LANES;
       store(to, First ? acc[q][v] : add_finite(load(to), acc[q][v]));
     }
 }
 
-// sums (r rounded up to RANK_MULTIPLE, stride) += Σ_t ranks[t] · panel[t] for Width · PANEL features.
+// sums (r rounded up to RANK_MULTIPLE, stride) += Σ_t ranks[t] · panel[t] for Width · LANES features.
 template <int Width>
 inline void outer_tiles(const uint32_t* ranks, int64_t r, int64_t padded_r, int terms, const uint32_t* panel,
                         float* sums, int64_t stride) {

@@ -14,10 +14,9 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int64_t PANEL = 16;           // lanes of a vector, rows of a tile
-constexpr int64_t ROW_MULTIPLE = 32;    // features that Rows are padded to
+constexpr int64_t ROW_MULTIPLE = 32;  // features that Rows are padded to
 constexpr int64_t BLOCK_PAIRS = TOKENS / 2;
-static_assert(LANES == PANEL, "vectors of 16 floats");
+static_assert(LANES == 16, "as many as a tile has rows");
 
 struct TermCounts {
   int exact, rounded;  // of operands of fp32 results, and of bfloat16 results
@@ -45,21 +44,21 @@ inline void store_terms(Vec even, Vec odd, uint32_t* packed, int64_t term_stride
   for (int j = 0; j < Terms; ++j) store_pairs(packed + j * term_stride, pairs_of(low[j], high[j]));
 }
 
-// columns[k][n] = at[n][k] for `rows` and `count` of PANEL, else zero. One of the strides is 1.
+// columns[k][n] = at[n][k] for `rows` and `count` of LANES, else zero. One of the strides is 1.
 inline void load_columns(const float* at, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count,
-                         Vec (&columns)[PANEL]) {
+                         Vec (&columns)[LANES]) {
   const bool by_rows = column_stride == 1;
   const int64_t lines = by_rows ? rows : count, width = by_rows ? count : rows;
-  for (int64_t i = 0; i < PANEL; ++i) {
+  for (int64_t i = 0; i < LANES; ++i) {
     const float* line = at + i * (by_rows ? row_stride : column_stride);
-    float padded[PANEL] = {};
-    if (i < lines && width < PANEL) std::memcpy(padded, line, sizeof(float) * width);
-    columns[i] = load(i < lines && width == PANEL ? line : padded);
+    float padded[LANES] = {};
+    if (i < lines && width < LANES) std::memcpy(padded, line, sizeof(float) * width);
+    columns[i] = load(i < lines && width == LANES ? line : padded);
   }
   if (by_rows) transpose(columns);
 }
 
-// A matrix (rows, length) multiplied along `length`: panels of PANEL rows, [panel][pair][term][row], zero past the ends.
+// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][term][row], zero past the ends.
 class PackedPairs {
  public:
   const int64_t panels, pairs;
@@ -67,25 +66,25 @@ class PackedPairs {
 
   PackedPairs(const float* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
               int64_t padded_pairs, int terms)
-      : panels((rows + PANEL - 1) / PANEL), pairs(padded_pairs), terms(terms), packed_(panels * panel_size()) {
-    for (int64_t n = 0; n < rows; n += PANEL)
-      for (int64_t k = 0; k < pairs; k += PANEL / 2) {
-        const int64_t count = larger(0, smaller(PANEL, length - 2 * k));
-        Vec columns[PANEL];
+      : panels((rows + LANES - 1) / LANES), pairs(padded_pairs), terms(terms), packed_(panels * panel_size()) {
+    for (int64_t n = 0; n < rows; n += LANES)
+      for (int64_t k = 0; k < pairs; k += LANES / 2) {
+        const int64_t count = larger(0, smaller(LANES, length - 2 * k));
+        Vec columns[LANES];
         load_columns(matrix + n * row_stride + 2 * k * column_stride, row_stride, column_stride,
-                     smaller(PANEL, rows - n), count, columns);
-        uint32_t* to = packed_ + n / PANEL * panel_size() + k * terms * PANEL;
-        for (int64_t i = 0; i < smaller(PANEL / 2, pairs - k); ++i, to += terms * PANEL)
-          terms == 1   ? store_terms<1>(columns[2 * i], columns[2 * i + 1], to, PANEL)
-          : terms == 2 ? store_terms<2>(columns[2 * i], columns[2 * i + 1], to, PANEL)
-                       : store_terms<3>(columns[2 * i], columns[2 * i + 1], to, PANEL);
+                     smaller(LANES, rows - n), count, columns);
+        uint32_t* to = packed_ + n / LANES * panel_size() + k * terms * LANES;
+        for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += terms * LANES)
+          terms == 1   ? store_terms<1>(columns[2 * i], columns[2 * i + 1], to, LANES)
+          : terms == 2 ? store_terms<2>(columns[2 * i], columns[2 * i + 1], to, LANES)
+                       : store_terms<3>(columns[2 * i], columns[2 * i + 1], to, LANES);
       }
   }
 
   const uint32_t* panel(int64_t p) const { return packed_ + p * panel_size(); }
 
  private:
-  int64_t panel_size() const { return pairs * terms * PANEL; }
+  int64_t panel_size() const { return pairs * terms * LANES; }
   Buffer<uint32_t> packed_;
 };
 
@@ -107,7 +106,7 @@ inline void transpose_bits(const uint64_t* in, uint64_t* out) {
     }
 }
 
-// Dropout's bits by token: bits of PANEL features from f on, a multiple of PANEL, in the low bits.
+// Dropout's bits by token: bits of LANES features from f on, a multiple of LANES, in the low bits.
 struct TokenBits {
   const uint64_t* bits;  // [feature / 64][token], null without dropout
   uint64_t at(int64_t t, int64_t f) const { return bits[f / 64 * TOKENS + t] >> f % 64; }
@@ -134,7 +133,7 @@ inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int
   for (int64_t t = 0; t < tokens; ++t) {
     uint16_t* to = copy + t * width;
     std::memcpy(to, rows + t * stride, sizeof(uint16_t) * features);
-    for (int64_t f = 0; kept.bits && f < width; f += PANEL) store(to + f, keep(kept.at(t, f), load(to + f)));
+    for (int64_t f = 0; kept.bits && f < width; f += LANES) store(to + f, keep(kept.at(t, f), load(to + f)));
   }
   return {copy, width};
 }
@@ -143,18 +142,18 @@ inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int
 // has made NaN. What lies between padded_r and stride is left alone.
 inline Rows round_ranks(const float* ranks, int64_t r, int64_t padded_r, uint16_t* rounded, int64_t stride) {
   for (int64_t t = 0; t < TOKENS; ++t)
-    for (int64_t q = 0; q < padded_r; q += PANEL) {
-      const uint64_t real = r - q < PANEL ? (1u << (r - q)) - 1 : 0xffff;
+    for (int64_t q = 0; q < padded_r; q += LANES) {
+      const uint64_t real = r - q < LANES ? (1u << (r - q)) - 1 : 0xffff;
       store(rounded + t * stride + q, keep(real, load(ranks + t * padded_r + q)));
     }
   return {rounded, stride};
 }
 
-// panel[t / 2][i] = (rows[t][f + i], rows[t + 1][f + i]) for `width` features, a multiple of PANEL.
+// panel[t / 2][i] = (rows[t][f + i], rows[t + 1][f + i]) for `width` features, a multiple of LANES.
 inline void interleave_tokens(const Rows& rows, int64_t f, int64_t width, uint32_t* panel) {
   for (int64_t t = 0; t < TOKENS; t += 2) {
     const uint16_t* even = rows.data + t * rows.stride + f;
-    for (int64_t i = 0; i < width; i += PANEL, panel += PANEL)
+    for (int64_t i = 0; i < width; i += LANES, panel += LANES)
       store_pairs(panel, interleave(even + i, even + rows.stride + i));
   }
 }

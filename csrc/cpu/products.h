@@ -16,16 +16,18 @@ inline void pack_groups(const float* matrix, int64_t row_stride, int64_t column_
         *packed++ = g + j < rows ? matrix[(g + j) * row_stride + l * column_stride] : 0.0f;
 }
 
-// out[j][t] = alpha · Σ_l coefficients[l][j] · in[l][t] for one group; with bits, in is masked by dropout first.
-template <bool Masked>
+// out[j][t] = alpha · (out[j][t] + Σ_l coefficients[l][j] · in[l][t]) for one group, out taken as zero at First; with bits, in is
+// masked by dropout before.
+template <bool First, bool Masked>
 inline void multiply_group(const float* coefficients, const float* in, const uint64_t* keep_bits, int64_t length,
                            float alpha, float* out) {
+  const Vec scale = broadcast(alpha);
   for (int64_t t = 0; t < TOKENS; t += STRIP * LANES) {
     Vec sums[GROUP][STRIP];
 #pragma GCC unroll 4
     for (int j = 0; j < GROUP; ++j)
 #pragma GCC unroll 4
-      for (int v = 0; v < STRIP; ++v) sums[j][v] = zero();
+      for (int v = 0; v < STRIP; ++v) sums[j][v] = First ? zero() : load(out + j * TOKENS + t + v * LANES);
     for (int64_t l = 0; l < length; ++l) {
       Vec inputs[STRIP];
 #pragma GCC unroll 4
@@ -40,7 +42,6 @@ inline void multiply_group(const float* coefficients, const float* in, const uin
         for (int v = 0; v < STRIP; ++v) sums[j][v] = fma(c, inputs[v], sums[j][v]);
       }
     }
-    const Vec scale = broadcast(alpha);
 #pragma GCC unroll 4
     for (int j = 0; j < GROUP; ++j)
 #pragma GCC unroll 4
@@ -48,14 +49,29 @@ inline void multiply_group(const float* coefficients, const float* in, const uin
   }
 }
 
-// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups.
+template <bool First>
+inline void multiply_panel(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
+                           int64_t begin, int64_t width, float alpha, float* out) {
+  for (int64_t g = 0; g < rows; g += GROUP) {
+    const float* coefficients = packed + g * length + begin * GROUP;
+    if (keep_bits)
+      multiply_group<First, true>(coefficients, in + begin * TOKENS, keep_bits + begin, width, alpha, out + g * TOKENS);
+    else
+      multiply_group<First, false>(coefficients, in + begin * TOKENS, nullptr, width, alpha, out + g * TOKENS);
+  }
+}
+
+constexpr int64_t LONG_PANEL = 4 * PANEL;  // features of a block that stay in the second-level cache (64 KiB)
+
+// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups. All groups pass over a panel
+// of `in` before the next one is fetched.
 inline void multiply(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
                      float alpha, float* out) {
-  for (int64_t g = 0; g < rows; g += GROUP) {
-    if (keep_bits)
-      multiply_group<true>(packed + g * length, in, keep_bits, length, alpha, out + g * TOKENS);
-    else
-      multiply_group<false>(packed + g * length, in, nullptr, length, alpha, out + g * TOKENS);
+  const int64_t width = smaller(LONG_PANEL, length);
+  multiply_panel<true>(packed, in, keep_bits, rows, length, 0, width, width < length ? 1.0f : alpha, out);
+  for (int64_t l = width; l < length; l += LONG_PANEL) {
+    const int64_t next = smaller(LONG_PANEL, length - l);
+    multiply_panel<false>(packed, in, keep_bits, rows, length, l, next, l + next < length ? 1.0f : alpha, out);
   }
 }
 
@@ -85,35 +101,54 @@ inline void outer_tile(const float* ranks, int64_t rank_stride, const float* pan
     for (int v = 0; v < Width; ++v) store(sums + q * sums_stride + v * LANES, acc[q][v]);
 }
 
-// A block of tokens as the outer products read it: `rows` token-major fp32 where memory already holds that (else null),
-// `packed` feature-major always.
+// A block of tokens as the outer products read it: `rows` as they lie in memory where all TOKENS are there and dropout is off (else
+// null), `packed` feature-major always.
+template <class T>
 struct Block {
-  const float* rows;
+  const T* rows;
   int64_t stride;
   const float* packed;
   const uint64_t* keep_bits;
 };
 
-template <int Width>
-inline void outer_panel(const float* ranks, int64_t r, const Block& block, int64_t f, int64_t features, float* sums,
-                        int64_t sums_stride) {
-  alignas(64) float unpacked[TOKENS * Width * LANES];
-  const bool direct = block.rows && f + Width * LANES <= features;
-  const float* panel = direct ? block.rows + f : unpacked;
-  const int64_t stride = direct ? block.stride : Width * LANES;
-  if (!direct)
-    unpack(block.packed + f * TOKENS, block.keep_bits ? block.keep_bits + f : nullptr, Width * LANES, unpacked);
-  for (int64_t q = 0; q < r; q += GROUP)
-    outer_tile<Width>(ranks + q, rounded_up(r, GROUP), panel, stride, sums + q * sums_stride + f, sums_stride);
+struct Panel {
+  const float* data;  // (TOKENS, ...) token-major
+  int64_t stride;
+};
+
+// `width` features of the block from `begin` on; fp32 rows serve where they lie, others through `copy`.
+template <class T>
+inline Panel panel_of(const Block<T>& block, int64_t begin, int64_t width, int64_t features, float* copy) {
+  if (!block.rows || begin + width > features) {
+    unpack(block.packed + begin * TOKENS, block.keep_bits ? block.keep_bits + begin : nullptr, width, copy);
+    return {copy, width};
+  }
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {block.rows + begin, block.stride};
+  } else {
+    copy_panel(block.rows + begin, block.stride, width, copy);
+    return {copy, width};
+  }
 }
 
 // sums (r rounded up to GROUP, features rounded up to LANES) += ranksᵀ · block, ranks (TOKENS, r rounded up) token-major.
-inline void outer(const float* ranks, int64_t r, const Block& block, int64_t features, float* sums) {
-  const int64_t stride = rounded_up(features, LANES);
-  int64_t f = 0;
-  for (; f + STRIP * LANES <= stride; f += STRIP * LANES)
-    outer_panel<STRIP>(ranks, r, block, f, features, sums, stride);
-  for (; f < stride; f += LANES) outer_panel<1>(ranks, r, block, f, features, sums, stride);
+template <class T>
+inline void outer(const float* ranks, int64_t r, const Block<T>& block, int64_t features, float* sums) {
+  const int64_t sums_stride = rounded_up(features, LANES), rank_stride = rounded_up(r, GROUP);
+  alignas(64) float copy[TOKENS * PANEL];
+  for (int64_t begin = 0; begin < sums_stride; begin += PANEL) {
+    const int64_t width = smaller(PANEL, sums_stride - begin);
+    const Panel panel = panel_of(block, begin, width, features, copy);
+    int64_t f = 0;
+    for (; f + STRIP * LANES <= width; f += STRIP * LANES)
+      for (int64_t q = 0; q < r; q += GROUP)
+        outer_tile<STRIP>(ranks + q, rank_stride, panel.data + f, panel.stride, sums + q * sums_stride + begin + f,
+                          sums_stride);
+    for (; f < width; f += LANES)
+      for (int64_t q = 0; q < r; q += GROUP)
+        outer_tile<1>(ranks + q, rank_stride, panel.data + f, panel.stride, sums + q * sums_stride + begin + f,
+                      sums_stride);
+  }
 }
 
 // ranks (r, TOKENS) -> (TOKENS, r), both with r rounded up to GROUP.

@@ -42,21 +42,21 @@ inline void for_each(const Body& body) {
 // total[i] = total[i] + part[i], or total alone where part is not finite, for the 16 x 16 of a tile.
 inline void add_tile(const float* part, float* total, int64_t stride) {
   for (int64_t i = 0; i < TILE_PAIRS; ++i)
-    store(total + i * stride, add_finite(load(total + i * stride), load(part + i * PANEL)));
+    store(total + i * stride, add_finite(load(total + i * stride), load(part + i * LANES)));
 }
 
 template <int Terms>
 inline void multiply_panel_of(const Rows& x, const uint32_t* panel, int64_t pairs, float* out, int64_t stride) {
   constexpr int SUMS = Terms > 1 ? 2 : 1;  // of the first term and of the others
   constexpr int HIGH = 4 / SUMS;           // tiles of 16 tokens at a time
-  alignas(64) float others[TILE_PAIRS * PANEL];
+  alignas(64) float others[TILE_PAIRS * LANES];
   for (int64_t t = 0; t < TOKENS; t += HIGH * TILE_PAIRS) {
     const uint16_t* rows = x.data + t * x.stride;
     for_each<HIGH * SUMS>([](auto sum) { tile_zero<sum.value>(); });
     for (int64_t k = 0; k < pairs; k += TILE_PAIRS)
       for_each<Terms>([&](auto term) {
         constexpr int j = decltype(term)::value;
-        tile_load<RIGHT>(panel + (k * Terms + j) * PANEL, Terms * TILE_BYTES);
+        tile_load<RIGHT>(panel + (k * Terms + j) * LANES, Terms * TILE_BYTES);
         for_each<HIGH>([&](auto high) {
           tile_load<LEFT>(rows + high.value * TILE_PAIRS * x.stride + 2 * k, 2 * x.stride);
           tile_multiply<decltype(high)::value * SUMS + (j > 0), LEFT, RIGHT>();
@@ -84,16 +84,16 @@ inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float
 // packed[term][q][t / 2] = the terms of (ranks[t][q], ranks[t + 1][q]); ranks (TOKENS, padded_r).
 template <int Terms>
 inline void pack_ranks_of(const float* ranks, int64_t padded_r, uint32_t* packed) {
-  for (int64_t q = 0; q < padded_r; q += PANEL)
-    for (int64_t t = 0; t < TOKENS; t += 2 * PANEL) {
-      Vec even[PANEL], odd[PANEL];  // by token, then by rank
-      for (int64_t i = 0; i < PANEL; ++i) {
+  for (int64_t q = 0; q < padded_r; q += LANES)
+    for (int64_t t = 0; t < TOKENS; t += 2 * LANES) {
+      Vec even[LANES], odd[LANES];  // by token, then by rank
+      for (int64_t i = 0; i < LANES; ++i) {
         even[i] = load(ranks + (t + 2 * i) * padded_r + q);
         odd[i] = load(ranks + (t + 2 * i + 1) * padded_r + q);
       }
       transpose(even);
       transpose(odd);
-      for (int64_t i = 0; i < PANEL; ++i)
+      for (int64_t i = 0; i < LANES; ++i)
         store_terms<Terms>(even[i], odd[i], packed + (q + i) * BLOCK_PAIRS + t / 2, BLOCK_PAIRS * padded_r);
     }
 }
@@ -102,34 +102,34 @@ inline void pack_ranks(const float* ranks, int64_t padded_r, int terms, uint32_t
   terms == 1 ? pack_ranks_of<1>(ranks, padded_r, packed) : pack_ranks_of<3>(ranks, padded_r, packed);
 }
 
-// Tiles 0 to Width - 1 += ranks (16, BLOCK_PAIRS) · panel (BLOCK_PAIRS, Width · PANEL).
+// Tiles 0 to Width - 1 += ranks (16, BLOCK_PAIRS) · panel (BLOCK_PAIRS, Width · LANES).
 template <int Width>
 inline void add_outer(const uint32_t* ranks, const uint32_t* panel) {
   for (int64_t t = 0; t < BLOCK_PAIRS; t += TILE_PAIRS) {
     tile_load<LEFT>(ranks + t, 4 * BLOCK_PAIRS);
     for_each<Width>([&](auto v) {
-      tile_load<RIGHT>(panel + (t * Width + v.value) * PANEL, Width * TILE_BYTES);
+      tile_load<RIGHT>(panel + (t * Width + v.value) * LANES, Width * TILE_BYTES);
       tile_multiply<v.value, LEFT, RIGHT>();
     });
   }
 }
 
-// sums (r rounded up to RANK_MULTIPLE, stride) += Σ_t ranks[t] · panel[t] for Width · PANEL features.
+// sums (r rounded up to RANK_MULTIPLE, stride) += Σ_t ranks[t] · panel[t] for Width · LANES features.
 template <int Width>
 inline void outer_tiles(const uint32_t* ranks, int64_t r, int64_t padded_r, int terms, const uint32_t* panel,
                         float* sums, int64_t stride) {
-  alignas(64) float others[TILE_PAIRS * PANEL];
+  alignas(64) float others[TILE_PAIRS * LANES];
   for (int64_t q = 0; q < r; q += TILE_PAIRS) {
     float* to = sums + q * stride;
-    for_each<Width>([&](auto v) { tile_load<v.value>(to + v.value * PANEL, 4 * stride); });
+    for_each<Width>([&](auto v) { tile_load<v.value>(to + v.value * LANES, 4 * stride); });
     add_outer<Width>(ranks + q * BLOCK_PAIRS, panel);
-    for_each<Width>([&](auto v) { tile_store<v.value>(to + v.value * PANEL, 4 * stride); });
+    for_each<Width>([&](auto v) { tile_store<v.value>(to + v.value * LANES, 4 * stride); });
     if (terms == 1) continue;
     for_each<Width>([](auto v) { tile_zero<v.value>(); });
     for (int j = 1; j < terms; ++j) add_outer<Width>(ranks + (j * padded_r + q) * BLOCK_PAIRS, panel);
     for_each<Width>([&](auto v) {
       tile_store<v.value>(others, TILE_BYTES);
-      add_tile(others, to + v.value * PANEL, stride);
+      add_tile(others, to + v.value * LANES, stride);
     });
   }
 }

@@ -5,19 +5,23 @@
 namespace rosa {
 namespace ROSA_ISA {
 
+constexpr int64_t PANEL = 64;  // features of a block that stay in the first-level cache (16 KiB) while several loops pass over them
+
 // packed[f][t] = rows[t][f], fp32; features from `features` up to the next multiple of LANES and absent tokens become zero.
+// By panels of features, so that each visit to a row, which may lie in a page of its own, reads 4 cache lines of fp32.
 template <class T>
 inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* packed) {
   const int64_t whole = features / LANES * LANES;
-  for (int64_t f = 0; f < whole; f += LANES)
-    for (int64_t t = 0; t < TOKENS; t += LANES) {
-      Vec tile[LANES];
+  for (int64_t panel = 0; panel < whole; panel += PANEL)
+    for (int64_t t = 0; t < TOKENS; t += LANES)
+      for (int64_t f = panel; f < smaller(panel + PANEL, whole); f += LANES) {
+        Vec tile[LANES];
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) tile[i] = t + i < tokens ? load(rows + (t + i) * stride + f) : zero();
-      transpose(tile);
+        for (int i = 0; i < LANES; ++i) tile[i] = t + i < tokens ? load(rows + (t + i) * stride + f) : zero();
+        transpose(tile);
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) store(packed + (f + i) * TOKENS + t, tile[i]);
-    }
+        for (int i = 0; i < LANES; ++i) store(packed + (f + i) * TOKENS + t, tile[i]);
+      }
   if (whole == features) return;
   std::memset(packed + whole * TOKENS, 0, sizeof(float) * LANES * TOKENS);
   for (int64_t t = 0; t < tokens; ++t) {
@@ -27,6 +31,13 @@ inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features
     store(as_float, load(padded));
     for (int64_t f = whole; f < features; ++f) packed[f * TOKENS + t] = as_float[f - whole];
   }
+}
+
+// panel[t][f] = rows[t][f] as fp32 for TOKENS tokens and `width` features, a multiple of LANES: rows far apart become one piece.
+template <class T>
+inline void copy_panel(const T* rows, int64_t stride, int64_t width, float* panel) {
+  for (int64_t t = 0; t < TOKENS; ++t)
+    for (int64_t f = 0; f < width; f += LANES) store(panel + t * width + f, load(rows + t * stride + f));
 }
 
 // panel[t][f] = packed[f][t] for `width` features, a multiple of LANES; with bits, only what dropout keeps.
@@ -45,12 +56,12 @@ inline void unpack(const float* packed, const uint64_t* keep_bits, int64_t width
     }
 }
 
-// rows[t][f] += tile[f][t] for LANES features at a time; the last ones through a padded copy.
+// rows[t][f] += tile[f][t]; the last features through a padded copy.
 template <class T>
 inline void add_transposed(const float* tile, int64_t tokens, int64_t features, T* rows, int64_t stride) {
-  for (int64_t f = 0; f < features; f += LANES) {
-    const int64_t count = smaller(LANES, features - f);
-    for (int64_t t = 0; t < tokens; t += LANES) {
+  for (int64_t t = 0; t < tokens; t += LANES)
+    for (int64_t f = 0; f < features; f += LANES) {
+      const int64_t count = smaller(LANES, features - f);
       Vec block[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) block[i] = load(tile + (f + i) * TOKENS + t);
@@ -69,7 +80,6 @@ inline void add_transposed(const float* tile, int64_t tokens, int64_t features, 
         }
       }
     }
-  }
 }
 
 }  // namespace ROSA_ISA

@@ -6,7 +6,9 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int64_t TILE = 16;  // output features finished together, a multiple of GROUP and of LANES
+// Output features finished together, multiples of GROUP and of LANES: many, so that each visit to a row of y adds whole cache
+// lines; few where S alone comes, which leaves tiles out.
+constexpr int64_t TILE = PANEL, SPARSE_TILE = 16;
 
 // alpha · expand · ranks + S · in, for in_features rows of `in` and out_features of the result.
 class Update {
@@ -35,11 +37,12 @@ class Update {
               float* scratch) const {
     multiply_whole_rows(in, scratch);
     alignas(64) float tile[TILE * TOKENS];
-    for (int64_t i = 0; i < out_features_; i += TILE) {
-      const int64_t count = smaller(TILE, out_features_ - i);
+    const int64_t step = r_ ? TILE : SPARSE_TILE;
+    for (int64_t i = 0; i < out_features_; i += step) {
+      const int64_t count = smaller(step, out_features_ - i);
       const bool some_sparse = has_sparse(i, count);
       if (!r_ && !some_sparse) continue;
-      std::memset(tile, 0, sizeof tile);
+      std::memset(tile, 0, sizeof(float) * rounded_up(count, 16) * TOKENS);
       if (r_) {
         multiply(expand_ + i * r_, ranks, nullptr, count, r_, alpha_, tile);
         if (keep_bits) drop(keep_bits + i, count, tile);

@@ -74,6 +74,8 @@ def _multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> No
     if x.dtype == matrix.dtype:
         torch.mm(x, matrix, out=out) if bias is None else torch.addmm(bias, x, matrix, out=out)
         return
-    for x_chunk, out_chunk in zip(x.split(CHUNK_TOKENS), out.split(CHUNK_TOKENS)):
-        wide = x_chunk.float()
-        out_chunk.copy_(wide @ matrix if bias is None else torch.addmm(bias.float(), wide, matrix))
+    wide_bias = None if bias is None else bias.float()
+    for begin in range(0, x.shape[0], CHUNK_TOKENS):
+        wide = x[begin : begin + CHUNK_TOKENS].float()
+        product = wide @ matrix if bias is None else torch.addmm(wide_bias, wide, matrix)
+        out[begin : begin + CHUNK_TOKENS].copy_(product)

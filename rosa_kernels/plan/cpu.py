@@ -19,6 +19,8 @@ _ELEMENT = 7.0  # an element of x read, or of y read or written
 _MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and read again by the GEMM
 _MERGED_ENTRY = 50.0  # an entry of S added to it
 
+_BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
+
 WIDENED_TOKENS = 12
 """From here on fp32 GEMMs serve bf16 faster than the library's bf16 products by rows, where the CPU has no instructions
 for those."""
@@ -50,10 +52,13 @@ def forward_way(
     if not _may_merge(x, weight, seed, widened):
         return unmerged
     out_features, in_features = weight.shape
-    low_rank = (1.0 if unmerged is Way.GEMMS else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
+    tokens = prod(x.shape[:-1])
+    by_gemm = unmerged is Way.GEMMS
+    low_rank = (1.0 if by_gemm else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
     moved = _ELEMENT * (in_features + 2 * out_features)
-    adding = prod(x.shape[:-1]) * (low_rank + _sparse_cost(values, structure) + moved)
-    return Way.MERGED if _merging_cost(weight, lora_A, values) < adding else unmerged
+    a_token = low_rank + _sparse_cost(values, structure) + moved
+    adding = (tokens if by_gemm else _in_whole_blocks(tokens)) * a_token
+    return Way.MERGED if _merging_cost(weight, lora_A, values, widened) < adding else unmerged
 
 
 def dx_way(
@@ -62,16 +67,19 @@ def dx_way(
 ) -> Way:  # fmt: skip
     """Way for dx. The sweep for dA, dB and dS reads x and dy whatever it is, so that KERNELS costs dx's own part alone.
 
-    GEMMS stands for dA and dB too, and for bf16 alone: the kernels' bf16 products are unmeasured beside the library's.
+    GEMMS stands for dA and dB too: for bf16, where the kernels' own bf16 products are unmeasured, and for so few tokens that
+    the kernels' blocks are half empty.
     """
-    if dy.dtype != torch.float32 and _library_serves(dy, lora_A, lora_B, values, seed, widened):
-        return Way.GEMMS
+    tokens = prod(dy.shape[:-1])
+    if _library_serves(dy, lora_A, lora_B, values, seed, widened):
+        if dy.dtype != torch.float32 or tokens <= _BLOCK_TOKENS * torch.get_num_threads():
+            return Way.GEMMS
     if not _may_merge(dy, weight, seed, widened):
         return Way.KERNELS
     in_features = weight.shape[1]
     low_rank = _LOW_RANK * _rank(lora_A) * in_features
-    adding = prod(dy.shape[:-1]) * (low_rank + _sparse_cost(values, structure) + 2 * _ELEMENT * in_features)
-    return Way.MERGED if _merging_cost(weight, lora_A, values) < adding else Way.KERNELS
+    adding = _in_whole_blocks(tokens) * (low_rank + _sparse_cost(values, structure) + 2 * _ELEMENT * in_features)
+    return Way.MERGED if _merging_cost(weight, lora_A, values, widened) < adding else Way.KERNELS
 
 
 def legal_ways(x, weight, lora_A, lora_B, values, seed, widened) -> tuple[Way, ...]:
@@ -95,9 +103,16 @@ def _may_merge(x, weight, seed, widened) -> bool:
     return weight is not None and seed is None and (x.dtype == torch.float32 or widened)
 
 
-def _merging_cost(weight: Tensor, lora_A: Tensor | None, values: Tensor | None) -> float:
+def _in_whole_blocks(tokens: int) -> int:
+    """What the kernels work on: every thread takes the same number of blocks, the last ones partly empty."""
+    step = _BLOCK_TOKENS * torch.get_num_threads()
+    return -(-tokens // step) * step
+
+
+def _merging_cost(weight: Tensor, lora_A: Tensor | None, values: Tensor | None, widened: bool) -> float:
+    """A weight that is widened anyway passes through memory at no extra cost."""
     entries = 0 if values is None else values.shape[0]
-    return weight.numel() * (_MERGED_ELEMENT + _rank(lora_A)) + _MERGED_ENTRY * entries
+    return weight.numel() * ((0.0 if widened else _MERGED_ELEMENT) + _rank(lora_A)) + _MERGED_ENTRY * entries
 
 
 def _sparse_cost(values: Tensor | None, structure: int) -> float:
