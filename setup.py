@@ -22,11 +22,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 TORCH = "torch>=2.10"
-SOURCES = ["csrc/ops.cpp", *(f"csrc/cpu/kernels_{isa}.cpp" for isa in ("avx512", "avx2", "portable"))]
+SOURCES = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
-    "kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "kernels_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "kernels_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "kernels_avx512.cpp": AVX512,
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
 }
 CUDA_SOURCES = ["csrc/ops_cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
@@ -188,11 +191,12 @@ class BuildKernels(build_ext):
     def compile_side_by_side(self, pool: ThreadPoolExecutor):
         """Of what setuptools compiles."""
         compile_one = self.compiler._compile
+        known = self.known_instruction_sets()
         link = self.compiler.link_shared_object
         running = []
 
         def compile_soon(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            flags = INSTRUCTION_SETS.get(Path(src).name, []) if platform.machine() in ("x86_64", "AMD64") else []
+            flags = known.get(Path(src).name, [])
             running.append(pool.submit(compile_one, obj, src, ext, cc_args, extra_postargs + flags, pp_opts))
 
         def link_when_compiled(*args, **kwargs):
@@ -202,6 +206,20 @@ class BuildKernels(build_ext):
 
         self.compiler._compile = compile_soon
         self.compiler.link_shared_object = link_when_compiled
+
+    def known_instruction_sets(self) -> dict[str, list[str]]:
+        """INSTRUCTION_SETS whose options the compiler knows; a file without its options leaves its kernels out."""
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return {}
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)  # older: one for all
+        known = {}
+        for name, flags in INSTRUCTION_SETS.items():
+            probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+            if subprocess.run(probe, check=False, capture_output=True).returncode == 0:
+                known[name] = flags
+            else:
+                print(f"rosa_kernels: the compiler does not know {' '.join(flags)}: no {name}", file=sys.stderr)
+        return known
 
     def build_extension(self, extension):
         if not isinstance(extension, CudaExtension):

@@ -6,15 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -34,29 +29,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const std::vector<const Kernels*>& supported_kernels() {
-  static const std::vector<const Kernels*> supported = [] {
-    std::vector<const Kernels*> found;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-      found.push_back(&kernels_avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
-#endif
-    found.push_back(&kernels_portable);
-    return found;
-  }();
-  return supported;
-}
-
 // The best instruction set of this processor, or the one that ROSA_KERNELS_CPU names.
 const Kernels& kernels() {
   static const Kernels* chosen = [] {
+    const Supported& supported = supported_kernels();
     const char* wish = std::getenv("ROSA_KERNELS_CPU");
-    if (!wish || !*wish) return supported_kernels().front();
-    for (const Kernels* k : supported_kernels())
-      if (std::strcmp(wish, k->instruction_set) == 0) return k;
-    STD_TORCH_CHECK(false, "ROSA_KERNELS_CPU=", wish, ": expected one of avx512, avx2, portable that this processor has");
+    if (!wish || !*wish) return supported.kernels[0];
+    std::string names;
+    for (int i = 0; i < supported.count; ++i) {
+      if (std::strcmp(wish, supported.kernels[i]->instruction_set) == 0) return supported.kernels[i];
+      names += std::string(i ? ", " : "") + supported.kernels[i]->instruction_set;
+    }
+    STD_TORCH_CHECK(false, "ROSA_KERNELS_CPU=", wish, ": expected one of those that this processor has: ", names);
     return (const Kernels*)nullptr;
   }();
   return *chosen;
@@ -65,9 +49,10 @@ const Kernels& kernels() {
 std::string instruction_set() { return kernels().instruction_set; }
 
 std::string build_info() {
-  std::string compiler = "C++ compiler " __VERSION__ ", kernels for";
-  for (const Kernels* k : supported_kernels()) compiler += std::string(" ") + k->instruction_set;
-  return compiler;
+  const Supported& supported = supported_kernels();
+  std::string info = "C++ compiler " __VERSION__ ", kernels for";
+  for (int i = 0; i < supported.count; ++i) info += std::string(" ") + supported.kernels[i]->instruction_set;
+  return info + supported.left_out;
 }
 
 Dtype dtype_of(const Tensor& t) {
@@ -92,9 +77,9 @@ const int32_t* ints_of(const OptionalTensor& t) {
   return static_cast<const int32_t*>(t->data_ptr());
 }
 
-LowRank low_rank_of(const OptionalTensor& A, const OptionalTensor& B, double scaling) {
+LowRank low_rank_of(const OptionalTensor& A, const OptionalTensor& B, double scaling, bool bfloat16 = false) {
   if (!A) return {};
-  return {A->size(0), floats_of(A), floats_of(B), static_cast<float>(scaling)};
+  return {A->size(0), floats_of(A), floats_of(B), static_cast<float>(scaling), bfloat16};
 }
 
 // An empty S counts as none: its value pointer may be null.
@@ -112,7 +97,7 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) 
 
 void forward(Tensor y, const Tensor x, const OptionalTensor A, const OptionalTensor B, double scaling,
              const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t structure,
-             const OptionalTensor seed, int64_t threshold, double scale) {
+             const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters) {
   Forward f{};
   f.dtype = dtype_of(x);
   f.tokens = x.size(0);
@@ -120,7 +105,7 @@ void forward(Tensor y, const Tensor x, const OptionalTensor A, const OptionalTen
   f.out_features = y.size(1);
   f.y = matrix_of(y);
   f.x = matrix_of(x);
-  f.low_rank = low_rank_of(A, B, scaling);
+  f.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
   f.dropout = dropout_of(seed, threshold, scale);
   f.sparse = csr_of(values, crow, col, structure);
   kernels().forward(f);
@@ -130,7 +115,7 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
               const Tensor dy, const Tensor x, const OptionalTensor A, const OptionalTensor B, double scaling,
               const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col,
               const OptionalTensor ccol, const OptionalTensor row, const OptionalTensor permutation, int64_t structure,
-              const OptionalTensor seed, int64_t threshold, double scale) {
+              const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters) {
   Backward b{};
   b.dtype = dtype_of(x);
   b.tokens = x.size(0);
@@ -139,7 +124,7 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
   if (dx) b.dx = matrix_of(*dx);
   b.dy = matrix_of(dy);
   b.x = matrix_of(x);
-  b.low_rank = low_rank_of(A, B, scaling);
+  b.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
   b.dropout = dropout_of(seed, threshold, scale);
   b.sparse = csr_of(values, crow, col, structure);
   b.ccol = ints_of(ccol);
@@ -174,28 +159,17 @@ void merge(Tensor out, const Tensor weight, const OptionalTensor A, const Option
   kernels().merge(m);
 }
 
-// Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.
-bool fast_bfloat16() {
-#if defined(__x86_64__)
-  unsigned a, b, c, d;
-  if (!__builtin_cpu_supports("avx512f") || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-  return a & (1u << 5);  // AVX512_BF16; every processor with AMX-BF16 has it too
-#else
-  return true;
-#endif
-}
-
 }  // namespace
 }  // namespace rosa
 
 STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
       "forward(Tensor(a!) y, Tensor x, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
-      "Tensor? col, int structure, Tensor? seed, int threshold, float scale) -> ()");
+      "Tensor? col, int structure, Tensor? seed, int threshold, float scale, bool bfloat16_adapters) -> ()");
   m.def(
       "backward(Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!)? dvalues, Tensor dy, Tensor x, Tensor? lora_A, "
       "Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, "
-      "Tensor? permutation, int structure, Tensor? seed, int threshold, float scale) -> ()");
+      "Tensor? permutation, int structure, Tensor? seed, int threshold, float scale, bool bfloat16_adapters) -> ()");
   m.def(
       "merge(Tensor(a!) out, Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
       "Tensor? col, int first_row, int first_column) -> ()");

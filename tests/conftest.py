@@ -2,7 +2,8 @@
 
 On CPU tensors always; a test that asks for `device` also on a GPU where there is one (`-m gpu` picks those).
 TRITON_INTERPRET=1, in the environment before Triton is imported, makes another run of it: the Triton backend alone,
-interpreted, on CPU tensors. So does CUDA_EMULATED=library (of cuda_emulation.build): the CUDA backend alone, emulated.
+interpreted, on CPU tensors. So does CUDA_EMULATED=library (of cuda_emulation.build): the CUDA backend alone, emulated;
+and CPU_EMULATED=library (of cpu_emulation.build): the CPU backend's bf16, by emulated instructions.
 """
 
 import os
@@ -23,6 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("CUDA_EMULATED")
+CPU_EMULATED = os.environ.get("CPU_EMULATED")
 BACKENDS_ON_CPU_TENSORS = ("triton",) if INTERPRETED else ("cuda",) if EMULATED else ("reference", "cpu")
 BACKENDS_ON_GPU_TENSORS = ("triton", "cuda", "reference")
 
@@ -39,6 +41,11 @@ if EMULATED:
     import cuda_emulation
 
     cuda_emulation.install(EMULATED)
+
+if CPU_EMULATED:
+    import cpu_emulation
+
+    cpu_emulation.install(CPU_EMULATED)
 
 
 def pytest_addoption(parser):
@@ -63,6 +70,8 @@ def pytest_collection_modifyitems(config, items):
         taken = [item for item in items if interpreter_selection.takes(item)]
     elif EMULATED:
         taken = [item for item in items if cuda_emulation.takes(item)]
+    elif CPU_EMULATED:
+        taken = [item for item in items if cpu_emulation.takes(item)]
     else:
         taken = [item for item in items if item not in dropped]
     if part := config.getoption("part"):

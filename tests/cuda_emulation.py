@@ -60,9 +60,9 @@ def unavailable_reason(variant: str = "plain") -> str | None:
     return None
 
 
-def build(variant: str, sources: tuple[Path, ...] = KERNELS) -> Path:
+def build(variant: str, sources: tuple[Path, ...] = KERNELS, options: tuple[str, ...] = ()) -> Path:
     """The shared library of the sources, compiled side by side where it is not there yet."""
-    flags = (*FLAGS, *VARIANTS[variant])
+    flags = (*FLAGS, *VARIANTS[variant], *options)
     library = _directory() / f"{sources[-1].stem}_{variant}_{_hash(sources, flags)}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
@@ -74,7 +74,7 @@ def build(variant: str, sources: tuple[Path, ...] = KERNELS) -> Path:
             with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
                 list(pool.map(_run, commands))
             linked = Path(scratch) / library.name
-            torch_library = (f"-L{TORCH / 'lib'}", "-ltorch_cpu") if sources == KERNELS else ()
+            torch_library = (f"-L{TORCH / 'lib'}", "-ltorch_cpu") if sources != FAULTS else ()
             _run((compiler(), *VARIANTS[variant], "-shared", *map(str, objects), *torch_library, "-o", str(linked)))
             linked.rename(library)
     return library
@@ -91,7 +91,7 @@ def _directory() -> Path:
 def _hash(sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     content = hashlib.sha256(repr((version, flags, torch.__version__)).encode())
-    for path in (*sources, *sorted(TESTS.glob("*.h")), *sorted((CSRC / "cuda").glob("*.h"))):
+    for path in (*sources, *sorted(TESTS.glob("*.h")), *sorted(CSRC.rglob("*.h"))):
         content.update(path.read_bytes())
     return content.hexdigest()[:16]
 

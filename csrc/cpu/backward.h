@@ -24,6 +24,18 @@ class TransposedCsr {
   Buffer<float> values_;
 };
 
+// dS of one block; gathered and turned hold the touched features, TOKENS of each.
+template <class T>
+inline void add_dS(const Backward& b, const PartialSums& sums, int64_t slot, const int32_t* touched, const Block<T>& x,
+                   const Block<T>& dy, float* gathered, float* turned) {
+  const int64_t count = sums.touched_count;
+  if (!count) return sample(b.sparse, b.out_features, dy.packed, x.packed, sums.dS(slot));
+  const bool rows = b.sparse.structure == Structure::row;  // of dy; else columns, of x
+  gather_rows(touched, count, rows ? dy.packed : x.packed, gathered);
+  token_major(gathered, count, turned);
+  outer(turned, count, rows ? x : dy, rows ? b.in_features : b.out_features, sums.dS(slot));
+}
+
 template <class T>
 class BackwardSweep {
  public:
@@ -87,7 +99,7 @@ class BackwardSweep {
     const Block<T> x = {whole ? x_rows : nullptr, b_.x.stride, s.x, nullptr};
     const Block<T> x_dropped = s.bits ? Block<T>{nullptr, 0, s.x, s.bits} : x;
     const Block<T> dy = {whole ? dy_rows : nullptr, b_.dy.stride, s.dy, nullptr};
-    if (b_.dvalues) add_dS(slot, x, dy, s);
+    if (b_.dvalues) add_dS(b_, sums_, slot, touched_, x, dy, s.ranks, s.turned);
     if (b_.dB) {
       multiply(shrink_x_, s.x, s.bits, r_, b_.in_features, 1.0f, s.ranks);  // H
       token_major(s.ranks, r_, s.turned);
@@ -102,15 +114,6 @@ class BackwardSweep {
       T* dx_rows = (T*)b_.dx.data + first * b_.dx.stride;
       dx_update_.add_to(dx_rows, b_.dx.stride, tokens, s.ranks, s.dy, s.bits, s.update);
     }
-  }
-
-  void add_dS(int64_t slot, const Block<T>& x, const Block<T>& dy, const Scratch& s) const {
-    const int64_t touched = sums_.touched_count;
-    if (!touched) return sample(b_.sparse, b_.out_features, s.dy, s.x, sums_.dS(slot));
-    const bool rows = b_.sparse.structure == Structure::row;  // of dy; else columns, of x
-    gather_rows(touched_, touched, rows ? s.dy : s.x, s.ranks);
-    token_major(s.ranks, touched, s.turned);
-    outer(s.turned, touched, rows ? x : dy, rows ? b_.in_features : b_.out_features, sums_.dS(slot));
   }
 
   const Backward& b_;

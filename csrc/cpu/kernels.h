@@ -20,6 +20,7 @@ struct LowRank {
   const float* A = nullptr;
   const float* B = nullptr;
   float scaling = 0;
+  bool bfloat16 = false;  // both are bfloat16, widened
 };
 
 // Philox dropout on the low-rank path's input; see rosa_kernels/dropout.py.
@@ -85,7 +86,20 @@ extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels* const kernels_avx512bf16;  // null where the compiler did not know the instructions
+extern const Kernels* const kernels_amx;
 #endif
+
+// Those that this processor and its system run, the best first; and what the compiler left out, for people.
+struct Supported {
+  const Kernels* kernels[8];
+  int count;
+  const char* left_out;
+};
+const Supported& supported_kernels();
+
+// Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.
+bool fast_bfloat16();
 
 // Runs body(context, slot) for every slot in [0, slots), on PyTorch's intra-op threads.
 void run_slots(int64_t slots, void (*body)(void*, int64_t), void* context);

@@ -6,12 +6,12 @@ namespace rosa {
 namespace ROSA_ISA {
 
 // Gradient sums of each slot: dA as (r, in), dB transposed as (r, out), dS as one (count, length) matrix for whole rows or
-// columns and as (nnz,) otherwise; r and count rounded up to GROUP, in, out and length to LANES.
+// columns and as (nnz,) otherwise; r rounded up to rank_multiple, count to GROUP, in, out and length to LANES.
 class PartialSums {
  public:
-  PartialSums(const Backward& b, int64_t slots) : b_(b), slots_(slots) {
+  PartialSums(const Backward& b, int64_t slots, int64_t rank_multiple = GROUP) : b_(b), slots_(slots) {
     const int64_t in = rounded_up(b.in_features, LANES), out = rounded_up(b.out_features, LANES);
-    const int64_t padded_r = rounded_up(b.low_rank.r, GROUP);
+    const int64_t padded_r = rounded_up(b.low_rank.r, rank_multiple);
     const bool rows = b.sparse.structure == Structure::row, columns = b.sparse.structure == Structure::column;
     if (b.dvalues && (rows || columns)) {
       touched_count = b.sparse.nnz / (rows ? b.in_features : b.out_features);

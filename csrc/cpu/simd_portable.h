@@ -1,4 +1,4 @@
-// 4 floats a vector in plain C++: any processor, as fast as its compiler vectorises.
+// 4 floats a vector (the tests' emulation: 16) in plain C++: any processor, as fast as its compiler vectorises.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -6,7 +6,10 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int LANES = 4;
+#ifndef ROSA_LANES
+#define ROSA_LANES 4
+#endif
+constexpr int LANES = ROSA_LANES;
 constexpr int STRIP = 2;  // vectors of one row held in registers next to three other rows
 
 #define ROSA_EACH for (int i = 0; i < LANES; ++i)
@@ -52,7 +55,11 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   ROSA_EACH c.v[i] += a.v[i] * b.v[i];
   return c;
 }
-inline float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float sum(Vec a) {
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  return a.v[0];
+}
 inline Vec keep(uint64_t bits, Vec a) {
   ROSA_EACH a.v[i] = bits >> i & 1 ? a.v[i] : 0.0f;
   return a;

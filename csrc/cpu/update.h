@@ -46,23 +46,36 @@ class Update {
   void add_tiles(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
                  float* scratch, int64_t begin, int64_t end) const {
     const int64_t used = used_width(tokens);
-    multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch, used);
+    multiply_whole_rows(in, scratch, used);
     alignas(64) float tile[TILE * TOKENS];
     for (int64_t i = begin * step_; i < smaller(end * step_, out_features_); i += step_) {
       const int64_t count = smaller(step_, out_features_ - i);
-      const bool some_sparse = sparse_.values && sparse_.crow[i] != sparse_.crow[i + count];
+      const bool some_sparse = has_sparse(i, count);
       if (!r_ && !some_sparse) continue;
       std::memset(tile, 0, sizeof(float) * rounded_up(count, 16) * TOKENS);
       if (r_) {
         multiply(expand_ + i * r_, ranks, nullptr, count, r_, alpha_, tile, used);
         if (keep_bits) drop(keep_bits + i, count, tile);
       }
-      if (some_sparse && whole_rows_)
-        scatter_rows(sparse_, in_features_, i, count, scratch, tile);
-      else if (some_sparse)
-        add_sparse(sparse_, i, count, in, tile, used);
+      if (some_sparse) add_sparse_tile(i, count, in, scratch, tile, used);
       add_transposed(tile, tokens, count, rows + i, stride);
     }
+  }
+
+  // What add_to takes from S: the products of its whole rows, whether it has entries in output features [i, i + count), and
+  // tile (count, TOKENS) += those rows of S · in.
+  void multiply_whole_rows(const float* in, float* scratch, int64_t used = TOKENS) const {
+    multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch, used);
+  }
+  bool has_sparse(int64_t i, int64_t count) const {
+    return sparse_.values && sparse_.crow[i] != sparse_.crow[i + count];
+  }
+  void add_sparse_tile(int64_t i, int64_t count, const float* in, const float* scratch, float* tile,
+                       int64_t used = TOKENS) const {
+    if (whole_rows_)
+      scatter_rows(sparse_, in_features_, i, count, scratch, tile);
+    else
+      add_sparse(sparse_, i, count, in, tile, used);
   }
 
  private:

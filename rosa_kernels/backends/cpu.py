@@ -66,7 +66,7 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     if way is Way.GEMMS:
         as_matrix(y).addmm_(as_matrix(x) @ lora_A.T, lora_B.T, alpha=scaling)
     elif way is Way.KERNELS:
-        _add_forward(y, x, _low_rank(lora_A, lora_B, scaling), _floats(values), crow, col, structure, dropout_p, seed)
+        _add_forward(y, x, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
     return y
 
 
@@ -99,7 +99,7 @@ def rosa_linear_backward(
         if any(gradient is not None for gradient in (dx_to_add, dA, dB, dvalues)):
             _kernels.backward(
                 dx_to_add, dA, dB, dvalues, dy2, x2, *delta, ccol, row, permutation,
-                structure, *_dropout(dropout_p, seed),
+                structure, *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
             )  # fmt: skip
     gradients = (
         dx2.view(x.shape) if need_dx else None,
@@ -114,7 +114,7 @@ def rosa_linear_backward(
 
 def spmm(x, values, crow, col, structure):
     y = x.new_zeros(*x.shape[:-1], crow.shape[0] - 1)
-    _add_forward(y, x, (None, None, 0.0), _floats(values), crow, col, structure, 0.0, None)
+    _add_forward(y, x, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None)
     return y
 
 
@@ -123,7 +123,7 @@ def sddmm(dy, x, crow, col, structure):
     # The kernel takes S whole: its values are not read for dS.
     _kernels.backward(
         None, None, None, dvalues, _matrix(dy), _matrix(x), None, None, 0.0, dvalues, crow, col, None, None, None,
-        structure, None, 0, 0.0,
+        structure, None, 0, 0.0, False,
     )  # fmt: skip
     return dvalues.to(x.dtype)
 
@@ -132,8 +132,11 @@ def csr_add(weight, values, crow, col):
     return cpu_gemms.merged(_matrix(weight), Delta(values=_floats(values), crow=crow, col=col), weight.dtype)
 
 
-def _add_forward(y, x, low_rank, values, crow, col, structure, dropout_p, seed) -> None:
-    _kernels.forward(as_matrix(y), _matrix(x), *low_rank, values, crow, col, structure, *_dropout(dropout_p, seed))
+def _add_forward(y, x, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed) -> None:
+    _kernels.forward(
+        as_matrix(y), _matrix(x), _floats(lora_A), _floats(lora_B), scaling, values, crow, col, structure,
+        *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
+    )  # fmt: skip
 
 
 def _matrix(tensor):
@@ -149,8 +152,9 @@ def _floats(tensor):
     return tensor.float().contiguous()
 
 
-def _low_rank(lora_A, lora_B, scaling):
-    return _floats(lora_A), _floats(lora_B), scaling
+def _are_bfloat16(lora_A, lora_B) -> bool:
+    """Whether kernels for bf16 take both as they are and may round what they multiply with them."""
+    return lora_A is not None and lora_A.dtype == lora_B.dtype == torch.bfloat16
 
 
 def _delta(lora_A, lora_B, scaling, values, crow, col):

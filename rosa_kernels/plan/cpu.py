@@ -68,8 +68,8 @@ def dx_way(
 ) -> Way:  # fmt: skip
     """Way for dx. The sweep for dA, dB and dS reads x and dy whatever it is, so that KERNELS costs dx's own part alone.
 
-    GEMMS stands for dA and dB too: for bf16, whose GEMMs have instructions that the kernels do not use yet, and for so few
-    tokens that the kernels' blocks are half empty.
+    GEMMS stands for dA and dB too: for bf16, where the kernels' own bf16 products are unmeasured, and for so few tokens that
+    the kernels' blocks are half empty.
     """
     tokens = prod(dy.shape[:-1])
     if _library_serves(dy, lora_A, lora_B, values, seed, widened):

@@ -1,0 +1,119 @@
+// The adapter's backward for bfloat16 x and dy and r > 0, its low-rank products by instructions for bfloat16.
+#pragma once
+#include "backward.h"
+#include "forward_pairs.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+class BackwardPairs {
+ public:
+  explicit BackwardPairs(const Backward& b)
+      : b_(b),
+        r_(b.low_rank.r),
+        padded_r_(rounded_up(r_, LANES)),
+        terms_(term_counts(b.low_rank)),
+        want_dH_(b.dA || b.dx.data),
+        packs_dy_(b.dvalues || (b.dx.data && b.sparse.values)),
+        alpha_(low_rank_scale(b.low_rank, b.dropout)),
+        shrink_x_(b.low_rank.A, b.in_features, 1, b.dB ? r_ : 0, b.in_features, padded_pairs(b.in_features),
+                  terms_.exact),
+        shrink_dy_(b.low_rank.B, 1, r_, want_dH_ ? r_ : 0, b.out_features, padded_pairs(b.out_features), terms_.exact),
+        transposed_(b, b.dx.data),
+        dx_update_(b.low_rank.A, 1, b.in_features, b.dx.data ? r_ : 0, terms_.rounded, alpha_, transposed_.csr,
+                   b.out_features, b.in_features),
+        slots_(larger(1, slot_count(b.tokens))),
+        sums_(b, slots_, RANK_MULTIPLE),
+        touched_(sums_.touched_count) {
+    if (sums_.touched_count) touched_features(b.sparse, b.out_features, sums_.touched_count, touched_);
+  }
+
+  void run() const {
+    for_slots(slots_, block_count(b_.tokens), [&](int64_t slot, int64_t begin, int64_t end) {
+      const Scratch scratch = slot_scratch();
+      for (int64_t block = begin; block < end; ++block) sweep_block(slot, block * TOKENS, scratch);
+      end_products();
+    });
+    sums_.write(alpha_);
+  }
+
+ private:
+  // x and dy packed feature-major for S, and as rows; H and dH; dS's touched features; dropout's bits.
+  struct Scratch {
+    float *x, *dy;
+    uint16_t *x_rows, *dy_rows;
+    RankBlock ranks;
+    uint32_t* rank_pairs;
+    float *touched, *turned, *update;
+    uint64_t* bits;
+  };
+
+  Scratch slot_scratch() const {
+    static thread_local Arena arena;
+    const int64_t touched = rounded_up(sums_.touched_count, GROUP) * TOKENS;
+    float* piece[11];
+    arena.cut({b_.dvalues ? rounded_up(b_.in_features, LANES) * TOKENS : 0,
+               packs_dy_ ? rounded_up(b_.out_features, LANES) * TOKENS : 0, copied_rows(b_.in_features),
+               copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::rounded_size(r_),
+               terms_.exact * BLOCK_PAIRS * padded_r_, touched, touched, dx_update_.scratch_size(),
+               b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
+              piece);
+    return {piece[0],
+            piece[1],
+            reinterpret_cast<uint16_t*>(piece[2]),
+            reinterpret_cast<uint16_t*>(piece[3]),
+            RankBlock(piece[4], piece[5], r_),
+            reinterpret_cast<uint32_t*>(piece[6]),
+            piece[7],
+            piece[8],
+            piece[9],
+            reinterpret_cast<uint64_t*>(piece[10])};
+  }
+
+  void sweep_block(int64_t slot, int64_t first, const Scratch& s) const {
+    const int64_t tokens = smaller(TOKENS, b_.tokens - first);
+    const uint16_t* x_data = (const uint16_t*)b_.x.data + first * b_.x.stride;
+    const uint16_t* dy_data = (const uint16_t*)b_.dy.data + first * b_.dy.stride;
+    if (b_.dvalues) pack(x_data, b_.x.stride, tokens, b_.in_features, s.x);
+    if (packs_dy_) pack(dy_data, b_.dy.stride, tokens, b_.out_features, s.dy);
+    if (b_.dvalues) {
+      const Block<uint16_t> x = {tokens == TOKENS ? x_data : nullptr, b_.x.stride, s.x, nullptr};
+      const Block<uint16_t> dy = {tokens == TOKENS ? dy_data : nullptr, b_.dy.stride, s.dy, nullptr};
+      add_dS(b_, sums_, slot, touched_, x, dy, s.touched, s.turned);
+    }
+    const TokenBits kept = block_bits(b_.dropout, first, b_.in_features, s.bits);
+    const Rows dy = block_rows(dy_data, b_.dy.stride, tokens, b_.out_features, {nullptr}, s.dy_rows);
+    const bool wants_x = b_.dA || b_.dB;
+    const Rows x = wants_x ? block_rows(x_data, b_.x.stride, tokens, b_.in_features, kept, s.x_rows) : Rows{};
+    if (b_.dB) {
+      multiply_rows(x, shrink_x_, s.ranks.values, padded_r_);  // H
+      add_outer_rows(s, dy, b_.out_features, sums_.dB(slot));
+    }
+    if (want_dH_) multiply_rows(dy, shrink_dy_, s.ranks.values, padded_r_);
+    if (b_.dA) add_outer_rows(s, x, b_.in_features, sums_.dA(slot));
+    if (b_.dx.data) {
+      uint16_t* dx = (uint16_t*)b_.dx.data + first * b_.dx.stride;
+      dx_update_.add_to(dx, b_.dx.stride, tokens, s.ranks.round(), s.dy, kept, s.update);
+    }
+  }
+
+  void add_outer_rows(const Scratch& s, const Rows& rows, int64_t features, float* sums) const {
+    pack_ranks(s.ranks.values, padded_r_, terms_.exact, s.rank_pairs);
+    outer_rows(s.rank_pairs, r_, padded_r_, terms_.exact, rows, features, sums);
+  }
+
+  const Backward& b_;
+  const int64_t r_, padded_r_;
+  const TermCounts terms_;
+  const bool want_dH_, packs_dy_;
+  const float alpha_;
+  const PackedPairs shrink_x_, shrink_dy_;
+  const TransposedCsr transposed_;
+  const PairsUpdate dx_update_;
+  const int64_t slots_;
+  const PartialSums sums_;
+  Buffer<int32_t> touched_;
+};
+
+}  // namespace ROSA_ISA
+}  // namespace rosa

@@ -1,0 +1,58 @@
+// The adapter's forward for bfloat16 x and r > 0, its low-rank products by instructions for bfloat16.
+#pragma once
+#include "forward.h"
+#include "low_rank_pairs.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+inline int64_t copied_rows(int64_t features) { return TOKENS * rounded_up(features, ROW_MULTIPLE) / 2; }  // in floats
+
+// Memory for H or dH, as floats (TOKENS, padded_r) and rounded (TOKENS, up to a multiple of ROW_MULTIPLE).
+struct RankBlock {
+  float* values;
+  uint16_t* rounded;
+  int64_t r, padded_r, rounded_stride;
+
+  static int64_t values_size(int64_t r) { return TOKENS * rounded_up(r, LANES); }
+  static int64_t rounded_size(int64_t r) { return TOKENS * rounded_up(r, ROW_MULTIPLE) / 2; }
+  RankBlock(float* values, float* rounded, int64_t r)
+      : values(values),
+        rounded(reinterpret_cast<uint16_t*>(rounded)),
+        r(r),
+        padded_r(rounded_up(r, LANES)),
+        rounded_stride(rounded_up(r, ROW_MULTIPLE)) {
+    std::memset(rounded, 0, sizeof(float) * rounded_size(r));
+  }
+  Rows round() const { return round_ranks(values, r, padded_r, rounded, rounded_stride); }
+};
+
+inline void forward_pairs(const Forward& f) {
+  const int64_t r = f.low_rank.r, in = f.in_features;
+  const TermCounts terms = term_counts(f.low_rank);
+  const PackedPairs shrink(f.low_rank.A, in, 1, r, in, padded_pairs(in), terms.exact);
+  const PairsUpdate update(f.low_rank.B, r, 1, r, terms.rounded, low_rank_scale(f.low_rank, f.dropout), f.sparse, in,
+                           f.out_features);
+  for_slots(slot_count(f.tokens), block_count(f.tokens), [&](int64_t, int64_t begin, int64_t end) {
+    static thread_local Arena arena;
+    float* piece[6];
+    arena.cut({f.sparse.values ? rounded_up(in, LANES) * TOKENS : 0, copied_rows(in), RankBlock::values_size(r),
+               RankBlock::rounded_size(r), update.scratch_size(), f.dropout.on ? 2 * bit_words(in) : 0},
+              piece);
+    const RankBlock ranks(piece[2], piece[3], r);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * TOKENS, tokens = smaller(TOKENS, f.tokens - first);
+      const uint16_t* x_rows = (const uint16_t*)f.x.data + first * f.x.stride;
+      if (f.sparse.values) pack(x_rows, f.x.stride, tokens, in, piece[0]);
+      const TokenBits kept = block_bits(f.dropout, first, in, reinterpret_cast<uint64_t*>(piece[5]));
+      const Rows x = block_rows(x_rows, f.x.stride, tokens, in, kept, reinterpret_cast<uint16_t*>(piece[1]));
+      multiply_rows(x, shrink, ranks.values, ranks.padded_r);
+      update.add_to((uint16_t*)f.y.data + first * f.y.stride, f.y.stride, tokens, ranks.round(), piece[0], {nullptr},
+                    piece[4]);
+    }
+    end_products();
+  });
+}
+
+}  // namespace ROSA_ISA
+}  // namespace rosa

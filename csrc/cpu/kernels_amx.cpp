@@ -1,0 +1,22 @@
+// Its speed is unmeasured: no processor with these instructions has run it. tests/test_cpu_emulation.py shows its numbers.
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__)
+#define ROSA_ISA amx
+#define ROSA_OTHERS kernels_avx512
+#include "pairs_avx512bf16.h"
+//
+#include "tiles_amx.h"
+//
+#include "tile_products.h"
+//
+#include "pairs_table.h"
+
+namespace rosa {
+static constexpr Kernels table = {"amx", amx::forward, amx::backward, amx::merge};
+extern const Kernels* const kernels_amx;
+const Kernels* const kernels_amx = &table;
+}  // namespace rosa
+#elif defined(__x86_64__)
+#include "kernels.h"
+extern const rosa::Kernels* const rosa::kernels_amx;
+const rosa::Kernels* const rosa::kernels_amx = nullptr;
+#endif

@@ -1,0 +1,21 @@
+// Included once by each kernels_*.cpp of a set with instructions for bfloat16: what they serve, and for the rest the kernels of
+// ROSA_OTHERS, a set that every processor with this one has.
+#pragma once
+#include "backward_pairs.h"
+#include "few_tokens.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+inline void forward(const Forward& f) {
+  const bool served = f.dtype == Dtype::bfloat16 && f.low_rank.r && f.tokens > FEW_TOKENS;
+  served ? forward_pairs(f) : ROSA_OTHERS.forward(f);
+}
+inline void backward(const Backward& b) {
+  const bool served = b.dtype == Dtype::bfloat16 && b.low_rank.r && (b.dA || b.dB || b.dx.data);
+  served ? BackwardPairs(b).run() : ROSA_OTHERS.backward(b);
+}
+inline void merge(const Merge& m) { ROSA_OTHERS.merge(m); }
+
+}  // namespace ROSA_ISA
+}  // namespace rosa

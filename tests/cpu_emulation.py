@@ -1,0 +1,36 @@
+"""The CPU's kernels for bfloat16 instructions (AVX512-BF16, AMX) on a processor without them: their instruction layer emulated."""
+
+from pathlib import Path
+
+import cuda_emulation
+import torch
+from cuda_emulation import CSRC, TESTS
+
+KERNELS = (
+    CSRC / "ops.cpp",
+    CSRC / "cpu" / "kernels_portable.cpp",
+    *sorted(TESTS.glob("emulated_*.cpp")),
+)
+SETS = tuple(
+    path.stem.removeprefix("emulated_") for path in KERNELS if path.stem in ("emulated_amx", "emulated_avx512bf16")
+)
+NAMESPACE = "rosa_kernels_cpu_emulated"  # of the operators, beside those of the processor's own kernels
+
+
+def build(variant: str) -> Path:
+    return cuda_emulation.build(variant, KERNELS, (f"-Drosa_kernels_cpu={NAMESPACE}",))
+
+
+def install(library: str) -> None:
+    """Makes backend "cpu" run a build's kernels in this process, for all that they serve: no merging, no library GEMMs for LoRA."""
+    from rosa_kernels.backends import cpu, cpu_gemms
+    from rosa_kernels.plan import cpu as plan
+
+    torch.ops.load_library(library)
+    cpu._kernels = cpu_gemms._kernels = getattr(torch.ops, NAMESPACE)
+    plan._library_serves = lambda *call: False
+
+
+def takes(item) -> bool:
+    """Whether an emulated run takes a test: those of the backend in bf16, and those of this one's arithmetic."""
+    return "cpu-bf16" in item.nodeid or item.path.name == "test_bfloat16_terms.py"

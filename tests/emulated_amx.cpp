@@ -1,0 +1,15 @@
+#define ROSA_ISA emulated_amx
+#define ROSA_OTHERS kernels_portable
+#define ROSA_LANES 16
+#include "emulated_pairs.h"
+//
+#include "emulated_tiles.h"
+//
+#include "cpu/tile_products.h"
+//
+#include "cpu/pairs_table.h"
+
+namespace rosa {
+extern const Kernels emulated_amx_kernels;
+const Kernels emulated_amx_kernels = {"amx", emulated_amx::forward, emulated_amx::backward, emulated_amx::merge};
+}  // namespace rosa

@@ -1,0 +1,14 @@
+#define ROSA_ISA emulated_avx512bf16
+#define ROSA_OTHERS kernels_portable
+#define ROSA_LANES 16
+#include "emulated_pairs.h"
+//
+#include "cpu/pair_products.h"
+//
+#include "cpu/pairs_table.h"
+
+namespace rosa {
+extern const Kernels emulated_avx512bf16_kernels;
+const Kernels emulated_avx512bf16_kernels = {"avx512bf16", emulated_avx512bf16::forward, emulated_avx512bf16::backward,
+                                             emulated_avx512bf16::merge};
+}  // namespace rosa
