@@ -227,3 +227,26 @@ def test_repeated_runs_give_the_same_bits(backend, dtype, device, tokens, patter
     for _ in range(3):
         for name, again in run_linear(case, inputs).items():
             assert torch.equal(again, first[name]), name
+
+
+@pytest.mark.skipif(rk.available_backends()["cpu"] is not None, reason="backend cpu is not available")
+@pytest.mark.parametrize("tokens", [1, 3, 9, 40])
+def test_few_tokens_of_a_large_layer_are_shared_among_threads(tokens):
+    """Sizes at which the cpu kernels cut the output features of one block, raggedly; the same bits on every run."""
+    out_features, in_features, r = 1030, 1000, 16
+    generator = torch.Generator().manual_seed(0)
+    pattern = rk.CSRPattern.random((out_features, in_features), 0.1, seed=0)
+    shapes = (tokens, in_features), (r, in_features), (out_features, r), (pattern.nnz,)
+    x, A, B, values = (torch.randn(shape, generator=generator) for shape in shapes)
+    S = rk.csr_add(torch.zeros(pattern.shape), values, pattern)
+    expected = 0.5 * (x.double() @ A.T.double()) @ B.T.double() + x.double() @ S.T.double()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            with rk.use_backend("cpu"):
+                got, again = (rk.rosa_delta(x, A, B, 0.5, values, pattern) for _ in range(2))
+            assert torch.equal(got, again)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-3)
+    finally:
+        torch.set_num_threads(threads)
