@@ -19,6 +19,7 @@ _ELEMENT = 7.0  # an element of x read, or of y read or written
 _MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and read again by the GEMM
 _MERGED_ENTRY = 50.0  # an entry of S added to it
 
+_TOO_FEW_TO_MERGE = 8  # whatever r and S: 8 · _ENTRY is less than _MERGED_ENTRY; saves small calls the counting
 _BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
 
 WIDENED_TOKENS = 12
@@ -48,13 +49,13 @@ def forward_way(
     structure: int, seed: Tensor | None, widened: bool,
 ) -> Way:  # fmt: skip
     """Way for y. Only fp32 is merged, or bf16 widened to it: bf16 would round 8-60 % of the small deltas away."""
-    one_token = x.numel() <= x.shape[-1]  # for which the library's four calls cost more than the multiplications
-    by_gemm = not one_token and _library_serves(x, lora_A, lora_B, values, seed, widened)
+    tokens = prod(x.shape[:-1])
+    # For one token the library's four calls cost more than the multiplications.
+    by_gemm = tokens > 1 and _library_serves(x, lora_A, lora_B, values, seed, widened)
     unmerged = Way.GEMMS if by_gemm else Way.KERNELS
-    if not _may_merge(x, weight, seed, widened):
+    if tokens <= _TOO_FEW_TO_MERGE or not _may_merge(x, weight, seed, widened):
         return unmerged
     out_features, in_features = weight.shape
-    tokens = prod(x.shape[:-1])
     low_rank = (1.0 if by_gemm else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
     moved = _ELEMENT * (in_features + 2 * out_features)
     a_token = low_rank + _sparse_cost(values, structure) + moved
@@ -68,8 +69,8 @@ def dx_way(
 ) -> Way:  # fmt: skip
     """Way for dx. The sweep for dA, dB and dS reads x and dy whatever it is, so that KERNELS costs dx's own part alone.
 
-    GEMMS stands for dA and dB too: for bf16, where the kernels' own bf16 products are unmeasured, and for so few tokens that
-    the kernels' blocks are half empty.
+    GEMMS stands for dA and dB too: for bf16, where the kernels' own bf16 products are unmeasured, and for so few tokens
+    that the kernels' blocks are half empty.
     """
     tokens = prod(dy.shape[:-1])
     if _library_serves(dy, lora_A, lora_B, values, seed, widened):
