@@ -3,7 +3,7 @@
 import pytest
 from interleaved import gradients
 from layers import STEP_SHAPES, Layer
-from naive import CSR, Dense, HandWritten, NoSparse, lora_as_peft
+from naive import CSR, Dense, HandWritten, NoSparse, as_multiplied, lora_as_peft
 
 import rosa_kernels as rk
 
@@ -48,11 +48,14 @@ def test_rosa_step(race, shape, dtypes):
 def test_lora_step(race, shape, dtypes):
     layer = Layer(shape, dtypes)
     leaves = [layer.x, layer.lora_A, layer.lora_B]
+    peft = {}
+    if as_multiplied(layer.x)[0].dtype == layer.dtype:  # elsewhere its bf16 GEMMs take a minute
+        peft["peft"] = gradients(lambda: lora_as_peft(*layer.base, *layer.lora), leaves, layer.dy)
     race(
         {
             "frozen": layer.frozen_step(),
             "ours": gradients(lambda: rk.lora_linear(*layer.base, *layer.lora), leaves, layer.dy),
-            "peft": gradients(lambda: lora_as_peft(*layer.base, *layer.lora), leaves, layer.dy),
+            **peft,
             "addmm": gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, None, NoSparse()), leaves, layer.dy),
         },
         layer.dtype,

@@ -30,6 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None) 
     """x (T, I) times (weight + delta)ᵀ, plus bias: (T, O) in x's dtype."""
     out_features, in_features = weight.shape
     y = x.new_empty(x.shape[0], out_features)
+    x = _widened_once(x)
     for begin, end in _strips(out_features, in_features):
         strip = merged(weight, delta, torch.float32, rows=(begin, end))
         _multiply(x, strip.T, None if bias is None else bias[begin:end], out=y[:, begin:end])
@@ -40,6 +41,7 @@ def linear_dx(dy: Tensor, weight: Tensor, delta: Delta | None) -> Tensor:
     """dy (T, O) times (weight + delta): (T, I) in dy's dtype."""
     out_features, in_features = weight.shape
     dx = dy.new_empty(dy.shape[0], in_features)
+    dy = _widened_once(dy)
     for begin, end in _strips(in_features, out_features):
         _multiply(dy, merged(weight, delta, torch.float32, columns=(begin, end)), None, out=dx[:, begin:end])
     return dx
@@ -69,10 +71,15 @@ def _strips(count: int, length: int) -> list[tuple[int, int]]:
     return [(count * i // strips, count * (i + 1) // strips) for i in range(strips)]
 
 
-@torch.no_grad()  # an op below autograd is also called above it, by exported programs; out= would refuse their parameters
+def _widened_once(x: Tensor) -> Tensor:
+    """x in fp32 where it is one chunk, so that the strips do not widen it one after the other."""
+    return x.float() if x.shape[0] <= CHUNK_TOKENS else x
+
+
+@torch.no_grad()  # exported programs call ops with parameters above autograd, where out= would refuse them
 def _multiply(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = x · matrix + bias, the matrix in fp32, x and out in fp32 or bf16."""
-    if x.dtype == matrix.dtype:
+    """out = x · matrix + bias, the matrix in fp32, x, bias and out in fp32 or bf16."""
+    if out.dtype == matrix.dtype:
         torch.mm(x, matrix, out=out) if bias is None else torch.addmm(bias, x, matrix, out=out)
         return
     wide_bias = None if bias is None else bias.float()
