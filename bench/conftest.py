@@ -1,7 +1,7 @@
 """pytest bench/ --benchmark-only [--device auto|cpu|gpu|all] [--shapes quick|all] [--threads N] [--results DIRECTORY]
                                   [--against FILE] [--benchmark-json FILE]
 
-On two quiet cores --shapes all (the default) takes under six minutes and --shapes quick under one. Where there is a GPU
+On two cores --shapes all (the default) takes about 16 minutes and --shapes quick about four. Where there is a GPU
 its races run and the CPU's do not, so that a run is meant to stay under eight minutes; --device all runs both.
 
 Every benchmark times its candidates in turn within each round, prints one table of ratios at the end and fails where

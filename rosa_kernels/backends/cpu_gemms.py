@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STRIP_ELEMENTS = 2**22
-"""16 MiB: malloc keeps so much for the next strip; what it gives back returns as fresh pages, slower than merging."""
+from rosa_kernels.plan import cpu as plan
+
 CHUNK_TOKENS = 2048
 _kernels = torch.ops.rosa_kernels_cpu
 
@@ -67,7 +67,7 @@ def merged(weight: Tensor, delta: Delta | None, dtype: torch.dtype, rows=None, c
 
 def _strips(count: int, length: int) -> list[tuple[int, int]]:
     """(begin, end) of equal strips of `count` vectors of this length."""
-    strips = max(1, -(-count * length // STRIP_ELEMENTS))
+    strips = plan.strip_count(count * length)
     return [(count * i // strips, count * (i + 1) // strips) for i in range(strips)]
 
 

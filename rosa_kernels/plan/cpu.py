@@ -18,9 +18,14 @@ _ENTRY = 5.0  # an entry of S for a token, gathered; in rows, columns and blocks
 _ELEMENT = 7.0  # an element of x read, or of y read or written
 _MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and read again by the GEMM
 _MERGED_ENTRY = 50.0  # an entry of S added to it
+_STRIP_ELEMENT = 100.0  # an element of x or dy, for each strip after the first: the GEMMs read and pack it again
 
 _TOO_FEW_TO_MERGE = 8  # whatever r and S: 8 · _ENTRY is less than _MERGED_ENTRY; saves small calls the counting
 _BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
+
+STRIP_ELEMENTS = 2**22
+"""Of a strip of the merged weight, 16 MiB: malloc keeps so much for the next one; what it gives back to the system
+returns as fresh pages, slower than merging."""
 
 WIDENED_TOKENS = 12
 """From here on fp32 GEMMs serve bf16 faster than the library's bf16 products by rows, where the CPU has no instructions
@@ -58,9 +63,8 @@ def forward_way(
     out_features, in_features = weight.shape
     low_rank = (1.0 if by_gemm else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
     moved = _ELEMENT * (in_features + 2 * out_features)
-    a_token = low_rank + _sparse_cost(values, structure) + moved
-    adding = (tokens if by_gemm else _in_whole_blocks(tokens)) * a_token
-    return Way.MERGED if _merging_cost(weight, lora_A, values, widened) < adding else unmerged
+    adding = tokens * (low_rank + _sparse_cost(values, structure) + moved)
+    return Way.MERGED if _merging_cost(weight, lora_A, values, widened, x.numel()) < adding else unmerged
 
 
 def dx_way(
@@ -80,8 +84,8 @@ def dx_way(
         return Way.KERNELS
     in_features = weight.shape[1]
     low_rank = _LOW_RANK * _rank(lora_A) * in_features
-    adding = _in_whole_blocks(tokens) * (low_rank + _sparse_cost(values, structure) + 2 * _ELEMENT * in_features)
-    return Way.MERGED if _merging_cost(weight, lora_A, values, widened) < adding else Way.KERNELS
+    adding = _tokens_of_the_sweep(tokens) * (low_rank + _sparse_cost(values, structure) + 2 * _ELEMENT * in_features)
+    return Way.MERGED if _merging_cost(weight, lora_A, values, widened, dy.numel()) < adding else Way.KERNELS
 
 
 def legal_ways(x, weight, lora_A, lora_B, values, seed, widened) -> tuple[Way, ...]:
@@ -105,16 +109,27 @@ def _may_merge(x, weight, seed, widened) -> bool:
     return weight is not None and seed is None and (x.dtype == torch.float32 or widened)
 
 
-def _in_whole_blocks(tokens: int) -> int:
-    """What the kernels work on: every thread takes the same number of blocks, the last ones partly empty."""
-    step = _BLOCK_TOKENS * torch.get_num_threads()
+def _tokens_of_the_sweep(tokens: int) -> int:
+    """What all threads together have time for while one of them sweeps its blocks: one block keeps one thread busy."""
+    threads = torch.get_num_threads()
+    if tokens <= _BLOCK_TOKENS:
+        return tokens * threads
+    step = _BLOCK_TOKENS * threads
     return -(-tokens // step) * step
 
 
-def _merging_cost(weight: Tensor, lora_A: Tensor | None, values: Tensor | None, widened: bool) -> float:
-    """A weight that is widened anyway passes through memory at no extra cost."""
-    entries = 0 if values is None else values.shape[0]
-    return weight.numel() * ((0.0 if widened else _MERGED_ELEMENT) + _rank(lora_A)) + _MERGED_ENTRY * entries
+def _merging_cost(weight: Tensor, lora_A: Tensor | None, values: Tensor | None, widened: bool, read: int) -> float:
+    """read: elements of x or dy. A weight that is widened anyway comes in strips, through memory, at no extra cost."""
+    elements = weight.numel()
+    cost = elements * _rank(lora_A) + _MERGED_ENTRY * (0 if values is None else values.shape[0])
+    if widened:
+        return cost
+    return cost + _MERGED_ELEMENT * elements + _STRIP_ELEMENT * read * (strip_count(elements) - 1)
+
+
+def strip_count(elements: int) -> int:
+    """Strips of a weight of so many elements."""
+    return max(1, -(-elements // STRIP_ELEMENTS))
 
 
 def _sparse_cost(values: Tensor | None, structure: int) -> float:
