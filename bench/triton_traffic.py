@@ -134,8 +134,9 @@ def naive_forward(t: Tensors):
 
 def naive_step(t: Tensors) -> None:
     _, merged, H = naive_forward(t)
-    saved = (t.x, merged, t.A, t.B, t.values, H)
-    HandWritten.backward(SimpleNamespace(saved_tensors=saved, scaling=SCALING, sparse=t.naive_S()), t.dy)
+    saved, dtypes = (t.x, merged, t.A, t.B, t.values, H), 4 * [t.x.dtype]
+    context = SimpleNamespace(saved_tensors=saved, dtypes=dtypes, scaling=SCALING, sparse=t.naive_S())
+    HandWritten.backward(context, t.dy)
 
 
 def forward_floor(t: Tensors) -> int:
