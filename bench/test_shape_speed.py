@@ -1,11 +1,9 @@
 """The layer step of RoSA over other shapes than the design's: small, narrow, wide and odd ones, few and many tokens."""
 
 import pytest
-from interleaved import gradients
 from layers import Layer, Shape
-from naive import CSR, Dense, HandWritten
-
-import rosa_kernels as rk
+from naive import CSR, Dense
+from rosa_step import rosa_step
 
 SHAPES = [
     Shape(out, into, tokens)
@@ -22,19 +20,4 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
 def test_rosa_shape(race, shape, dtypes):
     layer = Layer(shape, dtypes)
-    leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
-
-    def by_hand(sparse):
-        return gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, layer.values, sparse), leaves, layer.dy)
-
-    race(
-        {
-            "frozen": layer.frozen_step(),
-            "ours": gradients(
-                lambda: rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern), leaves, layer.dy
-            ),
-            "csr": by_hand(CSR(layer.pattern)),
-            "dense": by_hand(Dense(layer.pattern)),
-        },
-        layer.dtype,
-    )
+    race(rosa_step(layer, csr=CSR(layer.pattern), dense=Dense(layer.pattern)), layer.dtype)

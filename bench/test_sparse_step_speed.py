@@ -4,6 +4,7 @@ import pytest
 from interleaved import gradients
 from layers import STEP_SHAPES, Layer
 from naive import CSR, Dense, HandWritten, Rows
+from rosa_step import rosa_step
 
 import rosa_kernels as rk
 
@@ -15,22 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
 def test_row_step(race, shape, dtypes):
     layer = Layer(shape, dtypes, structure="row")
-    leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
-
-    def by_hand(sparse):
-        return gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, layer.values, sparse), leaves, layer.dy)
-
-    race(
-        {
-            "frozen": layer.frozen_step(),
-            "ours": gradients(
-                lambda: rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern), leaves, layer.dy
-            ),
-            "rows": by_hand(Rows(layer.rows, shape.in_features)),
-            "dense": by_hand(Dense(layer.pattern)),
-        },
-        layer.dtype,
-    )
+    race(rosa_step(layer, rows=Rows(layer.rows, shape.in_features), dense=Dense(layer.pattern)), layer.dtype)
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16"])

@@ -4,6 +4,7 @@ import pytest
 from interleaved import gradients
 from layers import STEP_SHAPES, Layer
 from naive import CSR, Dense, HandWritten, NoSparse, as_multiplied, lora_as_peft
+from rosa_step import rosa_step
 
 import rosa_kernels as rk
 
@@ -25,20 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in 
 @DTYPES
 def test_rosa_step(race, shape, dtypes):
     layer = Layer(shape, dtypes)
-    leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
-
-    def by_hand(sparse):
-        return gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, layer.values, sparse), leaves, layer.dy)
-
     race(
-        {
-            "frozen": layer.frozen_step(),
-            "ours": gradients(
-                lambda: rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern), leaves, layer.dy
-            ),
-            "csr": by_hand(CSR(layer.pattern)),
-            "dense": by_hand(Dense(layer.pattern)),
-        },
+        rosa_step(layer, csr=CSR(layer.pattern), dense=Dense(layer.pattern)),
         layer.dtype,
         goal=GOALS.get((dtypes, shape)),
     )

@@ -5,6 +5,17 @@
 namespace rosa {
 namespace ROSA_ISA {
 
+// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p.
+inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
+  w.terms == 1   ? multiply_panel_of<1>(x, w.panel(p), w.pairs, out, stride)
+  : w.terms == 2 ? multiply_panel_of<2>(x, w.panel(p), w.pairs, out, stride)
+                 : multiply_panel_of<3>(x, w.panel(p), w.pairs, out, stride);
+}
+
+inline void pack_ranks(const float* ranks, int64_t padded_r, int terms, uint32_t* packed) {
+  terms == 1 ? pack_ranks_of<1>(ranks, padded_r, packed) : pack_ranks_of<3>(ranks, padded_r, packed);
+}
+
 // out (TOKENS, stride) = x · wᵀ, with w's rows padded to a multiple of LANES.
 inline void multiply_rows(const Rows& x, const PackedPairs& w, float* out, int64_t stride) {
   begin_products(w.pairs);

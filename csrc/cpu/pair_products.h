@@ -45,23 +45,12 @@ inline void multiply_panel_of(const Rows& x, const uint32_t* panel, int64_t pair
     multiply_tokens<Terms, TOGETHER>(x.data + t * x.stride, x.stride, panel, pairs, out + t * stride, stride);
 }
 
-// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p.
-inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
-  w.terms == 1   ? multiply_panel_of<1>(x, w.panel(p), w.pairs, out, stride)
-  : w.terms == 2 ? multiply_panel_of<2>(x, w.panel(p), w.pairs, out, stride)
-                 : multiply_panel_of<3>(x, w.panel(p), w.pairs, out, stride);
-}
-
 // packed[term][t / 2][q] = the terms of (ranks[t][q], ranks[t + 1][q]); ranks (TOKENS, padded_r).
 template <int Terms>
 inline void pack_ranks_of(const float* ranks, int64_t padded_r, uint32_t* packed) {
   for (int64_t t = 0; t < TOKENS; t += 2, ranks += 2 * padded_r)
     for (int64_t q = 0; q < padded_r; q += LANES, packed += LANES)
       store_terms<Terms>(load(ranks + q), load(ranks + padded_r + q), packed, BLOCK_PAIRS * padded_r);
-}
-
-inline void pack_ranks(const float* ranks, int64_t padded_r, int terms, uint32_t* packed) {
-  terms == 1 ? pack_ranks_of<1>(ranks, padded_r, packed) : pack_ranks_of<3>(ranks, padded_r, packed);
 }
 
 // sums[q][v] += Σ_t ranks[t][q] · panel[t][v] for GROUP ranks and Width vectors of features.

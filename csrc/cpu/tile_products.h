@@ -74,13 +74,6 @@ inline void multiply_panel_of(const Rows& x, const uint32_t* panel, int64_t pair
   }
 }
 
-// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p.
-inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
-  w.terms == 1   ? multiply_panel_of<1>(x, w.panel(p), w.pairs, out, stride)
-  : w.terms == 2 ? multiply_panel_of<2>(x, w.panel(p), w.pairs, out, stride)
-                 : multiply_panel_of<3>(x, w.panel(p), w.pairs, out, stride);
-}
-
 // packed[term][q][t / 2] = the terms of (ranks[t][q], ranks[t + 1][q]); ranks (TOKENS, padded_r).
 template <int Terms>
 inline void pack_ranks_of(const float* ranks, int64_t padded_r, uint32_t* packed) {
@@ -96,10 +89,6 @@ inline void pack_ranks_of(const float* ranks, int64_t padded_r, uint32_t* packed
       for (int64_t i = 0; i < LANES; ++i)
         store_terms<Terms>(even[i], odd[i], packed + (q + i) * BLOCK_PAIRS + t / 2, BLOCK_PAIRS * padded_r);
     }
-}
-
-inline void pack_ranks(const float* ranks, int64_t padded_r, int terms, uint32_t* packed) {
-  terms == 1 ? pack_ranks_of<1>(ranks, padded_r, packed) : pack_ranks_of<3>(ranks, padded_r, packed);
 }
 
 // Tiles 0 to Width - 1 += ranks (16, BLOCK_PAIRS) · panel (BLOCK_PAIRS, Width · LANES).
