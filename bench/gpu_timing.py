@@ -88,7 +88,7 @@ def captured(function: Callable) -> Callable:
     with torch.cuda.graph(graph):
         results = function()
 
-    def replay():
+    def replay(inputs=function):  # the graph does not keep the tensors alive that it reads
         graph.replay()
         return results
 

@@ -89,8 +89,8 @@ def _dots(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def linear_kernel(
-    grid, *, x, weight, bias, H, A, B, S, values, permutation, T, N, K, R, PARTS, STEPS, DROPOUT, SPARSE, ACCUMULATE,
-    SCATTER, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, **_,
+    grid, *, x, weight, bias, H, A, B, S, values, permutation, T, N, K, R, PARTS, DROPOUT, SPARSE, ACCUMULATE,
+    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_E, **_,
 ) -> Work:  # fmt: skip
     tiles_m, tiles_n = ceil(T / BLOCK_M), ceil(N / BLOCK_N)
     programs, tile, k_steps = tiles_m * tiles_n, BLOCK_M * BLOCK_N, ceil(K / BLOCK_K)
@@ -121,15 +121,13 @@ def linear_kernel(
             Access("x_columns", tokens * values.shape[0], tokens * K, SECTOR / x.element_size()),
             *_entries(N, tiles_m, values, permutation, BLOCK_E),
         ]
-    if SPARSE == "shared":
+    if SPARSE == "blocks":
         columns = values.shape[0] / N  # of each tile
         flops += 2 * programs * tile * _padded(columns, BLOCK_K) * _dots(x, values)
-        loads += _shared(T, N, columns, tiles_m, tiles_n, values, permutation)
+        loads += _blocks(T, N, columns, tiles_m, tiles_n, values, permutation)
     if bias is not None:
         loads.append(Access("bias", N * tiles_m, N))
-    if SCATTER:
-        loads.append(Access("crow", programs * BLOCK_N * STEPS, min(N, 2**STEPS)))
-    out = Access("out", T * N, T * N, 1 if SCATTER else None)
+    out = Access("out", T * N, T * N)
     return Work(flops, [*loads, out] if ACCUMULATE else loads, [out])
 
 
@@ -144,7 +142,7 @@ def _entries(N, tiles_m, values, permutation, BLOCK_E) -> list[Access]:
     return loads if permutation is None else [*loads, Access("permutation", nnz * tiles_m, nnz, BLOCK_E)]
 
 
-def _shared(T, N, columns, tiles_m, tiles_n, values, permutation) -> list[Access]:
+def _blocks(T, N, columns, tiles_m, tiles_n, values, permutation) -> list[Access]:
     """Each tile's columns of x; taken as scattered, which those of a block are not."""
     nnz = values.shape[0]
     loads = [
@@ -215,16 +213,16 @@ def sddmm_tiled_kernel(grid, *, col, T, M, N, BLOCK_M, BLOCK_N, BLOCK_T, **_) ->
     return Work(flops, loads, [Access("out", nnz * splits, nnz * splits)])
 
 
-def sddmm_shared_kernel(grid, *, col, T, M, rows, STEPS, SCATTERED, BLOCK_M, BLOCK_N, BLOCK_T, **_) -> Work:
-    (tiles_m, tiles_n, splits), nnz = grid, col.shape[0]
+def sddmm_blocks_kernel(grid, *, col, T, M, BLOCK_M, BLOCK_N, BLOCK_T, **_) -> Work:
+    """Blocks spread evenly over the rows of blocks, each of as many columns."""
+    (tiles_m, _tiles_n, splits), nnz = grid, col.shape[0]
     columns = nnz / M
     taken_n = ceil(columns / BLOCK_N)
-    searches = STEPS * SCATTERED
     loads = [
-        Access("crow", tiles_m * BLOCK_M * tiles_n * splits * (2 + searches), min(M, 2**STEPS) if SCATTERED else M + 1),
-        Access("col", columns * tiles_m * splits, columns if SCATTERED else columns * tiles_m),
-        Access("dy", T * M * taken_n, T * M, 1 if SCATTERED else None),
-        Access("x", T * columns * tiles_m, T * columns, None if SCATTERED else 1),
+        Access("crow", tiles_m * BLOCK_M * prod(grid[1:]) * 2, M + 1),
+        Access("col", columns * tiles_m * splits, columns * tiles_m),
+        Access("dy", T * M * taken_n, T * M),
+        Access("x", T * columns * tiles_m, T * columns, 1),
     ]
     flops = 2 * tiles_m * BLOCK_M * taken_n * BLOCK_N * _padded(T, BLOCK_T)
     return Work(flops, loads, [Access("out", nnz * splits, nnz * splits)])
@@ -245,6 +243,25 @@ def sddmm_entries_kernel(grid, *, dy, x, col, T, M, STEPS, BY_COLUMNS, BLOCK_T, 
     return Work(0, loads, [Access("out", nnz * splits, nnz * splits)])
 
 
+def by_columns_kernel(grid, *, T, padded, features, **_) -> Work:
+    return Work(0, [Access("x", T * features, T * features)], [Access("columns", padded * features, padded * features)])
+
+
+def gather_columns_kernel(grid, *, T, count, width, **_) -> Work:
+    loads = [Access("columns", count * grid[0], count), Access("x", T * count, T * count, 1)]
+    return Work(0, loads, [Access("gathered", T * width, T * width)])
+
+
+def add_at_rows_kernel(grid, *, T, count, rows, STEPS, BLOCK_P, **_) -> Work:
+    added = Access("out", T * count, T * count, 1)
+    loads = [
+        Access("crow", prod(grid) * BLOCK_P * STEPS, min(rows, 2**STEPS)),
+        Access("D", T * count, T * count),
+        added,
+    ]
+    return Work(0, loads, [added])
+
+
 def pick_kernel(grid, *, col, **_) -> Work:
     (rows,), nnz = grid, col.shape[0]
     loads = [Access("crow", 2 * rows, rows + 1), Access("col", nnz, nnz), Access("dW", nnz, nnz, 1)]
@@ -260,8 +277,11 @@ FORMULAS = {
         sum_kernel,
         scatter_kernel,
         sddmm_tiled_kernel,
-        sddmm_shared_kernel,
+        sddmm_blocks_kernel,
         sddmm_entries_kernel,
         pick_kernel,
+        by_columns_kernel,
+        gather_columns_kernel,
+        add_at_rows_kernel,
     )
 }

@@ -30,6 +30,7 @@ class Cost:
     """Of its FLOP/s, against the library's."""
     busy: float = 1.0
     """Share of the multiprocessors that its programs keep at work, a program on each at a time."""
+    launch_seconds: float = RATES.launch_seconds
 
     def limits(self, l2_of_tiles: bool = True) -> dict[str, float]:
         """Seconds by what may bound it, beside the constant of a launch."""
@@ -42,11 +43,11 @@ class Cost:
 
     @property
     def bound(self) -> str:
-        limits = self.limits() | {"launch": RATES.launch_seconds}
+        limits = self.limits() | {"launch": self.launch_seconds}
         return max(limits, key=limits.get)
 
     def seconds(self, l2_of_tiles: bool = True) -> float:
-        return RATES.launch_seconds + max(self.limits(l2_of_tiles).values())
+        return self.launch_seconds + max(self.limits(l2_of_tiles).values())
 
 
 class CostCounter(TorchDispatchMode):
@@ -73,7 +74,7 @@ class CostCounter(TorchDispatchMode):
             launch, programs = Launch.of(kernel, grid, args, config, constants), prod(grid)
             busy = programs / (ceil(programs / MULTIPROCESSORS) * MULTIPROCESSORS)
             work = launch.work().flops, launch.memory_bytes(), launch.l2_bytes(), launch.l2_bytes(gathered_only=True)
-            self.costs.append(Cost(*work, RATES.kernel_efficiency, busy))
+            self.costs.append(Cost(*work, RATES.kernel_efficiency, busy, RATES.kernel_launch_seconds))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -87,14 +88,15 @@ _FREE = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten._unsafe_view, _at
 _PRODUCTS = {_aten.mm: 0, _aten.addmm: 1, _aten.addmm_: 1}
 """Matrix products, by the position of their first factor."""
 _WRITES_ALONE = {_aten.zeros, _aten.zero_, _aten.fill_}
-_READS_AND_WRITES = {_aten.clone, _aten._to_copy, _aten.mul_, _aten.sum}
+_READS_AND_WRITES = {_aten.clone, _aten._to_copy, _aten.mul_, _aten.sum, _aten.cat, _aten.constant_pad_nd}
 _AT_PLACES = {_aten.index, _aten.index_select, _aten.index_put_, _aten.index_add_}
 """Elements at places here and there: a sector of memory each."""
 
 
 def _library_cost(function, args, result) -> Cost:
     """L2 is left out: the rates are those that library calls reach."""
-    read = sum(_bytes(arg) for arg in args if isinstance(arg, torch.Tensor))
+    tensors = args[0] if function == _aten.cat else args
+    read = sum(_bytes(arg) for arg in tensors if isinstance(arg, torch.Tensor))
     if function in _PRODUCTS:
         first = args[_PRODUCTS[function]]
         return Cost(2 * first.numel() * result.shape[1], read + _bytes(result))

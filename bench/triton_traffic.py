@@ -33,12 +33,12 @@ NEEDS = [True, False, False, True, True, True]
 
 HEAD = f"""# The Triton kernels on an H100: a roofline estimate
 
-**These are estimates by counting, not measurements: no GPU was used.** `python bench/triton_traffic.py` prints this
+**These are estimates by counting, not measurements** (those: nvidia-h100-*.json). `python bench/triton_traffic.py` prints this
 page: bf16, rank {RANK}. FLOPs, bytes of memory and bytes that the SMs ask of L2 are counted from grids, tiles and loops
 by `bench/kernel_traffic.py`, whose formulas `tests/test_triton_traffic.py` holds to what the kernels do under Triton's
 interpreter.
 
-A launch takes {RATES.launch_seconds * 1e6:.0f} us + the largest of
+A library call takes {RATES.launch_seconds * 1e6:.0f} us, a kernel of ours {RATES.kernel_launch_seconds * 1e6:.0f} us, + the largest of
 
 - FLOPs of dots / {RATES.flops_16_bit / 1e12:.0f} TFLOP/s, times {RATES.kernel_efficiency} in the kernels' own loops,
 - memory / {RATES.bandwidth / 1e12:.1f} TB/s: each operand's distinct bytes once, in whole sectors of 32;
@@ -241,13 +241,13 @@ def choices_of(run: Callable[[], object]) -> list[Choice]:
 
     def linear(problem, way):
         part = "dx" if choices else "y"
-        ways = gpu.linear_ways(problem.call())
+        ways = gpu.linear_ways(problem.call()._replace(H_whole=way.H == "library"))
         costs = {name_of(other): costs_of(lambda other=other: take_linear(problem, other)) for other in ways}
         choices.append(Choice(part, name_of(way), costs))
         return take_linear(problem, way)
 
     def sddmm(way, dy, x, crow, col, structure, dtype, rows):
-        call = gpu.SDDMMCall(*dy.shape, x.shape[1], col.shape[0], structure, x.element_size(), rows_known=rows is not None)
+        call = gpu.SDDMMCall(*dy.shape, x.shape[1], col.shape[0], structure, x.element_size())
         ways = gpu.sddmm_ways(call)
         arguments = (dy, x, crow, col, structure, dtype, rows)
         costs = {other: costs_of(lambda other=other: take_sddmm(other, *arguments)) for other in ways}

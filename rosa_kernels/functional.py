@@ -126,9 +126,7 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
         raise ValueError(f"weight: expected shape {pattern.shape} as the pattern, got {tuple(weight.shape)}")
     _check_values(values, pattern, weight.device)
     if _wants_grad(weight, values):
-        return CSRAddFunction.apply(
-            weight, values, pattern.crow_indices, pattern.col_indices, pattern.row_of_entry()
-        )
+        return CSRAddFunction.apply(weight, values, pattern.crow_indices, pattern.col_indices, pattern.row_of_entry())
     return ops.csr_add(weight, values, pattern.crow_indices, pattern.col_indices)
 
 
@@ -156,18 +154,17 @@ def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, drop
 def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
     """Whether a call is of the common kind and passes every check of _checked, which takes 10 us on a cold cache.
 
-    The common kind: outside autocast, a weight and lora_A and lora_B, all on the CPU.
+    The common kind: outside autocast, a weight and lora_A and lora_B, all on one device.
     """
     return (
         isinstance(x, Tensor)
         and isinstance(weight, Tensor)
         and isinstance(lora_A, Tensor)
         and isinstance(lora_B, Tensor)
-        and x.is_cpu
-        and weight.is_cpu
-        and lora_A.is_cpu
-        and lora_B.is_cpu
-        and not torch.is_autocast_enabled("cpu")
+        and weight.device == (device := x.device)
+        and lora_A.device == device
+        and lora_B.device == device
+        and not torch.is_autocast_enabled(device.type)
         and (dtype := x.dtype) in _FLOATING
         and weight.dtype == dtype
         and lora_A.dtype in _FLOATING
@@ -180,15 +177,15 @@ def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
         and lora_B.shape == (shape[0], shape_A[0])
         and (
             bias is None
-            or (isinstance(bias, Tensor) and bias.is_cpu and bias.dtype == dtype and bias.shape == shape[:1])
+            or (isinstance(bias, Tensor) and bias.device == device and bias.dtype == dtype and bias.shape == shape[:1])
         )
         and (
             values is pattern is None
             or (
                 isinstance(pattern, CSRPattern)
                 and isinstance(values, Tensor)
-                and pattern.col_indices.is_cpu
-                and values.is_cpu
+                and pattern.col_indices.device == device
+                and values.device == device
                 and values.dtype in _FLOATING
                 and pattern.shape == shape
                 and values.shape == pattern.col_indices.shape
@@ -200,7 +197,13 @@ def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
 def _checked(x, weight, bias, lora_A, lora_B, values, pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Checks every tensor and the pattern; returns x, weight and bias as autocast wants them."""
     _check_type("x", x, Tensor)
-    for name, tensor in (("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B), ("values", values)):
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("lora_A", lora_A),
+        ("lora_B", lora_B),
+        ("values", values),
+    ):
         if tensor is not None:
             _check_type(name, tensor, Tensor)
     if pattern is not None:

@@ -140,10 +140,9 @@ class CSRPattern:
         if self._transposed is None:
             columns = self.col_indices.long()
             permutation = torch.argsort(columns, stable=True)
-            counts = torch.zeros(self.shape[1] + 1, dtype=torch.int64, device=self.device)
-            counts[1:] = torch.bincount(columns, minlength=self.shape[1])
+            bounds = torch.arange(self.shape[1] + 1, device=self.device)
             self._transposed = (
-                counts.cumsum(0).to(torch.int32),
+                torch.searchsorted(columns[permutation], bounds, out_int32=True),
                 self.row_of_entry()[permutation].to(torch.int32),
                 permutation.to(torch.int32),
             )

@@ -95,15 +95,16 @@ class Measure:
         A, B = self.normal(RANK, n, dtype=dtype), self.normal(n, RANK, dtype=dtype)
         parts = torch.randn(1, tokens, RANK, device=self.device)
         crow, col = self.pattern.crow_indices, self.pattern.col_indices
-        rows = CSRPattern.from_rows(torch.arange(0, n, 100), (n, n)).to(self.device)
+        chosen = torch.rand(n // 16, n // 16, generator=torch.Generator().manual_seed(0)) < DENSITY
+        blocks = CSRPattern.from_blocks(chosen, 16, (n, n)).to(self.device)
         in_kernel = Linear(x, n, weight, None, A, B, 2.0)
         return {
             configs.LINEAR: lambda: take(in_kernel, gpu.LinearWay("kernel", "before")),
             configs.SHRINK: lambda: shrink(x, A),
             configs.OUTER: lambda: outer(dy, parts, B, 2.0, features_first=True, Q=B),
             configs.SDDMM_TILED: lambda: take_sddmm("tiled", dy, x, crow, col, 0, dtype),
-            configs.SDDMM_SHARED: lambda: take_sddmm(
-                "shared", dy, x, rows.crow_indices, rows.col_indices, rows.structure, dtype
+            configs.SDDMM_BLOCKS: lambda: take_sddmm(
+                "blocks", dy, x, blocks.crow_indices, blocks.col_indices, blocks.structure, dtype
             ),
         }
 

@@ -124,16 +124,8 @@ def install(library: str) -> None:
 
     cuda.unavailable_reason = lambda: None
     cuda.refusal = refusal
-    torch.mm = _mm
 
 
 def takes(item) -> bool:
     """Whether an emulated run takes a test: those of a backend, and those of this one's ways."""
     return "backend" in item.fixturenames or item.path.name == "test_cuda_ways.py"
-
-
-def _mm(left, right, *, out_dtype=None, library_mm=torch.mm):
-    """torch.mm, whose out_dtype CPU tensors do not have; no more than CUDA's takes."""
-    if out_dtype is not None and not (out_dtype == torch.float32 and left.dtype == right.dtype):
-        raise RuntimeError(f"torch.mm of {left.dtype} and {right.dtype} gives no {out_dtype}")
-    return library_mm(left, right) if out_dtype is None else library_mm(left.to(out_dtype), right.to(out_dtype))

@@ -31,7 +31,7 @@ def call_of(case: LinearCase, dtype: torch.dtype) -> gpu.LinearCall:
     return gpu.LinearCall(
         case.tokens, case.out_features, case.in_features, case.r, int(case.pattern is not None), structure_of(case),
         dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"],
-        mixed_values=mixed["values"],
+        mixed_values=mixed["values"], fp16=dtype == torch.float16,
     )  # fmt: skip
 
 

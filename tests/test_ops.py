@@ -125,7 +125,7 @@ def test_small_fp32_adapters_keep_their_precision(backend, dtype, device, patter
         error = float((got.cpu().double() - exact).norm() / exact.norm())
         assert error < 2.0**-19, f"{name}: relative error {error:.2g}"
     small = rk.spmm(inputs.x, scale * inputs.values, inputs.pattern).cpu().double() / scale
-    exact = x @ dense(inputs.values, inputs.pattern.to("cpu")).T
+    exact = x @ dense(inputs.values.cpu(), inputs.pattern.to("cpu")).T
     rounding = UNIT_ROUNDOFF[dtype] + SMALLEST_SUBNORMAL[dtype] / scale  # of y
     assert float((small - exact).norm() / exact.norm()) < rounding + 2.0**-20
 

@@ -20,9 +20,12 @@ KERNELS = {
     "sum_kernel",
     "scatter_kernel",
     "sddmm_tiled_kernel",
-    "sddmm_shared_kernel",
+    "sddmm_blocks_kernel",
     "sddmm_entries_kernel",
     "pick_kernel",
+    "by_columns_kernel",
+    "gather_columns_kernel",
+    "add_at_rows_kernel",
 }
 ALIGNED = {"aligned", "aligned, many"}
 """Cases whose sectors are known."""
@@ -54,7 +57,22 @@ def figures(launches, name):
 def test_every_kernel_was_counted_with_every_operand_it_may_have(launches):
     assert {launch["kernel"] for launch in launches} == KERNELS
     operands = {operand for launch in launches if launch["kernel"] == "linear_kernel" for operand in launch["operands"]}
-    named = ["x", "x_columns", "weight", "bias", "H", "A", "B", "seed", "S", "values", "crow", "col", "permutation", "out"]
+    named = [
+        "x",
+        "x_columns",
+        "weight",
+        "bias",
+        "H",
+        "A",
+        "B",
+        "seed",
+        "S",
+        "values",
+        "crow",
+        "col",
+        "permutation",
+        "out",
+    ]
     assert operands == {f"load {name}" for name in named} | {"store out"}
 
 

@@ -108,17 +108,17 @@ def test_sddmm_by_way(monkeypatch, dtype, way, pattern, tokens):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("way", ["shared", "packed"])
+@pytest.mark.parametrize("values_dtype", [None, FP32], ids=["same", "fp32 values"])
 @pytest.mark.parametrize("pattern", ["rows", "columns", "full"])
-def test_sddmm_of_whole_rows_and_columns_by_way(monkeypatch, dtype, way, pattern):
-    case = LinearCase((20,), 66, 50, 0, pattern, x_layout="strided", dy_layout="transposed")
+def test_sddmm_of_whole_rows_and_columns(dtype, values_dtype, pattern):
+    """In a backward, where the rows are at hand, and on its own."""
+    case = LinearCase((20,), 66, 50, 0, pattern, x_layout="strided", dy_layout="transposed", values_dtype=values_dtype)
     inputs = make_inputs(case, dtype)
-    seen = []
-    monkeypatch.setattr(gpu, "choose_sddmm", lambda call, rates: seen.append(gpu.sddmm_ways(call)) or way)
+    expected = expected_linear(case, inputs)["values"]
     with rk.use_backend("triton"):
-        got = run_linear(case, inputs)
-    check("values", got["values"], expected_linear(case, inputs)["values"], inputs.values)
-    assert seen == [("shared", "packed")]
+        check("values", run_linear(case, inputs)["values"], expected, inputs.values)
+        if values_dtype is None:
+            check("sddmm", rk.sddmm(inputs.dy, inputs.x, inputs.pattern), expected, inputs.x)
 
 
 @pytest.mark.parametrize("target", gpu_table.RATES)
@@ -141,14 +141,23 @@ def test_16_bit_and_tf32_deltas_are_never_merged():
 
 
 def test_structures_have_their_own_ways():
-    for structure, S in ((ROW, "rows"), (COLUMN, "shared"), (BLOCK16, "blocks")):
+    for structure, S, dS in ((ROW, "rows", "packed"), (COLUMN, "columns", "packed"), (BLOCK16, "blocks", "blocks")):
         assert {way.S for way in gpu.linear_ways(gpu.LinearCall(99, 64, 64, 4, 640, structure))} == {S}
-        assert gpu.sddmm_ways(gpu.SDDMMCall(99, 64, 64, 640, structure, mixed=True)) == ("shared",)
+        assert gpu.sddmm_ways(gpu.SDDMMCall(99, 64, 64, 640, structure, mixed=True)) == (dS,)
+
+
+def test_wider_adapters_are_one_delta_but_in_fp16():
+    for fp16 in (False, True):
+        for wide in ({"mixed_values": True}, {"mixed_lora": True}):
+            ways = gpu.linear_ways(gpu.LinearCall(99, 64, 64, 4, 640, fp16=fp16, **wide))
+            assert any(way.S == "delta" for way in ways) != fp16
+    S_alone = gpu.LinearCall(99, 64, 64, 0, 640, mixed_values=True)
+    assert not any(way.S == "delta" for way in gpu.linear_ways(S_alone))
 
 
 def test_the_choices_that_the_docstring_explains():
-    """On an H100: a library base for large bf16 GEMMs, merging in fp32, a dense S at 5 % and a gathered one at 0.01
-    %."""
+    """On an H100: library GEMMs for LoRA alone, a kernel for few tokens beside wider adapters or an S, merging in fp32, a
+    dense S at 5 % and a gathered one at 0.01 %."""
     h100 = gpu_table.RATES["sm_90"]
     large = dict(tokens=4096, N=4096, K=4096, r=16)
     assert gpu.choose_linear(gpu.LinearCall(**large), h100).base == "library"
@@ -156,10 +165,12 @@ def test_the_choices_that_the_docstring_explains():
     assert gpu.choose_linear(gpu.LinearCall(**large, nnz=838860), h100).S == "delta"
     assert gpu.choose_linear(gpu.LinearCall(**large, nnz=838860, dropout="x"), h100).S == "dense"
     assert gpu.choose_linear(gpu.LinearCall(**large, nnz=1677), h100).S == "gather_columns"
-    assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16), h100).base == "kernel"
-    assert by_library(4096, 768, 2, h100) and not by_library(8192, 4096, 2, h100) and not by_library(4, 768, 2, h100)
+    assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16), h100) == ("library", "library", "")
+    assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16, mixed_lora=True), h100).base == "kernel"
+    assert gpu.choose_linear(gpu.LinearCall(4, 4096, 4096, 16, nnz=167772), h100) == ("kernel", "inside", "gather")
+    assert by_library(4096, 768, 2, h100) and by_library(4, 768, 2, h100) and not by_library(32768, 4096, 2, h100)
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 167772), h100) == "library"
-    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 335544, mixed=True), h100) == "tiled"
+    assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 335544, mixed=True), h100) == "library"
     assert gpu.choose_sddmm(gpu.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100) == "entries_columns"
 
 

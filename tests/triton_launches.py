@@ -107,7 +107,7 @@ class Launch:
 
 
 _NAMED = ("weight", "bias", "H", "A", "B", "S", "values", "permutation", "seed", "shrunk", "base")
-_FLAGS = ("ACCUMULATE", "SCATTER", "SCATTERED", "BY_COLUMNS", "ZERO")
+_FLAGS = ("ACCUMULATE", "BY_COLUMNS", "ZERO")
 _TILE = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "BLOCK_F")
 _EXTRAS = ("DROPOUT", "ACCUMULATE")
 

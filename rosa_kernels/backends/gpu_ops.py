@@ -114,6 +114,10 @@ class Ops:
         return total if S is None else self._kernels.add_in_place(total, S)
 
     def _delta(self, dtype: torch.dtype, lora_A, lora_B, scaling: float, S) -> Tensor:
-        """scaling · B A + S in the dtype of all three, for one call; rounded once, by the GEMM that adds to S."""
-        delta = self._kernels.dense(S, dtype)
-        return delta if lora_A is None else delta.addmm_(lora_B, lora_A, alpha=scaling)
+        """scaling · B A + S in this dtype, for one call; rounded once, by the GEMM that adds to S where all are of it."""
+        if lora_A is None:
+            return self._kernels.dense(S, dtype)
+        if lora_A.dtype == lora_B.dtype == S.values.dtype == dtype:
+            return self._kernels.dense(S, dtype).addmm_(lora_B, lora_A, alpha=scaling)
+        product = torch.addmm(lora_A[:1].float(), lora_B.float(), lora_A.float(), beta=0, alpha=scaling).contiguous()
+        return self._kernels.add_in_place(product, S).to(dtype)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rosa_kernels.autograd import transposed_structure
@@ -113,4 +114,5 @@ class Linear(NamedTuple):
             mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
             mixed_values=S is not None and S.values.dtype != x.dtype,
             H_known=self.H is not None,
+            fp16=x.dtype == torch.float16,
         )

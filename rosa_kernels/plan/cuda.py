@@ -5,7 +5,7 @@ left for the kernels, by the count for 16-bit operands on an H100 (T tokens, N x
 
 - One pass over y, 2 T N elements, adds the low-rank part and S. An entry costs 16 tokens 32 bytes of shared memory,
   where a copy of x by columns lies: a read of 4 entries' tokens by a warp, some 12 instructions (SASS of sm_90), takes 3
-  to 4 cycles of a multiprocessor, as random features share banks. That is 1.5 times what L2 would deliver. The entries
+  to 4 cycles of a multiprocessor, as random features share banks. Measured: 1.1 times what L2 would deliver. The entries
   themselves, 8 bytes each, come from L2 once for each 16 tokens, and so do A and B. Where shared memory does not hold
   all K features, x comes by columns from L2.
 - Or D = scaling B A + S, dense, and a second library GEMM: 2 T N K FLOPs whatever the density. Even near 1.2 % at
@@ -25,8 +25,8 @@ from rosa_kernels.plan.gpu import LinearCall, LinearWay, SDDMMCall
 from rosa_kernels.plan.gpu_table import Rates
 
 TOKENS_A_BLOCK = 16
-SHARED_OVER_L2 = 1.5
-"""Entries that a gather from shared memory serves, over those from L2."""
+SHARED_OVER_L2 = 1.1
+"""Entries that a gather from shared memory serves, over those from L2: as measured on an H100."""
 ENTRY_BYTES = 8
 
 
@@ -68,8 +68,7 @@ def _sparse_ways(call: LinearCall, shared_limit: int) -> tuple[str, ...]:
     if call.structure in (ROW, COLUMN):
         return ("rows",) if call.structure == ROW else ("columns",)
     fits = call.K * TOKENS_A_BLOCK * call.element_size <= shared_limit
-    exact = not call.mixed_values and not (call.r and (call.mixed_lora or call.dropout))
-    return ("shared" if fits else "global", *(("delta",) if exact else ()))
+    return ("shared" if fits else "global", *(("delta",) if gpu.may_be_one_delta(call) else ()))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,13 +81,8 @@ def linear_seconds(call: LinearCall, way: CudaWay, rates: Rates) -> float:
     T, N, K, size = call.tokens, call.N, call.K, call.element_size
     by_library = LinearWay(way.base, *(part if part in ("library", "delta") else "" for part in (way.H, way.S)))
     seconds = gpu.linear_seconds(call, by_library, rates)
-    if way.S in ("rows", "columns"):  # a gather of x's columns, or an fp32 D, beside the GEMM's own operands
-        shared = call.nnz / (K if way.S == "rows" else N)
-        moved = T * (N + K if way.S == "columns" else K) * size + T * shared * 8
-        flops = 2 * T * call.nnz * (3 if call.mixed_values and size == 2 else 1)
-        seconds += 2 * rates.launch_seconds + max(
-            flops / gpu.gemm_rate(rates, size, call.tf32), moved / rates.bandwidth
-        )
+    if way.S in ("rows", "columns"):
+        seconds += gpu.library_structure_seconds(call, way.S, rates)
     if way.H == "kernel" and not call.H_known:
         in_parts = _tiles(T) < 2 * rates.multiprocessors  # which another launch adds
         A = _tiles(T) * K * call.r * size / rates.l2_bandwidth

@@ -12,7 +12,7 @@ import torch
 
 
 class Rates(NamedTuple):
-    """What large calls reach: FLOP/s of library GEMMs by operand, bytes/s, and the cost of one more kernel."""
+    """What large calls reach: FLOP/s of library GEMMs by operand, bytes/s, and the cost of one more call."""
 
     flops_16_bit: float
     flops_tf32: float
@@ -23,18 +23,22 @@ class Rates(NamedTuple):
     kernel_efficiency: float = 0.65
     """FLOP/s of our own GEMM loop over the library's; low where unmeasured, so that doubt favours the library."""
     launch_seconds: float = 4e-6
+    """Of one more library call."""
+    kernel_launch_seconds: float = 10e-6
+    """Of one more kernel of ours, which Python launches: 3 to 5 times a library call's on the H100's host. In a CUDA graph
+    both cost 1 us; few calls are close enough for that to matter there."""
 
 
-# Dense peaks of the data sheets (A100 80 GB, H100 SXM, B200, MI300X) times 0.7 for the FLOP/s and 0.9 for the
-# bytes/s that large library calls reach; L2 as measured by Chips and Cheese (A100, H100), scaled with the memory for
-# the others. None seen by us.
+# sm_90: as measured on an H100 SXM (bench/results), but for the launch, which an eager call pays in full. Others: dense
+# peaks of the data sheets (A100 80 GB, B200, MI300X) times 0.7 for the FLOP/s and 0.9 for the bytes/s that large library
+# calls reach; L2 as measured by Chips and Cheese (A100), scaled with the memory for the others. None seen by us.
 RATES = {
     "sm_80": Rates(218e12, 109e12, 14e12, 1.8e12, 4.4e12, 108),
-    "sm_90": Rates(692e12, 346e12, 47e12, 3.0e12, 5.5e12, 132),
+    "sm_90": Rates(724e12, 393e12, 51e12, 2.4e12, 2.75e12, 132, kernel_efficiency=0.73),
     "sm_100": Rates(1570e12, 780e12, 56e12, 7.2e12, 11e12, 148),
     "gfx942": Rates(915e12, 457e12, 114e12, 4.8e12, 8e12, 304),
     "other": Rates(100e12, 50e12, 15e12, 0.8e12, 2e12, 60),
-    "interpreter": Rates(692e12, 346e12, 47e12, 3.0e12, 5.5e12, 132),
+    "interpreter": Rates(724e12, 393e12, 51e12, 2.4e12, 2.75e12, 132, kernel_efficiency=0.73),
 }
 
 

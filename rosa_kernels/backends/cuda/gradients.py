@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rosa_kernels.backends import gemms, hardware
 from rosa_kernels.backends.cuda import kernels
-from rosa_kernels.backends.cuda.mixed import adapters, matmul
+from rosa_kernels.backends.mixed import adapters, matmul
 from rosa_kernels.pattern import ROW
 from rosa_kernels.plan import cuda as plan
 from rosa_kernels.plan import gpu, gpu_table
@@ -60,6 +60,6 @@ def take_sddmm(way, dy, x, crow, col, structure, dtype, rows=None):
     if structure == ROW:
         count = nnz // N
         dy = kernels.gather_whole_rows(dy, crow, count, N) if rows is None else kernels.gather_columns(dy, rows)
-    else:
-        x = kernels.gather_columns(x, col[: nnz // M])
-    return matmul(dy.T, x, dtype).view(-1)
+        return matmul(dy.T, x, dtype)[:count].reshape(-1)
+    count = nnz // M
+    return matmul(dy.T, kernels.gather_columns(x, col[:count]), dtype)[:, :count].reshape(-1)

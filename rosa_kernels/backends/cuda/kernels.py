@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.backends import hardware
+from rosa_kernels.backends.mixed import ALIGNMENT
 from rosa_kernels.backends.problem import NO_DROPOUT, Dropout, Sparse
 from rosa_kernels.backends.shapes import cdiv
 
@@ -28,18 +29,20 @@ def by_columns(x: Tensor) -> Tensor:
 
 
 def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """x (T, features)[:, columns]; columns (n,) int32."""
-    x = unit_stride(x)
-    gathered = torch.empty(x.shape[0], columns.shape[0], dtype=x.dtype, device=x.device)
-    _library.gather_columns(gathered, x, columns, None, 0)
-    return gathered
+    """x (T, features)[:, columns] (T, count), then columns of zeros up to a multiple of ALIGNMENT; columns int32."""
+    return _gather(x, columns.shape[0], columns, None, 0)
 
 
 def gather_whole_rows(x: Tensor, crow: Tensor, count: int, width: int) -> Tensor:
-    """x (T, rows of S)[:, the `count` rows of S that are not empty], each of `width` entries."""
-    x = unit_stride(x)
-    gathered = torch.empty(x.shape[0], count, dtype=x.dtype, device=x.device)
-    _library.gather_columns(gathered, x, None, crow, width)
+    """As gather_columns: x (T, rows of S)[:, the `count` rows of S that are not empty], each of `width` entries."""
+    return _gather(x, count, None, crow, width)
+
+
+def _gather(x: Tensor, count: int, columns: Tensor | None, crow: Tensor | None, width: int) -> Tensor:
+    padded = cdiv(count, ALIGNMENT) * ALIGNMENT
+    allocate = torch.empty if padded == count else torch.zeros
+    gathered = allocate(x.shape[0], padded, dtype=x.dtype, device=x.device)
+    _library.gather_columns(gathered[:, :count], unit_stride(x), columns, crow, width)
     return gathered
 
 

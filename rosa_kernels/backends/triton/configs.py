@@ -13,7 +13,7 @@ import torch
 from rosa_kernels.backends import hardware
 from rosa_kernels.plan import gpu_table
 
-LINEAR, SHRINK, OUTER, SDDMM_TILED, SDDMM_SHARED = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_shared"
+LINEAR, SHRINK, OUTER, SDDMM_TILED, SDDMM_BLOCKS = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_blocks"
 TOKEN_BUCKETS = (16, 32, 64, 512, 2**31)
 """A bucket's largest number of tokens."""
 
@@ -100,18 +100,18 @@ def _sddmm_tiled(target: str, element_size: int, bucket: int) -> list[Config]:
     ]
 
 
-def _sddmm_shared(target: str, element_size: int, bucket: int) -> list[Config]:
-    """Smaller tiles than _sddmm_tiled's: their gathered columns take a pointer an element."""
+def _sddmm_blocks(target: str, element_size: int, bucket: int) -> list[Config]:
+    """A row of 16 x 16 blocks; the gathered columns take a pointer an element, so the tiles are small."""
     if target == "interpreter":
         return [Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_T": 16}, 4, 1)]
     block_t = 16 if element_size == 4 or bucket == 0 else 32
     return [
-        Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": block_t}, 4, 2),
-        Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_T": block_t}, 4, 2),
+        Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_T": block_t}, 4, 2),
+        Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_T": block_t}, 4, 2),
     ]
 
 
-_LISTS = {LINEAR: _linear, SHRINK: _shrink, OUTER: _outer, SDDMM_TILED: _sddmm_tiled, SDDMM_SHARED: _sddmm_shared}
+_LISTS = {LINEAR: _linear, SHRINK: _shrink, OUTER: _outer, SDDMM_TILED: _sddmm_tiled, SDDMM_BLOCKS: _sddmm_blocks}
 
 
 @functools.cache

@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rosa_kernels.backends import hardware
+from rosa_kernels.backends.mixed import add_few_columns_product, few_rows_product, plus_product
 from rosa_kernels.backends.problem import NO_DROPOUT, Linear, Sparse
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.arithmetic import int32_threshold
-from rosa_kernels.backends.triton.columns import by_columns
+from rosa_kernels.backends.triton.columns import add_at_rows, by_columns, gather_columns
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.linear_kernel import linear_kernel
 from rosa_kernels.backends.triton.low_rank import block_r, shrink
@@ -33,30 +34,30 @@ def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
     x, S = problem.x, problem.S
     if way.base == "merged":
         return F.linear(x, problem.merged(), problem.bias).contiguous()
-    if way.base == "" and way.S == "delta":
-        return F.linear(x, problem.delta()).contiguous()
-    if way.base == "library":
-        out = F.linear(x, problem.weight, problem.bias).contiguous()
-    else:
-        out = torch.empty(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
+    out = F.linear(x, problem.weight, problem.bias).contiguous() if way.base == "library" else None
     if way.S == "delta":
-        out.addmm_(x, problem.delta().T)
+        out = plus_product(out, x, problem.delta().T)
+    if way.S == "columns":
+        columns = S.whole_columns()
+        out = add_few_columns_product(out, gather_columns(x, S.col[: columns.shape[1]]), columns)
     if way.H == "library":
         H = x @ problem.A.T if problem.H is None else problem.H[0]
-        out.addmm_(H, problem.B.T, alpha=problem.scaling)
+        out = plus_product(out, H, problem.B.T, problem.scaling)
     if way.runs_the_kernel:
-        _run_kernel(out, problem, way)
-    elif way.base == "":
-        out.zero_()
+        out = _run_kernel(out, problem, way)
+    if out is None:
+        out = torch.zeros(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
     if way.S == "rows":
-        _add_rows(out, x, S)
+        add_at_rows(out, few_rows_product(x, S.whole_rows()), S.crow, S.shape[1])
     if way.S == "blocks":
-        _launch(out, x, problem.N, S=S, sparse="shared", accumulate=True, block_n=16)
+        _launch(out, x, problem.N, S=S, sparse="blocks", accumulate=True, block_n=16)
     return out
 
 
-def _run_kernel(out: Tensor, problem: Linear, way: gpu.LinearWay) -> None:
-    x, S = problem.x, problem.S
+def _run_kernel(out: Tensor | None, problem: Linear, way: gpu.LinearWay) -> Tensor:
+    x, S, accumulate = problem.x, problem.S, out is not None
+    if out is None:
+        out = torch.empty(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
     in_loop = way.base == "kernel"
     H = A = B = None
     if way.H in ("inside", "before", "known"):
@@ -66,15 +67,16 @@ def _run_kernel(out: Tensor, problem: Linear, way: gpu.LinearWay) -> None:
         if way.H == "before":
             H = for_readers(shrink(x, problem.A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT), problem.N)
     drop_at = problem.drop_at if B is not None and (A is not None or problem.drop_at == "out") else ""
-    in_csr_form = way.S in ("gather", "gather_columns", "shared")
+    in_csr_form = way.S in ("gather", "gather_columns")
     _launch(
         out, x, problem.N, x_columns=by_columns(x) if way.S == "gather_columns" else None,
         weight=problem.weight if in_loop else None, bias=problem.bias if in_loop else None,
         H=H, A=A, B=B, scaling=problem.scaling, dropout=problem.dropout if drop_at else NO_DROPOUT, drop_at=drop_at,
         S=S if in_csr_form else None, sparse=way.S if in_csr_form else "",
         dense_S=_dense_operand(S, x.dtype) if way.S == "dense" else None,
-        accumulate=way.base == "library",
+        accumulate=accumulate,
     )  # fmt: skip
+    return out
 
 
 def _dense_operand(S: Sparse, dtype: torch.dtype) -> Tensor:
@@ -82,37 +84,27 @@ def _dense_operand(S: Sparse, dtype: torch.dtype) -> Tensor:
     return dense(S, dtype if S.values.dtype == dtype else torch.float32)
 
 
-def _add_rows(out: Tensor, x: Tensor, S: Sparse) -> None:
-    """out[:, rows] += x S_rowsᵀ: few outputs, so small tiles of tokens keep the GPU busy."""
-    rows = S.whole_rows()
-    count = rows.shape[0]
-    _launch(out, x, count, weight=rows, accumulate=True, scatter_to=S, block_n=block_r(count), most_tokens=_SMALL_TILE)
-
-
 def _launch(
     out: Tensor, x: Tensor, N: int, *, x_columns=None, weight=None, bias=None, H=None, A=None, B=None, scaling=1.0,
     dropout=NO_DROPOUT, drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False,
-    scatter_to: Sparse | None = None,
-    block_n: int | None = None, most_tokens: int = 2**31,
+    block_n: int | None = None,
 ) -> None:  # fmt: skip
     (T, K), R = x.shape, 0 if B is None else B.shape[1]
     has_S = bool(sparse) or dense_S is not None
-    config = _config(x, N, min(T, most_tokens), has_S, block_n)
-    if sparse == "shared" and S.values.dtype != x.dtype:  # a pointer an element, each value split
+    config = _config(x, N, T, has_S, block_n)
+    if sparse == "blocks" and S.values.dtype != x.dtype:  # a pointer an element, each value split
         tile = {name: min(64, config[name]) for name in ("BLOCK_M", "BLOCK_N")}
         config = Config(tile | {"BLOCK_K": 32}, num_warps=4, num_stages=2)
-    pattern = S or scatter_to
-    crow = None if pattern is None else pattern.crow
-    values, col, permutation = (None, None, None) if S is None else (S.values, S.col, S.permutation)
+    in_csr_form = (None,) * 4 if S is None else (S.values, S.crow, S.col, S.permutation)
     bias = None if bias is None else bias.contiguous()
     runtime.launch(
         linear_kernel, (cdiv(T, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),),
-        out, x, x_columns, weight, bias, H, A, B, dropout.seed, dense_S, values, crow, col, permutation,
-        T, N, K, R, 0 if H is None else H.shape[0], out.shape[1], K, out.shape[1].bit_length(),
+        out, x, x_columns, weight, bias, H, A, B, dropout.seed, dense_S, *in_csr_form,
+        T, N, K, R, 0 if H is None else H.shape[0],
         scaling, dropout.keep_scale, int32_threshold(dropout.threshold),
         out.stride(0), *x.stride(), _strides(x_columns)[1],
         *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
-        DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate, SCATTER=scatter_to is not None,
+        DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate,
         EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x),
         BLOCK_R=_block_r(R, H, B, x.dtype), BLOCK_E=_block_e(config, x.element_size()), GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from rosa_kernels.backends.triton.arithmetic import (
     dot_mixed,
     keep_tile,
     narrow,
-    row_of_entry,
     sum_of_parts,
     tile_position,
 )
@@ -113,11 +112,11 @@ def add_gathered(
 
 
 @triton.jit
-def add_shared(
+def add_blocks(
     acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + x Sᵀ where the tile's rows of S share their columns: a dense product with those columns of x."""
+    """acc + x Sᵀ where the tile is a row of blocks: its rows share their columns, a dense product with those of x."""
     first_row = tl.min(n)
     start = tl.load(crow + first_row)
     count = tl.load(crow + first_row + 1) - start
@@ -136,13 +135,13 @@ def add_shared(
     return acc
 
 
-@triton.jit(do_not_specialize=["T", "rows", "row_length", "STEPS"])
+@triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     out, x, x_columns, weight, bias, H, A, B, seed, S, values, crow, col, permutation,
-    T, N, K, R, PARTS, rows, row_length, STEPS, scaling, keep_scale, threshold,
+    T, N, K, R, PARTS, scaling, keep_scale, threshold,
     stride_ot, stride_xt, stride_xk, stride_ck, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_sn, stride_sk,
-    DROPOUT: tl.constexpr, SPARSE: tl.constexpr, ACCUMULATE: tl.constexpr, SCATTER: tl.constexpr, EVEN_K: tl.constexpr,
+    DROPOUT: tl.constexpr, SPARSE: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -150,9 +149,8 @@ def linear_kernel(
 
     weight, S (N, K) dense. H (PARTS, T, R) fp32 and B (N, R); or A (R, K) and B, for H made here, R <= BLOCK_R.
     values at crow, col, in the order of permutation if there is one: SPARSE "gather" reads x entry by entry,
-    "gather_columns" x_columns, its copy by columns; "shared" takes BLOCK_N rows that share their columns. DROPOUT:
-    "x" of H's input, "out" of the low-rank part of out, or "". ACCUMULATE adds to what out holds. SCATTER: column n
-    goes to the n-th non-empty row of crow (rows + 1,), each row of row_length entries; out then has `rows` columns.
+    "gather_columns" x_columns, its copy by columns; "blocks" takes BLOCK_N rows that share their columns. DROPOUT:
+    "x" of H's input, "out" of the low-rank part of out, or "". ACCUMULATE adds to what out holds.
     """
     m_tile, n_tile = tile_position(tl.program_id(0), T, N, BLOCK_M, BLOCK_N, GROUP_M)
     t = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,13 +181,11 @@ def linear_kernel(
     if SPARSE == "gather_columns":
         columns = x_columns + t64[:, None]
         acc = add_gathered(acc, columns, in_t, n, in_n, values, crow, col, permutation, stride_ck, True, BLOCK_E)
-    if SPARSE == "shared":
-        acc = add_shared(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, PRECISION, BLOCK_K)
+    if SPARSE == "blocks":
+        acc = add_blocks(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, PRECISION, BLOCK_K)
     if bias is not None:
         acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
 
-    if SCATTER:
-        n64 = row_of_entry(crow, rows, tl.minimum(n, N - 1) * row_length, STEPS).to(tl.int64)
     out_at = out + t64[:, None] * stride_ot + n64[None, :]
     out_mask = in_t[:, None] & in_n[None, :]
     if ACCUMULATE:

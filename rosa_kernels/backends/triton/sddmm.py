@@ -1,9 +1,9 @@
 """dS: Σ_t dy[t, row_e] x[t, col_e] for each entry e of a pattern.
 
-Four ways: "library" makes all of dyᵀ x by a library GEMM and picks; "tiled" multiplies whole tiles of dyᵀ x on the
-tensor cores and keeps the pattern's entries; "shared" does so for rows that share their columns, with those columns
-alone; "entries" gathers by entry, each program the same number of entries, so that a long row holds nobody up. All
-may split the tokens; the parts are added in order.
+"library" makes all of dyᵀ x by a library GEMM and picks, or for whole rows and columns ("packed") only what they need;
+"tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "blocks" does so for rows
+that share their columns, with those columns alone; "entries" gathers by entry, each program the same number of entries,
+so that a long row holds nobody up. Kernels may split the tokens; the parts are added in order.
 """
 
 import torch
@@ -12,13 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from rosa_kernels.backends import hardware
+from rosa_kernels.backends.mixed import matmul
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, runtime
 from rosa_kernels.backends.triton.arithmetic import dot, first_entry_at, narrow, row_of_entry, tile_position
-from rosa_kernels.backends.triton.columns import by_columns
+from rosa_kernels.backends.triton.columns import by_columns, gather_columns
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.parts import add_parts
-from rosa_kernels.pattern import BLOCK16, ROW
+from rosa_kernels.pattern import ROW
 from rosa_kernels.plan import gpu, gpu_table
 
 _ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
@@ -77,23 +78,16 @@ def sddmm_tiled_kernel(
             tl.store(target, narrow(value, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "rows", "row_length", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
-def sddmm_shared_kernel(
-    out, dy, x, crow, col, T, M, rows, row_length, nnz, BLOCKS_PER_SPLIT, STEPS,
-    stride_dyt, stride_dym, stride_xt, stride_xn, SCATTERED: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT"])
+def sddmm_blocks_kernel(
+    out, dy, x, crow, col, T, M, nnz, BLOCKS_PER_SPLIT, stride_dyt, stride_dym, stride_xt, stride_xn,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """As sddmm_tiled_kernel, where each BLOCK_M of the M rows share their columns.
-
-    SCATTERED: the M rows are the non-empty ones of crow (rows + 1,), each of row_length entries; else all rows.
-    """
+    """As sddmm_tiled_kernel, where each BLOCK_M of the M rows share their columns."""
     split = tl.program_id(2)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_m = m < M
-    if SCATTERED:
-        row = row_of_entry(crow, rows, tl.minimum(m, M - 1) * row_length, STEPS)
-    else:
-        row = tl.minimum(m, M - 1)
+    row = tl.minimum(m, M - 1)
     row_start = tl.load(crow + row)
     start = tl.min(row_start)
     count = tl.min(tl.load(crow + row + 1) - row_start)
@@ -158,7 +152,7 @@ def sddmm(
     if nnz == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
     tf32 = hardware.precision(x) == "tf32"
-    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype, rows is not None)
+    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype)
     way = gpu.choose_sddmm(call, gpu_table.rates(x.device, hardware.target(x.device)))
     return take(way, dy, x, crow, col, structure, dtype, rows)
 
@@ -175,22 +169,32 @@ def take(
 ) -> Tensor:
     """sddmm by one of gpu.sddmm_ways; nnz > 0."""
     if way == "packed":
-        if structure == ROW:
-            return (dy.index_select(1, rows).T @ x).view(-1)
-        return (dy.T @ x.index_select(1, col[: col.shape[0] // dy.shape[1]])).view(-1)
+        return _packed(dy, x, crow, col, structure, dtype, rows).to(dtype)
     out = torch.empty(col.shape, dtype=dtype, device=x.device)
     if way == "entries_columns":
         dy, x = by_columns(dy), by_columns(x)
     if way in ("entries", "entries_columns"):
         _entries(out, dy, x, crow, col, BY_COLUMNS=way == "entries_columns")
     elif way == "library":
-        dW = dy.T @ x
+        dW = matmul(dy.T, x, dtype)
         runtime.launch(pick_kernel, (dW.shape[0],), out, dW, crow, col, *dW.stride(), config=_PICK)
     elif way == "tiled":
         _tiled(out, dy, x, crow, col)
     else:
-        _shared(out, dy, x, crow, col, structure)
+        _blocks(out, dy, x, crow, col)
     return out
+
+
+def _packed(dy, x, crow, col, structure, dtype, rows) -> Tensor:
+    M, N, nnz = dy.shape[1], x.shape[1], col.shape[0]
+    if structure == ROW:
+        count = nnz // N
+        if rows is None:
+            starts = torch.arange(count, dtype=torch.int32, device=x.device) * N
+            rows = torch.searchsorted(crow, starts, right=True, out_int32=True) - 1
+        return matmul(gather_columns(dy, rows).T, x, dtype)[:count].reshape(-1)
+    count = nnz // M
+    return matmul(dy.T, gather_columns(x, col[:count]), dtype)[:, :count].reshape(-1)
 
 
 def _with_parts(out: Tensor, splits: int, run) -> None:
@@ -218,19 +222,15 @@ def _tiled(out, dy, x, crow, col) -> None:
     ))  # fmt: skip
 
 
-def _shared(out, dy, x, crow, col, structure) -> None:
-    (T, rows), N, nnz = dy.shape, x.shape[1], col.shape[0]
-    config = configs.choose(configs.SDDMM_SHARED, x.device, x.dtype, T)
-    if structure == BLOCK16:
-        config = config.with_blocks(BLOCK_M=16)
-    M = nnz // N if structure == ROW else rows
-    widest = N if structure in (ROW, BLOCK16) else nnz // rows
-    tiles = cdiv(M, config["BLOCK_M"]), cdiv(widest, config["BLOCK_N"])
+def _blocks(out, dy, x, crow, col) -> None:
+    (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
+    config = configs.choose(configs.SDDMM_BLOCKS, x.device, x.dtype, T)
+    tiles = cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
     _with_parts(out, splits, lambda target: runtime.launch(
-        sddmm_shared_kernel, (*tiles, splits),
-        target, dy, x, crow, col, T, M, rows, N, nnz, blocks, rows.bit_length(), *dy.stride(), *x.stride(),
-        SCATTERED=structure == ROW, PRECISION=hardware.precision(x), config=config,
+        sddmm_blocks_kernel, (*tiles, splits),
+        target, dy, x, crow, col, T, M, nnz, blocks, *dy.stride(), *x.stride(),
+        PRECISION=hardware.precision(x), config=config,
     ))  # fmt: skip
 
 

@@ -1,0 +1,73 @@
+"""Library GEMMs with a small operand, an adapter's, that may be of another dtype than x: no precision is lost."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TERMS = 3
+"""bf16 numbers that hold fp32's 24 bits, as csrc/cuda/arithmetic.h splits them."""
+ALIGNMENT = 8
+"""Elements: library GEMMs of 16-bit matrices whose rows begin elsewhere take other, slower kernels."""
+
+
+def adapters(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B as the CUDA kernels take them: both in x's dtype, or both in fp32."""
+    return (A, B) if A.dtype == B.dtype == dtype else (A.float(), B.float())
+
+
+def few_rows_product(x: Tensor, rows: Tensor) -> Tensor:
+    """x (T, K) rowsᵀ (K, n) in fp32, for an n so small that three terms of wider rows cost little."""
+    terms, n = terms_of(rows, x.dtype), rows.shape[0]
+    if terms is None:
+        return x.float() @ rows.T.float()
+    if len(terms) == 1:
+        return matmul(x, _aligned(terms[0]).T, torch.float32)[:, :n]
+    product = matmul(x, _aligned(torch.cat(terms)).T, torch.float32)[:, : len(terms) * n]
+    return product.unflatten(1, (len(terms), n)).sum(1)
+
+
+def add_few_columns_product(y: Tensor | None, x: Tensor, columns: Tensor) -> Tensor:
+    """y + x (T, k) columnsᵀ (k, N), in y's place where there is one, rounded once; k small. Columns of x beyond k are 0."""
+    terms, k = terms_of(columns, x.dtype), columns.shape[1]
+    if terms is None:
+        product = x[:, :k].float() @ columns.T.float()
+        return product.to(x.dtype) if y is None else y.add_(product)
+    if x.shape[1] > k:
+        terms = [F.pad(term, (0, x.shape[1] - k)) for term in terms]
+    if len(terms) == 1:
+        return plus_product(y, x, terms[0].T)
+    return plus_product(y, torch.cat([x] * len(terms), 1), torch.cat(terms, 1).T)
+
+
+def plus_product(y: Tensor | None, left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
+    """y + scaling · left right, in y's place where there is one; one rounding."""
+    if y is not None:
+        return y.addmm_(left, right, alpha=scaling)
+    return torch.addmm(left[:, :1], left, right, beta=0, alpha=scaling).contiguous()
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """With rows of zeros up to a multiple of ALIGNMENT."""
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGNMENT)) if rows.shape[0] % ALIGNMENT else rows
+
+
+def terms_of(matrix: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
+    """Matrices of x's dtype whose sum is `matrix`, the largest first; None for fp16, whose numbers end at 2**-24."""
+    if matrix.dtype == dtype or dtype == torch.float32:
+        return [matrix.to(dtype)]
+    if dtype == torch.float16:
+        return None
+    rest, terms = matrix.float(), []
+    for _ in range(_TERMS):
+        terms.append(rest.to(dtype))
+        rest = torch.where(terms[-1].isfinite(), rest - terms[-1].float(), 0)
+    return terms
+
+
+def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, both of one dtype: rounded once where that is `dtype`, else the fp32 sums."""
+    if left.dtype in (dtype, torch.float32):
+        return left @ right
+    if torch.version.hip or left.device.type == "cpu":  # no out_dtype there
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
