@@ -138,15 +138,20 @@ class CSRPattern:
         of Sᵀ in CSR form. Made from the indices alone: explicit zeros keep their place.
         """
         if self._transposed is None:
-            columns = self.col_indices.long()
-            permutation = torch.argsort(columns, stable=True)
-            bounds = torch.arange(self.shape[1] + 1, device=self.device)
-            self._transposed = (
-                torch.searchsorted(columns[permutation], bounds, out_int32=True),
-                self.row_of_entry()[permutation].to(torch.int32),
-                permutation.to(torch.int32),
-            )
+            self._transposed = self._csc()
         return self._transposed
+
+    def _csc(self) -> tuple[Tensor, Tensor, Tensor]:
+        bounds = torch.arange(self.shape[1] + 1, device=self.device)
+        if self.nnz == 0:  # torch.compile of a sort of nothing fails on GPUs (torch 2.11)
+            return torch.zeros_like(bounds, dtype=torch.int32), self.col_indices, self.col_indices
+        columns = self.col_indices.long()
+        permutation = torch.argsort(columns, stable=True)
+        return (
+            torch.searchsorted(columns[permutation], bounds, out_int32=True),
+            self.row_of_entry()[permutation].to(torch.int32),
+            permutation.to(torch.int32),
+        )
 
     def to_mask(self) -> Tensor:
         """(out_features, in_features) bool."""

@@ -97,6 +97,10 @@ class Linear(NamedTuple):
     merged: Callable[[], Tensor] | None = None
     delta: Callable[[], Tensor] | None = None
 
+    def operand(self, values: Tensor) -> Tensor:
+        """Values of S for a library GEMM: wider ones rounded where H beside them is too, but to bf16 alone (plan/gpu.py)."""
+        return values.to(self.x.dtype) if self.B is not None and self.x.dtype == torch.bfloat16 else values
+
     def call(self) -> gpu.LinearCall:
         """What a plan needs to know."""
         x, S = self.x, self.S

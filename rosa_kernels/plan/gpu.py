@@ -17,8 +17,8 @@ What the count says, for 16-bit operands on an H100 (T tokens, N x K weight, den
   rows, gathered by columns, is 435: even near 38 entries in a row at K = 4096 (tests/test_triton_aot.py).
 - Wider adapters, fp32 beside bf16: D is summed in fp32 and rounded once, an error of the size of y's own rounding. As
   terms of 16 bits that lose nothing they would cost its GEMM two or three times. Not in fp16, whose numbers end at 2**-24.
-- Rows are a library GEMM with fewer outputs, columns one with fewer inputs, gathered; there wider values are taken as
-  three terms. 16 x 16 blocks are multiplied by the kernel, their inputs gathered around the dots.
+- Rows are a library GEMM with fewer outputs, columns one with fewer inputs, gathered; wider values are rounded as in D, or
+  where S is alone taken as three terms. 16 x 16 blocks are multiplied by the kernel, their inputs gathered around the dots.
 - dS. A tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d, and so does a library GEMM, which is faster
   but keeps all of dW; gathering by entry costs L2 reads that grow with d: the way for fp32 or a very sparse S.
 
@@ -181,7 +181,7 @@ def linear_seconds(call: LinearCall, way: LinearWay, rates: Rates) -> float:
 def library_structure_seconds(call: LinearCall, S: str, rates: Rates) -> float:
     """Of whole "rows": a GEMM with an fp32 result, added at its places; or "columns": a gather, a GEMM that adds to y."""
     T, size = call.tokens, call.element_size
-    terms = 3 if call.mixed_values and size == 2 else 1
+    terms = 3 if call.mixed_values and size == 2 and not call.r else 1
     flops = 2 * T * call.nnz * terms / gemm_rate(rates, size, call.tf32)
     if S == "rows":
         D = T * call.nnz / call.K

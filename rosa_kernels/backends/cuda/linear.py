@@ -27,7 +27,7 @@ def take(problem: Linear, way: plan.CudaWay) -> Tensor:
     if way.S == "delta":
         y = plus_product(y, x, problem.delta().T)
     if way.S == "columns":
-        columns = S.whole_columns()
+        columns = problem.operand(S.whole_columns())
         y = add_few_columns_product(y, kernels.gather_columns(x, S.col[: columns.shape[1]]), columns)
     if way.H == "library":
         H = x @ problem.A.T if problem.H is None else problem.H[:, : problem.B.shape[1]]
@@ -53,7 +53,7 @@ def _epilogue(y: Tensor | None, problem: Linear, way: plan.CudaWay) -> Tensor:
         shared_x = kernels.unit_stride(x) if way.S == "shared" else None
         columns = kernels.by_columns(x) if way.S == "global" else None
     elif way.S == "rows":
-        crow, D = S.crow, few_rows_product(x, S.whole_rows()).contiguous()
+        crow, D = S.crow, few_rows_product(x, problem.operand(S.whole_rows())).contiguous()
     kernels.epilogue(
         y, accumulate, H, B, problem.scaling, problem.dropout if problem.drop_at == "out" else NO_DROPOUT,
         crow, entries, shared_x, columns, D, x.shape[1],

@@ -38,7 +38,7 @@ def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
     if way.S == "delta":
         out = plus_product(out, x, problem.delta().T)
     if way.S == "columns":
-        columns = S.whole_columns()
+        columns = problem.operand(S.whole_columns())
         out = add_few_columns_product(out, gather_columns(x, S.col[: columns.shape[1]]), columns)
     if way.H == "library":
         H = x @ problem.A.T if problem.H is None else problem.H[0]
@@ -48,7 +48,7 @@ def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
     if out is None:
         out = torch.zeros(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
     if way.S == "rows":
-        add_at_rows(out, few_rows_product(x, S.whole_rows()), S.crow, S.shape[1])
+        add_at_rows(out, few_rows_product(x, problem.operand(S.whole_rows())), S.crow, S.shape[1])
     if way.S == "blocks":
         _launch(out, x, problem.N, S=S, sparse="blocks", accumulate=True, block_n=16)
     return out
