@@ -241,7 +241,7 @@ def choices_of(run: Callable[[], object]) -> list[Choice]:
 
     def linear(problem, way):
         part = "dx" if choices else "y"
-        ways = gpu.linear_ways(problem.call()._replace(H_whole=way.H == "library"))
+        ways = gpu.linear_ways(problem.call())
         costs = {name_of(other): costs_of(lambda other=other: take_linear(problem, other)) for other in ways}
         choices.append(Choice(part, name_of(way), costs))
         return take_linear(problem, way)

@@ -103,20 +103,13 @@ class Linear(NamedTuple):
 
     def call(self) -> gpu.LinearCall:
         """What a plan needs to know."""
-        x, S = self.x, self.S
-        return gpu.LinearCall(
-            tokens=x.shape[0],
-            N=self.N,
-            K=x.shape[1],
-            r=0 if self.B is None else self.B.shape[1],
-            nnz=0 if S is None else S.nnz,
-            structure=0 if S is None else S.structure,
-            element_size=x.element_size(),
-            tf32=hardware.precision(x) == "tf32",
-            base=self.weight is not None,
-            dropout=self.drop_at,
-            mixed_lora=self.B is not None and not self.A.dtype == self.B.dtype == x.dtype,
-            mixed_values=S is not None and S.values.dtype != x.dtype,
-            H_known=self.H is not None,
-            fp16=x.dtype == torch.float16,
-        )
+        x, A, B, S, H = self.x, self.A, self.B, self.S, self.H
+        dtype, (tokens, K) = x.dtype, x.shape
+        r = 0 if B is None else B.shape[1]
+        nnz, structure = (0, 0) if S is None else (S.nnz, S.structure)
+        return gpu.LinearCall(  # by position: this runs in every call
+            tokens, self.N, K, r, nnz, structure, x.element_size(), hardware.precision(x) == "tf32",
+            self.weight is not None, self.drop_at, B is not None and not A.dtype == B.dtype == dtype,
+            S is not None and S.values.dtype != dtype, H is not None,
+            H is not None and H.dtype == dtype and H.shape[0] == 1, dtype == torch.float16,
+        )  # fmt: skip

@@ -24,10 +24,8 @@ _SMALL_TILE = 32
 
 def linear(problem: Linear) -> Tensor:
     """(T, N) in x's dtype, contiguous. H, where known: parts (parts, T, r)."""
-    device, H = problem.x.device, problem.H
-    H_whole = H is not None and H.dtype == problem.x.dtype and H.shape[0] == 1
-    call = problem.call()._replace(H_whole=H_whole)
-    return take(problem, gpu.choose_linear(call, gpu_table.rates(device, hardware.target(device))))
+    device = problem.x.device
+    return take(problem, gpu.choose_linear(problem.call(), gpu_table.rates(device, hardware.target(device))))
 
 
 def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
