@@ -19,6 +19,25 @@ inline int64_t parts_of_a_block(const Forward& f, int64_t blocks, int64_t tiles)
   return larger(1, smaller(smaller(thread_count() / blocks, tiles), work / PART));
 }
 
+// S alone, of a kind that AlikeRows serves.
+template <class T>
+void forward_alike(const Forward& f) {
+  const AlikeRows update(f.sparse, nullptr, f.out_features, f.in_features);
+  const int64_t blocks = block_count(f.tokens), tiles = update.tile_count(), parts = parts_of_a_block(f, blocks, tiles);
+  for_slots(smaller(thread_count(), blocks * parts), blocks * parts, [&](int64_t, int64_t begin, int64_t end) {
+    static thread_local Arena arena;
+    float* gathered[1];
+    arena.cut({update.scratch_size()}, gathered);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / parts * TOKENS, part = item % parts, tokens = smaller(TOKENS, f.tokens - first);
+      const T* x = (const T*)f.x.data + first * f.x.stride;
+      update.gather(x, f.x.stride, tokens, gathered[0]);
+      update.add_tiles(gathered[0], (T*)f.y.data + first * f.y.stride, f.y.stride, tokens, tiles * part / parts,
+                       tiles * (part + 1) / parts);
+    }
+  });
+}
+
 template <class T>
 void forward_blocks(const Forward& f) {
   const int64_t r = f.low_rank.r, padded_r = rounded_up(r, GROUP), padded_in = rounded_up(f.in_features, LANES);
