@@ -97,7 +97,7 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) 
 
 void forward(Tensor y, const Tensor x, const OptionalTensor A, const OptionalTensor B, double scaling,
              const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t structure,
-             const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters) {
+             const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters, bool fresh_y) {
   Forward f{};
   f.dtype = dtype_of(x);
   f.tokens = x.size(0);
@@ -105,9 +105,11 @@ void forward(Tensor y, const Tensor x, const OptionalTensor A, const OptionalTen
   f.out_features = y.size(1);
   f.y = matrix_of(y);
   f.x = matrix_of(x);
+  f.fresh_y = fresh_y;
   f.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
   f.dropout = dropout_of(seed, threshold, scale);
   f.sparse = csr_of(values, crow, col, structure);
+  STD_TORCH_CHECK(!fresh_y || !A, "S alone makes y");
   kernels().forward(f);
 }
 
@@ -165,7 +167,8 @@ void merge(Tensor out, const Tensor weight, const OptionalTensor A, const Option
 STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
       "forward(Tensor(a!) y, Tensor x, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
-      "Tensor? col, int structure, Tensor? seed, int threshold, float scale, bool bfloat16_adapters) -> ()");
+      "Tensor? col, int structure, Tensor? seed, int threshold, float scale, bool bfloat16_adapters, bool fresh_y=False) -> "
+      "()");
   m.def(
       "backward(Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!)? dvalues, Tensor dy, Tensor x, Tensor? lora_A, "
       "Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, "

@@ -4,6 +4,7 @@ plan takes the ways that its costs are meant to choose."""
 import pytest
 import torch
 from cases import LinearCase, make_inputs
+from oracle import dense
 from test_ops import check_linear, run_linear
 
 import rosa_kernels as rk
@@ -140,3 +141,18 @@ def test_lora_alone_goes_through_the_library_until_it_merges():
     assert chosen(64, 1024, 1024, density=0.0)[0] is Way.GEMMS
     assert chosen(8192, 1024, 1024, density=0.0)[0] is Way.MERGED
     assert chosen(8192, 4096, 4096, density=0.0)[0] is Way.GEMMS
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("tokens", [3, 40, 200])  # one at a time; a block shared among threads; several blocks
+@pytest.mark.parametrize("pattern", ["none", "empty_rows", "rows", "columns", "blocks"])
+def test_spmm_writes_every_element_of_y(pattern, tokens, dtype):
+    inputs = make_inputs(LinearCase((tokens,), 300, 610, 0, pattern), dtype)
+    expected = inputs.x.detach().double() @ dense(inputs.values, inputs.pattern).T
+    torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN
+    try:
+        with rk.use_backend("cpu"), torch.no_grad():
+            y = rk.spmm(inputs.x, inputs.values, inputs.pattern)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8 if dtype == BF16 else 0, atol=1e-5)

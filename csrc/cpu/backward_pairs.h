@@ -14,7 +14,8 @@ class BackwardPairs {
         padded_r_(rounded_up(r_, LANES)),
         terms_(term_counts(b.low_rank)),
         want_dH_(b.dA || b.dx.data),
-        packs_dy_(b.dvalues || (b.dx.data && b.sparse.values)),
+        packs_x_(SparseGradient<uint16_t>::reads_packed(b)),
+        packs_dy_(packs_x_ || (b.dx.data && b.sparse.values)),
         alpha_(low_rank_scale(b.low_rank, b.dropout)),
         shrink_x_(b.low_rank.A, b.in_features, 1, b.dB ? r_ : 0, b.in_features, padded_pairs(b.in_features),
                   terms_.exact),
@@ -24,9 +25,7 @@ class BackwardPairs {
                    b.out_features, b.in_features),
         slots_(larger(1, slot_count(b.tokens))),
         sums_(b, slots_, RANK_MULTIPLE),
-        touched_(sums_.touched_count) {
-    if (sums_.touched_count) touched_features(b.sparse, b.out_features, sums_.touched_count, touched_);
-  }
+        dS_(b, sums_) {}
 
   void run() const {
     for_slots(slots_, block_count(b_.tokens), [&](int64_t slot, int64_t begin, int64_t end) {
@@ -38,24 +37,23 @@ class BackwardPairs {
   }
 
  private:
-  // x and dy packed feature-major for S, and as rows; H and dH; dS's touched features; dropout's bits.
+  // x and dy packed feature-major for S, and as rows; H and dH; features gathered for dS; dropout's bits.
   struct Scratch {
     float *x, *dy;
     uint16_t *x_rows, *dy_rows;
     RankBlock ranks;
     uint32_t* rank_pairs;
-    float *touched, *turned, *update;
+    float *gathered, *update;
     uint64_t* bits;
   };
 
   Scratch slot_scratch() const {
     static thread_local Arena arena;
-    const int64_t touched = rounded_up(sums_.touched_count, GROUP) * TOKENS;
-    float* piece[11];
-    arena.cut({b_.dvalues ? rounded_up(b_.in_features, LANES) * TOKENS : 0,
+    float* piece[10];
+    arena.cut({packs_x_ ? rounded_up(b_.in_features, LANES) * TOKENS : 0,
                packs_dy_ ? rounded_up(b_.out_features, LANES) * TOKENS : 0, copied_rows(b_.in_features),
                copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::rounded_size(r_),
-               terms_.exact * BLOCK_PAIRS * padded_r_, touched, touched, dx_update_.scratch_size(),
+               terms_.exact * BLOCK_PAIRS * padded_r_, dS_.scratch_size(), dx_update_.scratch_size(),
                b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
               piece);
     return {piece[0],
@@ -66,20 +64,18 @@ class BackwardPairs {
             reinterpret_cast<uint32_t*>(piece[6]),
             piece[7],
             piece[8],
-            piece[9],
-            reinterpret_cast<uint64_t*>(piece[10])};
+            reinterpret_cast<uint64_t*>(piece[9])};
   }
 
   void sweep_block(int64_t slot, int64_t first, const Scratch& s) const {
     const int64_t tokens = smaller(TOKENS, b_.tokens - first);
     const uint16_t* x_data = (const uint16_t*)b_.x.data + first * b_.x.stride;
     const uint16_t* dy_data = (const uint16_t*)b_.dy.data + first * b_.dy.stride;
-    if (b_.dvalues) pack(x_data, b_.x.stride, tokens, b_.in_features, s.x);
+    if (packs_x_) pack(x_data, b_.x.stride, tokens, b_.in_features, s.x);
     if (packs_dy_) pack(dy_data, b_.dy.stride, tokens, b_.out_features, s.dy);
     if (b_.dvalues) {
-      const Block<uint16_t> x = {tokens == TOKENS ? x_data : nullptr, b_.x.stride, s.x, nullptr};
-      const Block<uint16_t> dy = {tokens == TOKENS ? dy_data : nullptr, b_.dy.stride, s.dy, nullptr};
-      add_dS(b_, sums_, slot, touched_, x, dy, s.touched, s.turned);
+      const Block<uint16_t> x = {x_data, b_.x.stride, tokens}, dy = {dy_data, b_.dy.stride, tokens};
+      dS_.add(slot, x, dy, s.x, s.dy, s.gathered);
     }
     const TokenBits kept = block_bits(b_.dropout, first, b_.in_features, s.bits);
     const Rows dy = block_rows(dy_data, b_.dy.stride, tokens, b_.out_features, {nullptr}, s.dy_rows);
@@ -105,14 +101,14 @@ class BackwardPairs {
   const Backward& b_;
   const int64_t r_, padded_r_;
   const TermCounts terms_;
-  const bool want_dH_, packs_dy_;
+  const bool want_dH_, packs_x_, packs_dy_;
   const float alpha_;
   const PackedPairs shrink_x_, shrink_dy_;
   const TransposedCsr transposed_;
   const PairsUpdate dx_update_;
   const int64_t slots_;
   const PartialSums sums_;
-  Buffer<int32_t> touched_;
+  const SparseGradient<uint16_t> dS_;
 };
 
 }  // namespace ROSA_ISA

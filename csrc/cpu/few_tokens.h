@@ -83,6 +83,7 @@ void forward_few(const Forward& f) {
             piece);
   float *x = piece[0], *x_hat = piece[1], *ranks = piece[2], *delta = piece[3];
   const float alpha = low_rank_scale(f.low_rank, f.dropout);
+  clear_rows<T>(f, 0, f.tokens);
   for (int64_t t = 0; t < f.tokens; ++t) {
     widen((const T*)f.x.data + t * f.x.stride, in, x + t * in);
     if (f.dropout.on) {

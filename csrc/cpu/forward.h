@@ -19,6 +19,34 @@ inline int64_t parts_of_a_block(const Forward& f, int64_t blocks, int64_t tiles)
   return larger(1, smaller(smaller(thread_count() / blocks, tiles), work / PART));
 }
 
+// Zeros in a fresh y, block by block where no other part of a block adds to it before: in the cache then, when it is added to.
+template <class T>
+void clear_rows(const Forward& f, int64_t first, int64_t tokens) {
+  for (int64_t t = first; f.fresh_y && t < first + tokens; ++t)
+    std::memset((T*)f.y.data + t * f.y.stride, 0, sizeof(T) * f.out_features);
+}
+
+// S alone, of a kind that AlikeRows serves.
+template <class T>
+void forward_alike(const Forward& f) {
+  const AlikeRows update(f.sparse, nullptr, f.out_features, f.in_features);
+  const int64_t blocks = block_count(f.tokens), tiles = update.tile_count(), parts = parts_of_a_block(f, blocks, tiles);
+  if (parts > 1) clear_rows<T>(f, 0, f.tokens);
+  for_slots(smaller(thread_count(), blocks * parts), blocks * parts, [&](int64_t, int64_t begin, int64_t end) {
+    static thread_local Arena arena;
+    float* gathered[1];
+    arena.cut({update.scratch_size()}, gathered);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t first = item / parts * TOKENS, part = item % parts, tokens = smaller(TOKENS, f.tokens - first);
+      const T* x = (const T*)f.x.data + first * f.x.stride;
+      if (parts == 1) clear_rows<T>(f, first, tokens);
+      update.gather(x, f.x.stride, tokens, gathered[0]);
+      update.add_tiles(gathered[0], (T*)f.y.data + first * f.y.stride, f.y.stride, tokens, tiles * part / parts,
+                       tiles * (part + 1) / parts);
+    }
+  });
+}
+
 template <class T>
 void forward_blocks(const Forward& f) {
   const int64_t r = f.low_rank.r, padded_r = rounded_up(r, GROUP), padded_in = rounded_up(f.in_features, LANES);
@@ -28,6 +56,7 @@ void forward_blocks(const Forward& f) {
                       f.out_features);
   const int64_t blocks = block_count(f.tokens);
   const int64_t parts = parts_of_a_block(f, blocks, update.tile_count());
+  if (parts > 1) clear_rows<T>(f, 0, f.tokens);
   for_slots(smaller(thread_count(), blocks * parts), blocks * parts, [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Arena arena;
     float* piece[4];
@@ -38,6 +67,7 @@ void forward_blocks(const Forward& f) {
     uint64_t* bits = f.dropout.on ? reinterpret_cast<uint64_t*>(piece[3]) : nullptr;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / parts * TOKENS, part = item % parts, tokens = smaller(TOKENS, f.tokens - first);
+      if (parts == 1) clear_rows<T>(f, first, tokens);
       pack((const T*)f.x.data + first * f.x.stride, f.x.stride, tokens, f.in_features, packed, used_width(tokens));
       if (bits) keep_bits(f.dropout, first, f.in_features, bits);
       multiply(shrink, packed, bits, r, f.in_features, 1.0f, ranks, used_width(tokens));

@@ -11,6 +11,8 @@ template <class T>
 void forward_typed(const Forward& f) {
   if (f.tokens <= FEW_TOKENS)
     forward_few<T>(f);
+  else if (!f.low_rank.r && AlikeRows::serves(f.sparse))
+    forward_alike<T>(f);
   else
     forward_blocks<T>(f);
 }

@@ -42,11 +42,12 @@ struct Csr {
   Structure structure = Structure::unstructured;
 };
 
-// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ
+// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; with fresh_y, which S alone may come with, y holds nothing before.
 struct Forward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;
   Matrix y, x;
+  bool fresh_y;
   LowRank low_rank;
   Dropout dropout;
   Csr sparse;

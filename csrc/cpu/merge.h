@@ -22,14 +22,6 @@ struct MergedRows {
   const float *A, *B;
 };
 
-inline float as_float(float a) { return a; }
-inline float as_float(uint16_t a) {  // bfloat16
-  const uint32_t bits = (uint32_t)a << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // out[k] = weight[k] + scaling · Σ_q B[q] · A[q][k] for one row and the columns [k, end).
 template <class W>
 inline void merge_scalar(const Merge& m, const MergedRows<W>& row, int64_t k, int64_t end) {

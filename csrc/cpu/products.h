@@ -81,63 +81,77 @@ inline void multiply(const float* packed, const float* in, const uint64_t* keep_
   }
 }
 
-// sums[q][f] += Σ_t ranks[t][q] · panel[t][f] for GROUP ranks and Width vectors of features.
-template <int Width>
-inline void outer_tile(const float* ranks, int64_t rank_stride, const float* panel, int64_t panel_stride, float* sums,
-                       int64_t sums_stride) {
-  Vec acc[GROUP][Width];
-#pragma GCC unroll 4
-  for (int q = 0; q < GROUP; ++q)
+// sums[q][f] += Σ_t ranks[t][q] · panel[t][f] for so many Ranks and Width vectors of features.
+template <int Ranks, int Width>
+inline void outer_tile(const float* ranks, int64_t rank_stride, const float* panel, int64_t panel_stride, int64_t tokens,
+                       float* sums, int64_t sums_stride) {
+  Vec acc[Ranks][Width];
+#pragma GCC unroll 8
+  for (int q = 0; q < Ranks; ++q)
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) acc[q][v] = load(sums + q * sums_stride + v * LANES);
-  for (int64_t t = 0; t < TOKENS; ++t) {
+  for (int64_t t = 0; t < tokens; ++t) {
     Vec row[Width];
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) row[v] = load(panel + t * panel_stride + v * LANES);
-#pragma GCC unroll 4
-    for (int q = 0; q < GROUP; ++q) {
+#pragma GCC unroll 8
+    for (int q = 0; q < Ranks; ++q) {
       const Vec c = broadcast(ranks[t * rank_stride + q]);
 #pragma GCC unroll 4
       for (int v = 0; v < Width; ++v) acc[q][v] = fma(c, row[v], acc[q][v]);
     }
   }
-#pragma GCC unroll 4
-  for (int q = 0; q < GROUP; ++q)
+#pragma GCC unroll 8
+  for (int q = 0; q < Ranks; ++q)
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) store(sums + q * sums_stride + v * LANES, acc[q][v]);
 }
 
-// A block of tokens as the outer products read it: `rows` as they lie in memory where all TOKENS are there and dropout is off (else
-// null), `packed` feature-major always.
+// sums (r, width) += ranksᵀ · panel for r, a multiple of Narrow, and width, a multiple of LANES; Narrow ranks at a time where one
+// vector of features is left.
+template <int Narrow>
+inline void outer_panel(const float* ranks, int64_t rank_stride, int64_t r, const float* panel, int64_t panel_stride,
+                        int64_t tokens, int64_t width, float* sums, int64_t sums_stride) {
+  int64_t f = 0;
+  for (; f + STRIP * LANES <= width; f += STRIP * LANES)
+    for (int64_t q = 0; q < r; q += GROUP)
+      outer_tile<GROUP, STRIP>(ranks + q, rank_stride, panel + f, panel_stride, tokens, sums + q * sums_stride + f,
+                               sums_stride);
+  for (; f < width; f += LANES)
+    for (int64_t q = 0; q < r; q += Narrow)
+      outer_tile<Narrow, 1>(ranks + q, rank_stride, panel + f, panel_stride, tokens, sums + q * sums_stride + f,
+                            sums_stride);
+}
+
+// A block of tokens as the outer products read it: its rows as they lie in memory, or where dropout is on all TOKENS of it
+// feature-major, with dropout's bits.
 template <class T>
 struct Block {
   const T* rows;
-  int64_t stride;
-  const float* packed;
-  const uint64_t* keep_bits;
+  int64_t stride, tokens;
+  const float* packed = nullptr;
+  const uint64_t* keep_bits = nullptr;
 };
 
 struct Panel {
-  const float* data;  // (TOKENS, ...) token-major
+  const float* data;  // (tokens, ...) token-major
   int64_t stride;
 };
 
 // `width` features of the block from `begin` on; fp32 rows serve where they lie, others through `copy`.
 template <class T>
 inline Panel panel_of(const Block<T>& block, int64_t begin, int64_t width, int64_t features, float* copy) {
-  if (!block.rows || begin + width > features) {
-    unpack(block.packed + begin * TOKENS, block.keep_bits ? block.keep_bits + begin : nullptr, width, copy);
+  if (block.keep_bits) {
+    unpack(block.packed + begin * TOKENS, block.keep_bits + begin, width, copy);
     return {copy, width};
   }
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return {block.rows + begin, block.stride};
-  } else {
-    copy_panel(block.rows + begin, block.stride, width, copy);
-    return {copy, width};
-  }
+  if constexpr (sizeof(T) == sizeof(float))
+    if (begin + width <= features) return {block.rows + begin, block.stride};
+  copy_panel(block.rows + begin, block.stride, block.tokens, smaller(width, features - begin), copy, width);
+  return {copy, width};
 }
 
-// sums (r rounded up to GROUP, features rounded up to LANES) += ranksᵀ · block, ranks (TOKENS, r rounded up) token-major.
+// sums (r rounded up to GROUP, features rounded up to LANES) += ranksᵀ · block, ranks (tokens, r rounded up) token-major.
 template <class T>
 inline void outer(const float* ranks, int64_t r, const Block<T>& block, int64_t features, float* sums) {
   const int64_t sums_stride = rounded_up(features, LANES), rank_stride = rounded_up(r, GROUP);
@@ -145,15 +159,8 @@ inline void outer(const float* ranks, int64_t r, const Block<T>& block, int64_t 
   for (int64_t begin = 0; begin < sums_stride; begin += PANEL) {
     const int64_t width = smaller(PANEL, sums_stride - begin);
     const Panel panel = panel_of(block, begin, width, features, copy);
-    int64_t f = 0;
-    for (; f + STRIP * LANES <= width; f += STRIP * LANES)
-      for (int64_t q = 0; q < r; q += GROUP)
-        outer_tile<STRIP>(ranks + q, rank_stride, panel.data + f, panel.stride, sums + q * sums_stride + begin + f,
-                          sums_stride);
-    for (; f < width; f += LANES)
-      for (int64_t q = 0; q < r; q += GROUP)
-        outer_tile<1>(ranks + q, rank_stride, panel.data + f, panel.stride, sums + q * sums_stride + begin + f,
-                      sums_stride);
+    outer_panel<GROUP>(ranks, rank_stride, rank_stride, panel.data, panel.stride, block.tokens, width, sums + begin,
+                       sums_stride);
   }
 }
 

@@ -14,6 +14,14 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+inline float as_float(float a) { return a; }
+inline float as_float(uint16_t a) {  // bfloat16
+  const uint32_t bits = (uint32_t)a << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // Cache-line aligned memory for one call.
 template <class T>
 class Buffer {
@@ -24,6 +32,7 @@ class Buffer {
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
+  Buffer(Buffer&& other) : data_(other.data_) { other.data_ = nullptr; }
   Buffer& operator=(Buffer&& other) {
     T* const mine = data_;
     data_ = other.data_;

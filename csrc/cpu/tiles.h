@@ -37,14 +37,17 @@ inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features
   }
 }
 
-// panel[t][f] = rows[t][f] as fp32 for TOKENS tokens and `width` features, a multiple of LANES: rows far apart become one piece.
+// panel[t][f] = rows[t][f] as fp32, zero from `features` up to `width`, a multiple of LANES: rows far apart become one piece.
 template <class T>
-inline void copy_panel(const T* rows, int64_t stride, int64_t width, float* panel) {
-  for (int64_t t = 0; t < TOKENS; ++t)
-    for (int64_t f = 0; f < width; f += LANES) store(panel + t * width + f, load(rows + t * stride + f));
+inline void copy_panel(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* panel, int64_t width) {
+  const int64_t whole = features / LANES * LANES;
+  for (int64_t t = 0; t < tokens; ++t, rows += stride, panel += width) {
+    for (int64_t f = 0; f < whole; f += LANES) store(panel + f, load(rows + f));
+    for (int64_t f = whole; f < width; ++f) panel[f] = f < features ? as_float(rows[f]) : 0.0f;
+  }
 }
 
-// panel[t][f] = packed[f][t] for `width` features, a multiple of LANES; with bits, only what dropout keeps.
+// panel[t][f] = packed[f][t] for `width` features, a multiple of LANES: only what dropout keeps.
 inline void unpack(const float* packed, const uint64_t* keep_bits, int64_t width, float* panel) {
   for (int64_t f = 0; f < width; f += LANES)
     for (int64_t t = 0; t < TOKENS; t += LANES) {
@@ -52,7 +55,7 @@ inline void unpack(const float* packed, const uint64_t* keep_bits, int64_t width
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
         tile[i] = load(packed + (f + i) * TOKENS + t);
-        if (keep_bits) tile[i] = keep(keep_bits[f + i] >> t, tile[i]);
+        tile[i] = keep(keep_bits[f + i] >> t, tile[i]);
       }
       transpose(tile);
 #pragma GCC unroll 16

@@ -1,5 +1,6 @@
 // What the adapter adds to the rows of y (forward) or dx (backward), a block of tokens at a time.
 #pragma once
+#include "alike_rows.h"
 #include "sparse.h"
 #include "whole_rows.h"
 

@@ -31,11 +31,14 @@ inline void touched_features(const Csr& s, int64_t out_features, int64_t count, 
     if (s.crow[i] != s.crow[i + 1]) *touched++ = (int32_t)i;
 }
 
-// gathered (count rounded up to GROUP, TOKENS) = packed[touched], then zeros.
-inline void gather_rows(const int32_t* touched, int64_t count, const float* packed, float* gathered) {
-  for (int64_t n = 0; n < count; ++n)
-    std::memcpy(gathered + n * TOKENS, packed + touched[n] * TOKENS, sizeof(float) * TOKENS);
-  std::memset(gathered + count * TOKENS, 0, sizeof(float) * (rounded_up(count, GROUP) - count) * TOKENS);
+// gathered[t][n] = rows[t][features[n]] as fp32, then zeros up to `stride`.
+template <class T>
+inline void gather_columns(const T* rows, int64_t row_stride, int64_t tokens, const int32_t* features, int64_t count,
+                           float* gathered, int64_t stride) {
+  for (int64_t t = 0; t < tokens; ++t, rows += row_stride, gathered += stride) {
+    for (int64_t n = 0; n < count; ++n) gathered[n] = as_float(rows[features[n]]);
+    for (int64_t n = count; n < stride; ++n) gathered[n] = 0;
+  }
 }
 
 }  // namespace ROSA_ISA

@@ -113,8 +113,8 @@ def rosa_linear_backward(
 
 
 def spmm(x, values, crow, col, structure):
-    y = x.new_zeros(*x.shape[:-1], crow.shape[0] - 1)
-    _add_forward(y, x, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None)
+    y = x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
+    _add_forward(y, x, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
     return y
 
 
@@ -132,10 +132,10 @@ def csr_add(weight, values, crow, col):
     return cpu_gemms.merged(_matrix(weight), Delta(values=_floats(values), crow=crow, col=col), weight.dtype)
 
 
-def _add_forward(y, x, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed) -> None:
+def _add_forward(y, x, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, fresh_y=False) -> None:
     _kernels.forward(
         as_matrix(y), _matrix(x), _floats(lora_A), _floats(lora_B), scaling, values, crow, col, structure,
-        *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
+        *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B), fresh_y,
     )  # fmt: skip
 
 

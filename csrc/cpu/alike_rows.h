@@ -1,0 +1,227 @@
+// S whose rows share their columns tile by tile, as in patterns of whole columns (Sᵀ of whole rows) and of blocks of 16: dense
+// products, token by token, so that neither x nor y is turned. The features of x that S needs are copied first, as fp32: whole
+// columns feature-major, blocks in runs of 16, (TOKENS, RUN) each, one piece where rows of x each lie in a page of their own.
+#pragma once
+#include "products.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+constexpr int64_t RUN = 16;  // the side of blocks, or a divisor of it
+
+// run[n] = row[n] as fp32 for `width` of RUN features, then zeros.
+template <class T>
+inline void copy_run(const T* row, int64_t width, float* run) {
+  T padded[RUN] = {};
+  if (width < RUN) row = static_cast<T*>(std::memcpy(padded, row, sizeof(T) * width));
+  for (int64_t n = 0; n < RUN; n += LANES) store(run + n, load(row + n));
+}
+
+// The run of feature f lies at runs + f · TOKENS, for each f of `starts`, multiples of RUN. Some runs together, so that each visit to
+// a row reads several cache lines; the next visits' are asked for before.
+template <class T>
+inline void copy_runs(const T* rows, int64_t stride, int64_t tokens, int64_t features, const int32_t* starts,
+                      int64_t count, float* runs) {
+  constexpr int64_t TOGETHER = PANEL / RUN;
+  for (int64_t i = 0; i < count; i += TOGETHER) {
+    const int64_t next = smaller(i + TOGETHER, count), last = smaller(next + TOGETHER, count);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* row = rows + t * stride;
+      for (int64_t j = next; j < last; ++j) __builtin_prefetch(row + starts[j]);
+      for (int64_t j = i; j < next; ++j)
+        copy_run(row + starts[j], smaller(RUN, features - starts[j]), runs + starts[j] * TOKENS + t * RUN);
+    }
+  }
+}
+
+// gathered[n][t] = rows[t][features[n]].
+template <class T>
+inline void gather_features(const T* rows, int64_t stride, int64_t tokens, const int32_t* features, int64_t count,
+                            float* gathered) {
+  for (int64_t t = 0; t < tokens; ++t, rows += stride)
+    for (int64_t n = 0; n < count; ++n) gathered[n * TOKENS + t] = as_float(rows[features[n]]);
+}
+
+// Where add_tokens finds token t of its n-th input: feature-major, or in the run that starts with feature starts[n] for multiples
+// n of RUN.
+struct FeatureMajor {
+  static constexpr int64_t TOKEN = 1, FEATURE = TOKENS;
+  const float* in;
+  static int64_t piece(int64_t length) { return length; }
+  const float* at(int64_t) const { return in; }
+};
+struct Runs {
+  static constexpr int64_t TOKEN = RUN, FEATURE = 1;
+  const float* in;
+  const int32_t* starts;
+  static int64_t piece(int64_t) { return RUN; }
+  const float* at(int64_t n) const { return in + starts[n] * TOKENS; }
+};
+
+// rows[t][f] += Σ_n inputs[n][t] · weights[n][f] for Tokens tokens from `first` on and Width vectors of features; one rounding.
+template <int Tokens, int Width, class In, class T>
+inline void add_tokens(const In& inputs, int64_t first, int64_t length, const float* weights, int64_t weights_stride,
+                       T* rows, int64_t stride) {
+  Vec sums[Tokens][Width];
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < Width; ++v) sums[t][v] = zero();
+  const int64_t piece = In::piece(length);
+  for (int64_t n = 0; n < length; n += piece) {
+    const float* in = inputs.at(n) + first * In::TOKEN;
+    for (int64_t left = smaller(piece, length - n); left; --left, in += In::FEATURE, weights += weights_stride) {
+      Vec w[Width];
+#pragma GCC unroll 4
+      for (int v = 0; v < Width; ++v) w[v] = load(weights + v * LANES);
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) {
+        const Vec c = broadcast(in[t * In::TOKEN]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Width; ++v) sums[t][v] = fma(c, w[v], sums[t][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 4
+    for (int v = 0; v < Width; ++v) {
+      T* const out = rows + t * stride + v * LANES;
+      store(out, add(load(out), sums[t][v]));
+    }
+}
+
+// All tokens of a block; with `ahead`, fetches rows that many features further on: those of the next tile.
+template <int Tokens, int Width, class In, class T>
+inline void add_block(const In& in, int64_t length, const float* weights, int64_t weights_stride, T* rows,
+                      int64_t stride, int64_t tokens, int64_t ahead) {
+  int64_t t = 0;
+  for (; t + Tokens <= tokens; t += Tokens) {
+    for (int64_t i = t; ahead && i < t + Tokens; ++i) __builtin_prefetch(rows + i * stride + ahead, 1);
+    add_tokens<Tokens, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride);
+  }
+  for (; t < tokens; ++t) add_tokens<1, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride);
+}
+
+// Where the runs of one side's features start that S, made of blocks of 16, touches; ascending.
+class RunStarts {
+ public:
+  int64_t count = 0;
+
+  static RunStarts of_rows(const Csr& s, int64_t rows) {
+    RunStarts r(rows);
+    for (int64_t i = 0; i < rows; i += RUN)
+      if (s.crow[i] != s.crow[i + 1]) r.starts_[r.count++] = (int32_t)i;
+    return r;
+  }
+  static RunStarts of_columns(const Csr& s, int64_t rows, int64_t columns) {
+    RunStarts r(columns);
+    Buffer<bool> touched(columns);
+    std::memset(touched, 0, columns);
+    for (int64_t i = 0; i < rows; i += RUN)
+      for (int64_t e = s.crow[i]; e < s.crow[i + 1]; e += RUN) touched[s.col[e]] = true;
+    for (int64_t f = 0; f < columns; f += RUN)
+      if (touched[f]) r.starts_[r.count++] = (int32_t)f;
+    return r;
+  }
+  const int32_t* data() const { return starts_; }
+
+ private:
+  explicit RunStarts(int64_t features) : starts_(features / RUN + 1) {}
+  Buffer<int32_t> starts_;
+};
+
+class AlikeRows {
+ public:
+  static bool serves(const Csr& s) {
+    return s.values && (s.structure == Structure::column || s.structure == Structure::block16);
+  }
+
+  // S (out_features, in_features), served or empty; with a permutation its values are those of Sᵀ in the order of Sᵀ.
+  AlikeRows(const Csr& s, const int32_t* permutation, int64_t out_features, int64_t in_features)
+      : s_(s),
+        whole_columns_(s.structure == Structure::column),
+        step_(whole_columns_ ? PANEL : RUN),
+        out_features_(out_features),
+        in_features_(in_features),
+        starts_(RunStarts::of_columns(s, serves(s) && !whole_columns_ ? out_features : 0, in_features)) {
+    if (!s.values) return;
+    constexpr int64_t ENTRIES_A_SLOT = 32768;  // fewer are not worth waking a thread
+    for (int64_t i = 0; i < out_features; i += step_) longest_ = larger(longest_, length(i));
+    weights_ = Buffer<float>(s.nnz + step_ * longest_);
+    for_slots(larger(1, smaller(thread_count(), s.nnz / ENTRIES_A_SLOT)), tile_count(),
+              [&](int64_t, int64_t begin, int64_t end) {
+                for (int64_t p = begin; p < end; ++p) pack_tile(permutation, p * step_);
+              });
+  }
+
+  int64_t tile_count() const { return (out_features_ + step_ - 1) / step_; }
+
+  // Floats that a block's copied features take.
+  int64_t scratch_size() const {
+    return s_.values ? (whole_columns_ ? longest_ : rounded_up(in_features_, RUN)) * TOKENS : 0;
+  }
+
+  // Copies what S needs of rows (tokens, in_features).
+  template <class T>
+  void gather(const T* rows, int64_t stride, int64_t tokens, float* scratch) const {
+    if (whole_columns_)
+      gather_features(rows, stride, tokens, s_.col, longest_, scratch);
+    else
+      copy_runs(rows, stride, tokens, in_features_, starts_.data(), starts_.count, scratch);
+  }
+
+  // rows (tokens, out_features) += gathered · Sᵀ for tiles [begin, end) of the output features.
+  template <class T>
+  void add_tiles(const float* gathered, T* rows, int64_t stride, int64_t tokens, int64_t begin, int64_t end) const {
+    for (int64_t i = begin * step_; i < smaller(end * step_, out_features_); i += step_) {
+      if (!length(i)) continue;
+      if (whole_columns_)
+        add_tile(FeatureMajor{gathered}, i, rows + i, stride, tokens);
+      else
+        add_tile(Runs{gathered, s_.col + s_.crow[i]}, i, rows + i, stride, tokens);
+    }
+  }
+
+ private:
+  int64_t length(int64_t i) const { return s_.crow[i + 1] - s_.crow[i]; }
+
+  // weights_ of the tile: [column][row], zero past the last row.
+  void pack_tile(const int32_t* permutation, int64_t i) {
+    float* packed = weights_ + s_.crow[i];
+    const int64_t rows = smaller(step_, out_features_ - i);
+    if (rows < step_) std::memset(packed, 0, sizeof(float) * step_ * length(i));
+    for (int64_t n = 0; permutation && n < length(i); ++n)
+      std::memcpy(packed + n * step_, s_.values + permutation[s_.crow[i] + n], sizeof(float) * rows);
+    for (int64_t j = 0; !permutation && j < rows; ++j)
+      for (int64_t n = 0; n < length(i); ++n) packed[n * step_ + j] = s_.values[s_.crow[i + j] + n];
+  }
+
+  template <class In, class T>
+  void add_tile(const In& in, int64_t i, T* rows, int64_t stride, int64_t tokens) const {
+    const float* weights = weights_ + s_.crow[i];
+    const int64_t count = smaller(step_, out_features_ - i), n = length(i);
+    const int64_t ahead = !whole_columns_ && i + step_ < out_features_ ? step_ : 0;
+    int64_t f = 0;
+    for (; f + STRIP * LANES <= count; f += STRIP * LANES)
+      add_block<GROUP, STRIP>(in, n, weights + f, step_, rows + f, stride, tokens, ahead);
+    for (; f + LANES <= count; f += LANES)
+      add_block<2 * GROUP, 1>(in, n, weights + f, step_, rows + f, stride, tokens, ahead);
+    for (int64_t t = 0; f < count && t < tokens; ++t) {
+      T padded[LANES] = {};
+      std::memcpy(padded, rows + t * stride + f, sizeof(T) * (count - f));
+      add_tokens<1, 1>(in, t, n, weights + f, step_, padded, LANES);
+      std::memcpy(rows + t * stride + f, padded, sizeof(T) * (count - f));
+    }
+  }
+
+  const Csr s_;
+  const bool whole_columns_;
+  const int64_t step_, out_features_, in_features_;  // rows of a tile, and of all
+  const RunStarts starts_;
+  int64_t longest_ = 0;  // columns of a row
+  Buffer<float> weights_;
+};
+
+}  // namespace ROSA_ISA
+}  // namespace rosa
