@@ -12,15 +12,15 @@ class BackwardPairs {
       : b_(b),
         r_(b.low_rank.r),
         padded_r_(rounded_up(r_, LANES)),
-        terms_(term_counts(b.low_rank)),
+        words_(word_counts(b.low_rank)),
         want_dH_(b.dA || b.dx.data),
         packs_dy_(b.dvalues || (b.dx.data && b.sparse.values)),
         alpha_(low_rank_scale(b.low_rank, b.dropout)),
         shrink_x_(b.low_rank.A, b.in_features, 1, b.dB ? r_ : 0, b.in_features, padded_pairs(b.in_features),
-                  terms_.exact),
-        shrink_dy_(b.low_rank.B, 1, r_, want_dH_ ? r_ : 0, b.out_features, padded_pairs(b.out_features), terms_.exact),
+                  words_.exact),
+        shrink_dy_(b.low_rank.B, 1, r_, want_dH_ ? r_ : 0, b.out_features, padded_pairs(b.out_features), words_.exact),
         transposed_(b, b.dx.data),
-        dx_update_(b.low_rank.A, 1, b.in_features, b.dx.data ? r_ : 0, terms_.rounded, alpha_, transposed_.csr,
+        dx_update_(b.low_rank.A, 1, b.in_features, b.dx.data ? r_ : 0, words_.rounded, alpha_, transposed_.csr,
                    b.out_features, b.in_features),
         slots_(larger(1, slot_count(b.tokens))),
         sums_(b, slots_, RANK_MULTIPLE),
@@ -55,7 +55,7 @@ class BackwardPairs {
     arena.cut({b_.dvalues ? rounded_up(b_.in_features, LANES) * TOKENS : 0,
                packs_dy_ ? rounded_up(b_.out_features, LANES) * TOKENS : 0, copied_rows(b_.in_features),
                copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::rounded_size(r_),
-               terms_.exact * BLOCK_PAIRS * padded_r_, touched, touched, dx_update_.scratch_size(),
+               words_.exact * BLOCK_PAIRS * padded_r_, touched, touched, dx_update_.scratch_size(),
                b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
               piece);
     return {piece[0],
@@ -98,13 +98,13 @@ class BackwardPairs {
   }
 
   void add_outer_rows(const Scratch& s, const Rows& rows, int64_t features, float* sums) const {
-    pack_ranks(s.ranks.values, padded_r_, terms_.exact, s.rank_pairs);
-    outer_rows(s.rank_pairs, r_, padded_r_, terms_.exact, rows, features, sums);
+    pack_ranks(s.ranks.values, padded_r_, words_.exact, s.rank_pairs);
+    outer_rows(s.rank_pairs, r_, padded_r_, words_.exact, rows, features, sums);
   }
 
   const Backward& b_;
   const int64_t r_, padded_r_;
-  const TermCounts terms_;
+  const WordCounts words_;
   const bool want_dH_, packs_dy_;
   const float alpha_;
   const PackedPairs shrink_x_, shrink_dy_;
