@@ -42,7 +42,8 @@ class BackwardPairs {
   struct Scratch {
     float *x, *dy;
     uint16_t *x_rows, *dy_rows;
-    RankBlock ranks;
+    float* H;
+    RankBlock dH;
     uint32_t* rank_pairs;
     float *touched, *turned, *update;
     uint64_t* bits;
@@ -51,10 +52,10 @@ class BackwardPairs {
   Scratch slot_scratch() const {
     static thread_local Arena arena;
     const int64_t touched = rounded_up(sums_.touched_count, GROUP) * TOKENS;
-    float* piece[11];
+    float* piece[12];
     arena.cut({b_.dvalues ? rounded_up(b_.in_features, LANES) * TOKENS : 0,
                packs_dy_ ? rounded_up(b_.out_features, LANES) * TOKENS : 0, copied_rows(b_.in_features),
-               copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::rounded_size(r_),
+               copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::values_size(r_), RankBlock::rounded_size(r_),
                words_.exact * BLOCK_PAIRS * padded_r_, touched, touched, dx_update_.scratch_size(),
                b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
               piece);
@@ -62,12 +63,13 @@ class BackwardPairs {
             piece[1],
             reinterpret_cast<uint16_t*>(piece[2]),
             reinterpret_cast<uint16_t*>(piece[3]),
-            RankBlock(piece[4], piece[5], r_),
-            reinterpret_cast<uint32_t*>(piece[6]),
-            piece[7],
+            piece[4],
+            RankBlock(piece[5], piece[6], r_),
+            reinterpret_cast<uint32_t*>(piece[7]),
             piece[8],
             piece[9],
-            reinterpret_cast<uint64_t*>(piece[10])};
+            piece[10],
+            reinterpret_cast<uint64_t*>(piece[11])};
   }
 
   void sweep_block(int64_t slot, int64_t first, const Scratch& s) const {
@@ -85,21 +87,20 @@ class BackwardPairs {
     const Rows dy = block_rows(dy_data, b_.dy.stride, tokens, b_.out_features, {nullptr}, s.dy_rows);
     const bool wants_x = b_.dA || b_.dB;
     const Rows x = wants_x ? block_rows(x_data, b_.x.stride, tokens, b_.in_features, kept, s.x_rows) : Rows{};
-    if (b_.dB) {
-      multiply_rows(x, shrink_x_, s.ranks.values, padded_r_);  // H
-      add_outer_rows(s, dy, b_.out_features, sums_.dB(slot));
-    }
-    if (want_dH_) multiply_rows(dy, shrink_dy_, s.ranks.values, padded_r_);
-    if (b_.dA) add_outer_rows(s, x, b_.in_features, sums_.dA(slot));
+    // Both first, whose rows the processor fetches ahead.
+    if (b_.dB) multiply_rows(x, shrink_x_, s.H, padded_r_);
+    if (want_dH_) multiply_rows(dy, shrink_dy_, s.dH.values, padded_r_);
+    if (b_.dB) add_outer_rows(s.H, s.rank_pairs, dy, b_.out_features, sums_.dB(slot));
+    if (b_.dA) add_outer_rows(s.dH.values, s.rank_pairs, x, b_.in_features, sums_.dA(slot));
     if (b_.dx.data) {
       uint16_t* dx = (uint16_t*)b_.dx.data + first * b_.dx.stride;
-      dx_update_.add_to(dx, b_.dx.stride, tokens, s.ranks.round(), s.dy, kept, s.update);
+      dx_update_.add_to(dx, b_.dx.stride, tokens, s.dH.round(), s.dy, kept, s.update);
     }
   }
 
-  void add_outer_rows(const Scratch& s, const Rows& rows, int64_t features, float* sums) const {
-    pack_ranks(s.ranks.values, padded_r_, words_.exact, s.rank_pairs);
-    outer_rows(s.rank_pairs, r_, padded_r_, words_.exact, rows, features, sums);
+  void add_outer_rows(const float* ranks, uint32_t* rank_pairs, const Rows& rows, int64_t features, float* sums) const {
+    pack_ranks(ranks, padded_r_, words_.exact, rank_pairs);
+    outer_rows(rank_pairs, r_, padded_r_, words_.exact, rows, features, sums);
   }
 
   const Backward& b_;

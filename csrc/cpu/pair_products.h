@@ -45,7 +45,8 @@ struct Operand<2> {
 inline void begin_products(int64_t) {}
 inline void end_products() {}
 
-// sums[t][v] = Σ_k rows[t][k] · w[k][v] for Tokens rows and the columns of Panels panels from p on.
+// sums[t][v] = Σ_k rows[t][k] · w[k][v] for Tokens rows and the columns of Panels panels from p on. Of long rows the next Tokens
+// are fetched to the second-level cache: so many streams are more than the processor follows.
 template <int Words, int Tokens, int Panels>
 inline void multiply_tokens(const uint16_t* rows, int64_t row_stride, const PackedPairs& w, int64_t p,
                             Vec (&sums)[Tokens][Panels]) {
@@ -55,7 +56,10 @@ inline void multiply_tokens(const uint16_t* rows, int64_t row_stride, const Pack
   for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
     for (int v = 0; v < Panels; ++v) sums[t][v] = zero();
-  for (int64_t k = 0; k < w.pairs; ++k, panel += Words * LANES)
+  for (int64_t k = 0; k < w.pairs; ++k, panel += Words * LANES) {
+    if (Panels == 1 && k % LANES == 0)
+#pragma GCC unroll 16
+      for (int t = 0; t < Tokens; ++t) __builtin_prefetch(rows + (Tokens + t) * row_stride + 2 * k, 0, 2);
 #pragma GCC unroll 2
     for (int v = 0; v < Panels; ++v) {
       const auto column = Operand<Words>::loaded(panel + v * panel_size, LANES);
@@ -63,6 +67,7 @@ inline void multiply_tokens(const uint16_t* rows, int64_t row_stride, const Pack
       for (int t = 0; t < Tokens; ++t)
         sums[t][v] = column.dot(sums[t][v], broadcast_pair(rows + t * row_stride + 2 * k));
     }
+  }
 }
 
 // out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p.
