@@ -70,7 +70,7 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     else:
         y = F.linear(x, weight, bias).contiguous()
     if way is Way.GEMMS:
-        as_matrix(y).addmm_(as_matrix(x) @ lora_A.T, lora_B.T, alpha=scaling)
+        as_matrix(y).addmm_(F.linear(as_matrix(x), lora_A), lora_B.T, alpha=scaling)
     elif way is Way.KERNELS:
         _add_forward(y, x, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
     return y

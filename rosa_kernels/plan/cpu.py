@@ -66,6 +66,8 @@ def forward_way(
     if tokens <= _TOO_FEW_TO_MERGE or not _may_merge(x, weight, seed, widened):
         return unmerged
     out_features, in_features = weight.shape
+    if values is None and 3 * tokens <= min(out_features, in_features):
+        return unmerged  # by the costs below whatever r; saves these calls the counting
     low_rank = (1.0 if by_gemm else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
     moved = _ELEMENT * (in_features + 2 * out_features)
     adding = tokens * (low_rank + _sparse_cost(values, structure) + moved)
