@@ -45,40 +45,43 @@ struct Operand<2> {
 inline void begin_products(int64_t) {}
 inline void end_products() {}
 
-// sums[t][v] = Σ_k rows[t][k] · w[k][v] for Tokens rows and the columns of Panels panels from p on. Of long rows the next Tokens
-// are fetched to the second-level cache: so many streams are more than the processor follows.
-template <int Words, int Tokens, int Panels>
-inline void multiply_tokens(const uint16_t* rows, int64_t row_stride, const PackedPairs& w, int64_t p,
-                            Vec (&sums)[Tokens][Panels]) {
-  const uint32_t* panel = w.panel(p);
-  const int64_t panel_size = w.panel_size();
+// sums[t][v] += rows[t][0] · column[0] + rows[t][1] · column[1] for Tokens rows and LANES columns in the words of a pair.
+template <int Words, int Tokens, int Width>
+inline void add_pair(const uint16_t* rows, int64_t row_stride, const uint32_t* column, int v, Vec (&sums)[Tokens][Width]) {
+  const auto pair = Operand<Words>::loaded(column, LANES);
+#pragma GCC unroll 16
+  for (int t = 0; t < Tokens; ++t) sums[t][v] = pair.dot(sums[t][v], broadcast_pair(rows + t * row_stride));
+}
+template <int Tokens, int Width>
+inline void set_zero(Vec (&sums)[Tokens][Width]) {
 #pragma GCC unroll 16
   for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
-    for (int v = 0; v < Panels; ++v) sums[t][v] = zero();
-  for (int64_t k = 0; k < w.pairs; ++k, panel += Words * LANES) {
-    if (Panels == 1 && k % LANES == 0)
-#pragma GCC unroll 16
-      for (int t = 0; t < Tokens; ++t) __builtin_prefetch(rows + (Tokens + t) * row_stride + 2 * k, 0, 2);
-#pragma GCC unroll 2
-    for (int v = 0; v < Panels; ++v) {
-      const auto column = Operand<Words>::loaded(panel + v * panel_size, LANES);
-#pragma GCC unroll 16
-      for (int t = 0; t < Tokens; ++t)
-        sums[t][v] = column.dot(sums[t][v], broadcast_pair(rows + t * row_stride + 2 * k));
-    }
-  }
+    for (int v = 0; v < Width; ++v) sums[t][v] = zero();
 }
 
-// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p.
+// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p. 8 rows at a time: where they lie 4 KiB apart,
+// as many cache lines of one set are in use. Two sums a row hide the instructions' latency. The next rows are fetched to the
+// second-level cache: so many streams are more than the processor follows.
 template <int Words>
 inline void multiply_panel_of(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
-  constexpr int TOGETHER = 16;
+  constexpr int TOGETHER = 8, STEP = Words * LANES;
+  const uint32_t* panel = w.panel(p);
   for (int64_t t = 0; t < TOKENS; t += TOGETHER) {
-    Vec sums[TOGETHER][1];
-    multiply_tokens<Words>(x.data + t * x.stride, x.stride, w, p, sums);
-#pragma GCC unroll 16
-    for (int i = 0; i < TOGETHER; ++i) store(out + (t + i) * stride, sums[i][0]);
+    const uint16_t* rows = x.data + t * x.stride;
+    Vec sums[TOGETHER][2];
+    set_zero(sums);
+    int64_t k = 0;
+    for (; k + 2 <= w.pairs; k += 2) {
+      if (k % LANES == 0)
+#pragma GCC unroll 8
+        for (int i = 0; i < TOGETHER; ++i) __builtin_prefetch(rows + (TOGETHER + i) * x.stride + 2 * k, 0, 2);
+      add_pair<Words>(rows + 2 * k, x.stride, panel + k * STEP, 0, sums);
+      add_pair<Words>(rows + 2 * k + 2, x.stride, panel + (k + 1) * STEP, 1, sums);
+    }
+    if (k < w.pairs) add_pair<Words>(rows + 2 * k, x.stride, panel + k * STEP, 0, sums);
+#pragma GCC unroll 8
+    for (int i = 0; i < TOGETHER; ++i) store(out + (t + i) * stride, add(sums[i][0], sums[i][1]));
   }
 }
 inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
@@ -90,7 +93,11 @@ constexpr int64_t UPDATE_TOKENS = 8;  // that add_products takes
 template <int Words, int Panels>
 inline void add_products_of(const Rows& ranks, const PackedPairs& w, int64_t p, int64_t first_token, const Target& to) {
   Vec sums[UPDATE_TOKENS][Panels];
-  multiply_tokens<Words>(ranks.data + first_token * ranks.stride, ranks.stride, w, p, sums);
+  set_zero(sums);
+  const uint16_t* rows = ranks.data + first_token * ranks.stride;
+  for (int64_t k = 0; k < w.pairs; ++k)
+#pragma GCC unroll 2
+    for (int v = 0; v < Panels; ++v) add_pair<Words>(rows + 2 * k, ranks.stride, w.panel(p + v) + k * Words * LANES, v, sums);
 #pragma GCC unroll 8
   for (int64_t t = 0; t < UPDATE_TOKENS; ++t) {
     if (first_token + t >= to.tokens) return;

@@ -130,6 +130,7 @@ struct Target {
       return add_some(t, 1, larger(count - LANES, 0), high);
     }
     uint16_t* to = rows + t * stride + first;
+    __builtin_prefetch(to + 8 * stride, 1, 2);  // rows are visited by 8: UPDATE_TOKENS of pair_products.h
     store_two(to, sum(load(to), t, 0, low), sum(load(to + LANES), t, 1, high));
   }
 
