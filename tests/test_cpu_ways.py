@@ -108,7 +108,9 @@ def test_bf16_gradient_of_a_trainable_weight_is_summed_in_fp32(monkeypatch, smal
     assert ((got - exact).abs() <= 2.0**-8 * exact.abs() + 1e-3).all()
 
 
-def chosen(tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False, paired=False):
+def chosen(
+    tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False, paired=False
+):  # fmt: skip
     """(way for y, way for dx) of meta tensors: no memory is touched."""
     x, dy = (torch.empty(tokens, features, dtype=dtype, device="meta") for features in (in_features, out_features))
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
@@ -148,3 +150,10 @@ def test_lora_alone_in_pairs_of_bf16_goes_through_the_kernels_unless_one_thread_
     for tokens, features in ((16, 768), (64, 4096), (2048, 768)):
         assert chosen(tokens, features, features, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
     assert chosen(16, 4096, 4096, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.GEMMS)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_few_tokens_whose_A_and_B_are_shared_among_threads(dropout_p, dtype):
+    with rk.use_backend("cpu"):
+        check_linear("cpu", LinearCase((3,), 1100, 1050, 64, None, dropout_p=dropout_p), dtype)
