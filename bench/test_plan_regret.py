@@ -78,7 +78,8 @@ def passes(layer: Layer, with_sparse: bool) -> dict:
              dy, x, W, A, B, scaling, values, crow, col, *transposed, structure, 0.0, None, needs)),
     ):  # fmt: skip
         legal = plan.legal_ways(of, W, A, B, values, None, widened)
-        found[name] = legal, choose(of, W, A, B, values, structure, None, widened), function
+        choice = choose(of, W, A, B, values, structure, None, widened, cpu._paired(of.dtype))
+        found[name] = legal, choice, function
     return found
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rosa_kernels import dropout, ops
+from rosa_kernels import dispatch, dropout, ops
 from rosa_kernels.autograd import CSRAddFunction, RoSALinearFunction, SDDMMFunction, SpMMFunction
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern
 
@@ -131,30 +131,32 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
 
 
 def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training):
-    if not _fits(x, weight, bias, lora_A, lora_B, values, pattern):
+    crow = col = None
+    structure = UNSTRUCTURED
+    if isinstance(pattern, CSRPattern):
+        crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
+    watched = ops.watched((x, weight, bias, lora_A, lora_B, values, crow, col))
+    if watched or not _fits(x, weight, bias, lora_A, lora_B, values, pattern):
         x, weight, bias = _checked(x, weight, bias, lora_A, lora_B, values, pattern)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
     seed = None
     if training and dropout_p > 0 and lora_A is not None:
         seed = dropout.new_seed(x.device)
-    crow = col = None
-    structure = UNSTRUCTURED
-    if pattern is not None:
-        crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
     scaling, dropout_p = float(scaling), float(dropout_p)
     if _wants_grad(x, weight, bias, lora_A, lora_B, values):
         transposed = (None, None, None) if pattern is None else pattern.transpose()
         return RoSALinearFunction.apply(
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, *transposed, structure, dropout_p, seed
         )
-    return ops.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+    call = ops.rosa_linear if watched else dispatch.backend_for(x).rosa_linear
+    return call(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
 
 
 def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
     """Whether a call is of the common kind and passes every check of _checked, which takes 10 us on a cold cache.
 
-    The common kind: outside autocast, a weight and lora_A and lora_B, all on one device.
+    The common kind: a weight and lora_A and lora_B, all on one device. Outside autocast, which ops.watched has seen to.
     """
     return (
         isinstance(x, Tensor)
@@ -164,20 +166,20 @@ def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
         and weight.device == (device := x.device)
         and lora_A.device == device
         and lora_B.device == device
-        and not torch.is_autocast_enabled(device.type)
         and (dtype := x.dtype) in _FLOATING
         and weight.dtype == dtype
         and lora_A.dtype in _FLOATING
         and lora_B.dtype in _FLOATING
         and len(shape := weight.shape) == 2
-        and x.shape[-1:] == shape[1:]
+        and (shape_x := x.shape)
+        and shape_x[-1] == shape[1]
         and len(shape_A := lora_A.shape) == 2
         and shape_A[0] > 0
         and shape_A[1] == shape[1]
         and lora_B.shape == (shape[0], shape_A[0])
         and (
             bias is None
-            or (isinstance(bias, Tensor) and bias.device == device and bias.dtype == dtype and bias.shape == shape[:1])
+            or (isinstance(bias, Tensor) and bias.device == device and bias.dtype == dtype and bias.shape == (shape[0],))
         )
         and (
             values is pattern is None

@@ -57,7 +57,7 @@ def _keys(*names: str) -> int:
 _PLAIN_KEYS = frozenset((_keys(), _keys("ADInplaceOrView")))  # in inference mode; elsewhere
 
 
-def _watched(args) -> bool:
+def watched(args) -> bool:
     """Whether anything around may want to see the op itself: only then does a call pay for its dispatch, 10 us.
 
     Sound, because whatever a backend does is ops again, each with its own dispatch: a direct call differs for those alone
@@ -79,7 +79,7 @@ def _entry(name: str):
     op = getattr(torch.ops.rosa_kernels, name)
 
     def call(*args):
-        return op(*args) if _watched(args) else getattr(dispatch.backend_for(args[0]), name)(*args)
+        return op(*args) if watched(args) else getattr(dispatch.backend_for(args[0]), name)(*args)
 
     return call
 

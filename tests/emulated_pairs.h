@@ -60,9 +60,32 @@ inline Pairs pairs_of(Vec even, Vec odd) {
   for (int i = 0; i < LANES; ++i) r.v[i] = rounded_half(even.v[i]) | (uint32_t)rounded_half(odd.v[i]) << 16;
   return r;
 }
+inline void store_two(uint16_t* to, Vec low, Vec high) {
+  for (int i = 0; i < LANES; ++i) to[i] = rounded_half(low.v[i]), to[LANES + i] = rounded_half(high.v[i]);
+}
 inline Pairs interleave(const uint16_t* even, const uint16_t* odd) {
   Pairs r;
   for (int i = 0; i < LANES; ++i) r.v[i] = even[i] | (uint32_t)odd[i] << 16;
+  return r;
+}
+inline Vec even_of(Pairs a) {
+  Vec r;
+  for (int i = 0; i < LANES; ++i) r.v[i] = low_half(a.v[i]);
+  return r;
+}
+inline Vec odd_of(Pairs a) {
+  Vec r;
+  for (int i = 0; i < LANES; ++i) r.v[i] = high_half(a.v[i]);
+  return r;
+}
+inline Pairs as_pairs(Vec a) {
+  Pairs r;
+  for (int i = 0; i < LANES; ++i) r.v[i] = bits_of(a.v[i]);
+  return r;
+}
+inline Vec as_floats(Pairs a) {
+  Vec r;
+  for (int i = 0; i < LANES; ++i) r.v[i] = float_of(a.v[i]);
   return r;
 }
 inline Vec truncated(Vec a) {

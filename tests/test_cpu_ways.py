@@ -52,9 +52,10 @@ def force(monkeypatch):
         for function in ("forward_way", "dx_way"):
             planned = getattr(plan, function)
 
-            def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, planned=planned):
-                legal = way in plan.legal_ways(x, weight, lora_A, lora_B, values, seed, widened)
-                taken.append(way if legal else planned(x, weight, lora_A, lora_B, values, structure, seed, widened))
+            def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, paired, planned=planned):
+                call = x, weight, lora_A, lora_B, values
+                legal = way in plan.legal_ways(*call, seed, widened)
+                taken.append(way if legal else planned(*call, structure, seed, widened, paired))
                 return taken[-1]
 
             monkeypatch.setattr(plan, function, choose)
@@ -108,15 +109,17 @@ def test_bf16_gradient_of_a_trainable_weight_is_summed_in_fp32(monkeypatch, smal
     assert ((got - exact).abs() <= 2.0**-8 * exact.abs() + 1e-3).all()
 
 
-def chosen(tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False):
+def chosen(
+    tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False, paired=False
+):  # fmt: skip
     """(way for y, way for dx) of meta tensors: no memory is touched."""
     x, dy = (torch.empty(tokens, features, dtype=dtype, device="meta") for features in (in_features, out_features))
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
-    A, B = torch.empty(r, in_features, device="meta"), torch.empty(out_features, r, device="meta")
+    A, B = (torch.empty(*size, dtype=dtype, device="meta") for size in ((r, in_features), (out_features, r)))
     nnz = int(density * weight.numel())
     values = torch.empty(nnz, device="meta") if nnz else None
     adapter = (A, B) if r else (None, None)
-    arguments = (weight, *adapter, values, structure, None, widened)
+    arguments = (weight, *adapter, values, structure, None, widened, paired)
     return plan.forward_way(x, *arguments), plan.dx_way(dy, *arguments)
 
 
@@ -141,6 +144,20 @@ def test_lora_alone_goes_through_the_library_until_it_merges():
     assert chosen(64, 1024, 1024, density=0.0)[0] is Way.GEMMS
     assert chosen(8192, 1024, 1024, density=0.0)[0] is Way.MERGED
     assert chosen(8192, 4096, 4096, density=0.0)[0] is Way.GEMMS
+    assert chosen(2048, 768, 768, density=0.0, dtype=BF16) == (Way.GEMMS, Way.GEMMS)
+
+
+def test_lora_alone_in_pairs_of_bf16_goes_through_the_kernels_unless_one_thread_would_sweep_a_large_adapter():
+    for tokens, features in ((16, 768), (64, 4096), (2048, 768)):
+        assert chosen(tokens, features, features, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
+    assert chosen(16, 4096, 4096, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.GEMMS)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_few_tokens_whose_A_and_B_are_shared_among_threads(dropout_p, dtype):
+    with rk.use_backend("cpu"):
+        check_linear("cpu", LinearCase((3,), 1100, 1050, 64, None, dropout_p=dropout_p), dtype)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

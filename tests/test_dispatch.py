@@ -250,11 +250,11 @@ class TestWhoSeesTheOp:
 
     def test_a_plain_call_goes_to_its_backend(self):
         args = torch.ones(3, 6), None, 1.0, torch.nn.Parameter(torch.ones(2))
-        assert not ops._watched(args)
+        assert not ops.watched(args)
         with torch.no_grad():
-            assert not ops._watched(args)
+            assert not ops.watched(args)
         with torch.inference_mode():
-            assert not ops._watched(args)
+            assert not ops.watched(args)
 
     def test_modes_of_torch_dispatch(self):
         seen = []
@@ -286,7 +286,7 @@ class TestWhoSeesTheOp:
         with FakeTensorMode(allow_non_fake_inputs=True):
             x = torch.ones(3, 6)
         values, crow = torch.ones(PATTERN.nnz), PATTERN.crow_indices
-        assert ops._watched((x, values, crow)) and ops._watched((values, x, crow))
+        assert ops.watched((x, values, crow)) and ops.watched((values, x, crow))
 
     def test_tracing(self):
         traced = make_fx(self.call)(torch.ones(3, 6))
@@ -296,10 +296,10 @@ class TestWhoSeesTheOp:
 
     def test_the_transforms_of_functorch(self):
         seen = []
-        watched = lambda x: (seen.append(ops._watched((x,))), x.sum())[1]
-        torch.func.grad(watched)(torch.ones(3))
-        torch.func.vmap(watched)(torch.ones(3, 2))
-        torch.func.functionalize(watched)(torch.ones(3))
+        asks = lambda x: (seen.append(ops.watched((x,))), x.sum())[1]
+        torch.func.grad(asks)(torch.ones(3))
+        torch.func.vmap(asks)(torch.ones(3, 2))
+        torch.func.functionalize(asks)(torch.ones(3))
         assert seen == [True] * 3
 
     def test_the_profiler_and_autocast(self):
@@ -307,4 +307,4 @@ class TestWhoSeesTheOp:
             self.call(torch.ones(3, 6))
         assert "rosa_kernels::rosa_linear" in {event.name for event in profile.events()}
         with torch.autocast("cpu", torch.bfloat16):
-            assert ops._watched((torch.ones(3),))
+            assert ops.watched((torch.ones(3),))

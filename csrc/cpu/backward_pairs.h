@@ -12,16 +12,16 @@ class BackwardPairs {
       : b_(b),
         r_(b.low_rank.r),
         padded_r_(rounded_up(r_, LANES)),
-        terms_(term_counts(b.low_rank)),
+        words_(word_counts(b.low_rank)),
         want_dH_(b.dA || b.dx.data),
         packs_x_(SparseGradient<uint16_t>::reads_packed(b)),
         packs_dy_(packs_x_ || (b.dx.data && b.sparse.values)),
         alpha_(low_rank_scale(b.low_rank, b.dropout)),
         shrink_x_(b.low_rank.A, b.in_features, 1, b.dB ? r_ : 0, b.in_features, padded_pairs(b.in_features),
-                  terms_.exact),
-        shrink_dy_(b.low_rank.B, 1, r_, want_dH_ ? r_ : 0, b.out_features, padded_pairs(b.out_features), terms_.exact),
+                  words_.exact),
+        shrink_dy_(b.low_rank.B, 1, r_, want_dH_ ? r_ : 0, b.out_features, padded_pairs(b.out_features), words_.exact),
         transposed_(b, b.dx.data),
-        dx_update_(b.low_rank.A, 1, b.in_features, b.dx.data ? r_ : 0, terms_.rounded, alpha_, transposed_.csr,
+        dx_update_(b.low_rank.A, 1, b.in_features, b.dx.data ? r_ : 0, words_.rounded, alpha_, transposed_.csr,
                    b.out_features, b.in_features),
         slots_(larger(1, slot_count(b.tokens))),
         sums_(b, slots_, RANK_MULTIPLE),
@@ -41,7 +41,8 @@ class BackwardPairs {
   struct Scratch {
     float *x, *dy;
     uint16_t *x_rows, *dy_rows;
-    RankBlock ranks;
+    float* H;
+    RankBlock dH;
     uint32_t* rank_pairs;
     float *gathered, *update;
     uint64_t* bits;
@@ -49,22 +50,23 @@ class BackwardPairs {
 
   Scratch slot_scratch() const {
     static thread_local Arena arena;
-    float* piece[10];
+    float* piece[11];
     arena.cut({packs_x_ ? rounded_up(b_.in_features, LANES) * TOKENS : 0,
                packs_dy_ ? rounded_up(b_.out_features, LANES) * TOKENS : 0, copied_rows(b_.in_features),
-               copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::rounded_size(r_),
-               terms_.exact * BLOCK_PAIRS * padded_r_, dS_.scratch_size(), dx_update_.scratch_size(),
-               b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
+               copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::values_size(r_),
+               RankBlock::rounded_size(r_), words_.exact * BLOCK_PAIRS * padded_r_, dS_.scratch_size(),
+               dx_update_.scratch_size(), b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
               piece);
     return {piece[0],
             piece[1],
             reinterpret_cast<uint16_t*>(piece[2]),
             reinterpret_cast<uint16_t*>(piece[3]),
-            RankBlock(piece[4], piece[5], r_),
-            reinterpret_cast<uint32_t*>(piece[6]),
-            piece[7],
+            piece[4],
+            RankBlock(piece[5], piece[6], r_),
+            reinterpret_cast<uint32_t*>(piece[7]),
             piece[8],
-            reinterpret_cast<uint64_t*>(piece[9])};
+            piece[9],
+            reinterpret_cast<uint64_t*>(piece[10])};
   }
 
   void sweep_block(int64_t slot, int64_t first, const Scratch& s) const {
@@ -81,26 +83,25 @@ class BackwardPairs {
     const Rows dy = block_rows(dy_data, b_.dy.stride, tokens, b_.out_features, {nullptr}, s.dy_rows);
     const bool wants_x = b_.dA || b_.dB;
     const Rows x = wants_x ? block_rows(x_data, b_.x.stride, tokens, b_.in_features, kept, s.x_rows) : Rows{};
-    if (b_.dB) {
-      multiply_rows(x, shrink_x_, s.ranks.values, padded_r_);  // H
-      add_outer_rows(s, dy, b_.out_features, sums_.dB(slot));
-    }
-    if (want_dH_) multiply_rows(dy, shrink_dy_, s.ranks.values, padded_r_);
-    if (b_.dA) add_outer_rows(s, x, b_.in_features, sums_.dA(slot));
+    // Both first, whose rows the processor fetches ahead.
+    if (b_.dB) multiply_rows(x, shrink_x_, s.H, padded_r_);
+    if (want_dH_) multiply_rows(dy, shrink_dy_, s.dH.values, padded_r_);
+    if (b_.dB) add_outer_rows(s.H, s.rank_pairs, dy, b_.out_features, sums_.dB(slot));
+    if (b_.dA) add_outer_rows(s.dH.values, s.rank_pairs, x, b_.in_features, sums_.dA(slot));
     if (b_.dx.data) {
       uint16_t* dx = (uint16_t*)b_.dx.data + first * b_.dx.stride;
-      dx_update_.add_to(dx, b_.dx.stride, tokens, s.ranks.round(), s.dy, kept, s.update);
+      dx_update_.add_to(dx, b_.dx.stride, tokens, s.dH.round(), s.dy, kept, s.update);
     }
   }
 
-  void add_outer_rows(const Scratch& s, const Rows& rows, int64_t features, float* sums) const {
-    pack_ranks(s.ranks.values, padded_r_, terms_.exact, s.rank_pairs);
-    outer_rows(s.rank_pairs, r_, padded_r_, terms_.exact, rows, features, sums);
+  void add_outer_rows(const float* ranks, uint32_t* rank_pairs, const Rows& rows, int64_t features, float* sums) const {
+    pack_ranks(ranks, padded_r_, words_.exact, rank_pairs);
+    outer_rows(rank_pairs, r_, padded_r_, words_.exact, rows, features, sums);
   }
 
   const Backward& b_;
   const int64_t r_, padded_r_;
-  const TermCounts terms_;
+  const WordCounts words_;
   const bool want_dH_, packs_x_, packs_dy_;
   const float alpha_;
   const PackedPairs shrink_x_, shrink_dy_;

@@ -67,11 +67,11 @@ inline void expand(const LowRank& l, const float* ranks, int64_t begin, int64_t 
   dots.finish();
 }
 
-// Rows of the result are shared among threads where each has work for some 20 us.
-inline int64_t few_slots(const Forward& f) {
-  constexpr int64_t SHARE = 1 << 15;  // entries of B and S, most of them read one at a time
-  const int64_t work = f.tokens * (f.low_rank.r * f.out_features / LANES + f.sparse.nnz);
-  return larger(1, smaller(smaller(thread_count(), f.out_features), work / SHARE));
+// `items` are shared among threads where each has work for some 20 us: entries of S, read one at a time, and elements of A or B,
+// a memory's rate away, for the base's product has swept the caches.
+inline int64_t few_slots(int64_t items, int64_t entries, int64_t elements) {
+  constexpr int64_t ENTRIES = 1 << 15, ELEMENTS = 1 << 15;
+  return larger(1, smaller(smaller(thread_count(), items), entries / ENTRIES + elements / ELEMENTS));
 }
 
 template <class T>
@@ -79,21 +79,24 @@ void forward_few(const Forward& f) {
   const int64_t r = f.low_rank.r, in = f.in_features, out = f.out_features;
   static thread_local Arena arena;
   float* piece[5];
-  arena.cut({f.tokens * in, f.dropout.on ? in : 0, f.tokens * r, f.tokens * out, f.dropout.on ? 2 * rounded_up(in, 4) : 0},
+  arena.cut({f.tokens * in, f.dropout.on ? f.tokens * in : 0, f.tokens * r, f.tokens * out,
+             f.dropout.on ? 2 * rounded_up(in, 4) : 0},
             piece);
-  float *x = piece[0], *x_hat = piece[1], *ranks = piece[2], *delta = piece[3];
+  float *x = piece[0], *x_hat = f.dropout.on ? piece[1] : piece[0], *ranks = piece[2], *delta = piece[3];
   const float alpha = low_rank_scale(f.low_rank, f.dropout);
   clear_rows<T>(f, 0, f.tokens);
   for (int64_t t = 0; t < f.tokens; ++t) {
     widen((const T*)f.x.data + t * f.x.stride, in, x + t * in);
     if (f.dropout.on) {
-      std::memcpy(x_hat, x + t * in, sizeof(float) * in);
-      drop(f.dropout, t, in, reinterpret_cast<uint64_t*>(piece[4]), x_hat);
+      std::memcpy(x_hat + t * in, x + t * in, sizeof(float) * in);
+      drop(f.dropout, t, in, reinterpret_cast<uint64_t*>(piece[4]), x_hat + t * in);
     }
-    const float* shrunk = f.dropout.on ? x_hat : x + t * in;
-    for (int64_t q = 0; q < r; ++q) ranks[t * r + q] = alpha * dot(f.low_rank.A + q * in, shrunk, in);
   }
-  for_slots(few_slots(f), out, [&](int64_t, int64_t begin, int64_t end) {
+  for_slots(few_slots(r, 0, r * in), r, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q)
+      for (int64_t t = 0; t < f.tokens; ++t) ranks[t * r + q] = alpha * dot(f.low_rank.A + q * in, x_hat + t * in, in);
+  });
+  for_slots(few_slots(out, f.tokens * f.sparse.nnz, r * out), out, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t t = 0; t < f.tokens; ++t) expand(f.low_rank, ranks + t * r, begin, end, delta + t * out);
     for (int64_t i = begin; f.sparse.values && i < end; ++i)
       for (int64_t t = 0; t < f.tokens; ++t)

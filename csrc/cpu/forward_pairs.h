@@ -29,9 +29,9 @@ struct RankBlock {
 
 inline void forward_pairs(const Forward& f) {
   const int64_t r = f.low_rank.r, in = f.in_features;
-  const TermCounts terms = term_counts(f.low_rank);
-  const PackedPairs shrink(f.low_rank.A, in, 1, r, in, padded_pairs(in), terms.exact);
-  const PairsUpdate update(f.low_rank.B, r, 1, r, terms.rounded, low_rank_scale(f.low_rank, f.dropout), f.sparse, in,
+  const WordCounts words = word_counts(f.low_rank);
+  const PackedPairs shrink(f.low_rank.A, in, 1, r, in, padded_pairs(in), words.exact);
+  const PairsUpdate update(f.low_rank.B, r, 1, r, words.rounded, low_rank_scale(f.low_rank, f.dropout), f.sparse, in,
                            f.out_features);
   for_slots(slot_count(f.tokens), block_count(f.tokens), [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Arena arena;

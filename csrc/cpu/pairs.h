@@ -1,12 +1,8 @@
 // Operands of bfloat16 products with fp32 sums. The instructions multiply pairs of neighbours along the summed index.
 //
-// bfloat16 adapters are exact operands; their H and dH are rounded to bfloat16 once. Of fp32 adapters each number is a sum
-// of bfloat16 terms of 8 bits: three hold its 24 bits exactly, for A in H = x Aᵀ, B in dH = dy B, and H and dH in dB and dA.
-// In the products that end in bfloat16, y += H Bᵀ and dx += dH A, H and dH are rounded once and two terms of B and A err by
-// 2^-15. Exact down to 2^-126: the instructions take denormals as zeros.
-//
-// All terms but the first are summed apart: where x is infinite a term of 0 makes that sum NaN, and it is left out, for the
-// first term alone then has the infinity that fp32 arithmetic gives.
+// bfloat16 adapters are exact operands, a word for a pair; their H and dH are rounded to bfloat16 once. A pair of fp32 adapters
+// takes several words: pair_products.h and tile_products.h each say what is in them. In the products that end in bfloat16,
+// y += H Bᵀ and dx += dH A, their H and dH too are rounded once.
 #pragma once
 #include "philox.h"
 #include "products.h"
@@ -16,33 +12,13 @@ namespace ROSA_ISA {
 
 constexpr int64_t ROW_MULTIPLE = 32;  // features that Rows are padded to
 constexpr int64_t BLOCK_PAIRS = TOKENS / 2;
+constexpr int64_t UPDATE_PANELS = 2;  // of features of y or dx finished together: whole cache lines
 static_assert(LANES == 16, "as many as a tile has rows");
 
-struct TermCounts {
-  int exact, rounded;  // of operands of fp32 results, and of bfloat16 results
+// Words that hold a pair of operands of fp32 results, and of bfloat16 results.
+struct WordCounts {
+  int exact, rounded;
 };
-inline TermCounts term_counts(const LowRank& l) { return l.bfloat16 ? TermCounts{1, 1} : TermCounts{3, 2}; }
-
-// a as a sum of terms; the last one is left to be rounded.
-template <int Terms>
-inline void split(Vec a, Vec (&terms)[Terms]) {
-#pragma GCC unroll 3
-  for (int j = 0; j + 1 < Terms; ++j) {
-    terms[j] = truncated(a);
-    a = fma(broadcast(-1.0f), terms[j], a);
-  }
-  terms[Terms - 1] = a;
-}
-
-// packed[j] = the j-th terms of (even[i], odd[i]).
-template <int Terms>
-inline void store_terms(Vec even, Vec odd, uint32_t* packed, int64_t term_stride) {
-  Vec low[Terms], high[Terms];
-  split(even, low);
-  split(odd, high);
-#pragma GCC unroll 3
-  for (int j = 0; j < Terms; ++j) store_pairs(packed + j * term_stride, pairs_of(low[j], high[j]));
-}
 
 // columns[k][n] = at[n][k] for `rows` and `count` of LANES, else zero. One of the strides is 1.
 inline void load_columns(const float* at, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count,
@@ -58,33 +34,34 @@ inline void load_columns(const float* at, int64_t row_stride, int64_t column_str
   if (by_rows) transpose(columns);
 }
 
-// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][term][row], zero past the ends.
+// words[j] of LANES pairs (even[i], odd[i]) at to + j · stride. Defined with the products.
+void store_words(int words, Vec even, Vec odd, uint32_t* to, int64_t stride);
+
+// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the ends.
 class PackedPairs {
  public:
   const int64_t panels, pairs;
-  const int terms;
+  const int words;
 
   PackedPairs(const float* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
-              int64_t padded_pairs, int terms)
-      : panels((rows + LANES - 1) / LANES), pairs(padded_pairs), terms(terms), packed_(panels * panel_size()) {
+              int64_t padded_pairs, int words)
+      : panels((rows + LANES - 1) / LANES), pairs(padded_pairs), words(words), packed_(panels * panel_size()) {
     for (int64_t n = 0; n < rows; n += LANES)
       for (int64_t k = 0; k < pairs; k += LANES / 2) {
         const int64_t count = larger(0, smaller(LANES, length - 2 * k));
         Vec columns[LANES];
         load_columns(matrix + n * row_stride + 2 * k * column_stride, row_stride, column_stride,
                      smaller(LANES, rows - n), count, columns);
-        uint32_t* to = packed_ + n / LANES * panel_size() + k * terms * LANES;
-        for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += terms * LANES)
-          terms == 1   ? store_terms<1>(columns[2 * i], columns[2 * i + 1], to, LANES)
-          : terms == 2 ? store_terms<2>(columns[2 * i], columns[2 * i + 1], to, LANES)
-                       : store_terms<3>(columns[2 * i], columns[2 * i + 1], to, LANES);
+        uint32_t* to = packed_ + n / LANES * panel_size() + k * words * LANES;
+        for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += words * LANES)
+          store_words(words, columns[2 * i], columns[2 * i + 1], to, LANES);
       }
   }
 
   const uint32_t* panel(int64_t p) const { return packed_ + p * panel_size(); }
+  int64_t panel_size() const { return pairs * words * LANES; }
 
  private:
-  int64_t panel_size() const { return pairs * terms * LANES; }
   Buffer<uint32_t> packed_;
 };
 
@@ -137,6 +114,40 @@ inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int
   }
   return {copy, width};
 }
+
+// Rows of y or dx, and `count` of their features from `first` on, that get alpha · a product masked by dropout, and `extra`.
+struct Target {
+  uint16_t* rows;
+  int64_t stride, tokens, first, count;
+  float alpha;
+  TokenBits kept;
+  const float* extra;  // (TOKENS, UPDATE_PANELS · LANES), null for none
+
+  // Adds the products for row t, LANES features from `first` on and LANES after them; rounded once.
+  void add_products(int64_t t, Vec low, Vec high) const {
+    if (count < 2 * LANES) {
+      add_some(t, 0, smaller(count, LANES), low);
+      return add_some(t, 1, larger(count - LANES, 0), high);
+    }
+    uint16_t* to = rows + t * stride + first;
+    __builtin_prefetch(to + 8 * stride, 1, 2);  // rows are visited by 8: UPDATE_TOKENS of pair_products.h
+    store_two(to, sum(load(to), t, 0, low), sum(load(to + LANES), t, 1, high));
+  }
+
+ private:
+  void add_some(int64_t t, int64_t v, int64_t features, Vec product) const {
+    uint16_t *to = rows + t * stride + first + v * LANES, padded[2 * LANES] = {};
+    std::memcpy(padded, to, sizeof(uint16_t) * features);
+    store_two(padded, sum(load(padded), t, v, product), zero());
+    std::memcpy(to, padded, sizeof(uint16_t) * features);
+  }
+  Vec sum(Vec old, int64_t t, int64_t v, Vec product) const {
+    if (kept.bits) product = keep(kept.at(t, first + v * LANES), product);
+    const Vec scale = broadcast(alpha);
+    if (!extra) return fma(scale, product, old);
+    return add(old, fma(scale, product, load(extra + (t * UPDATE_PANELS + v) * LANES)));
+  }
+};
 
 // rounded (TOKENS, stride) = ranks (TOKENS, padded_r), to nearest even, and zero from r up to padded_r, where an infinite x
 // has made NaN. What lies between padded_r and stride is left alone.

@@ -28,12 +28,23 @@ inline Pairs pairs_of(Vec even, Vec odd) {
   return {_mm512_permutexvar_epi16(index, (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v))};
 }
 
+// low and high rounded in the same way, one after the other.
+inline void store_two(uint16_t* to, Vec low, Vec high) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v));
+}
+
 // (even[i], odd[i]) of 16 bfloat16 each.
 inline Pairs interleave(const uint16_t* even, const uint16_t* odd) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)even));
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
   return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
 }
+
+// A pair of bfloat16 as two vectors of fp32, and the bits of a vector of fp32 kept among pairs.
+inline Vec even_of(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+inline Vec odd_of(Pairs a) { return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((int)0xffff0000)))}; }
+inline Pairs as_pairs(Vec a) { return {_mm512_castps_si512(a.v)}; }
+inline Vec as_floats(Pairs a) { return {_mm512_castsi512_ps(a.v)}; }
 
 // To bfloat16 toward zero; NaN stays NaN.
 inline Vec truncated(Vec a) {

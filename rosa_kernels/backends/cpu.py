@@ -43,6 +43,12 @@ def _fast_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and _kernels.fast_bfloat16()
 
 
+@functools.cache
+def _paired(dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply this dtype in pairs, faster than the library does; those by AMX have not been measured."""
+    return dtype == torch.bfloat16 and instruction_set() == "avx512bf16"
+
+
 def instruction_set() -> str:
     return _kernels.instruction_set()
 
@@ -54,7 +60,7 @@ def build_info() -> str:
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
     widened = plan.widens(x, _fast_bfloat16())
-    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened)
+    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, _paired(x.dtype))
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
@@ -64,7 +70,7 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     else:
         y = F.linear(x, weight, bias).contiguous()
     if way is Way.GEMMS:
-        as_matrix(y).addmm_(as_matrix(x) @ lora_A.T, lora_B.T, alpha=scaling)
+        as_matrix(y).addmm_(F.linear(as_matrix(x), lora_A), lora_B.T, alpha=scaling)
     elif way is Way.KERNELS:
         _add_forward(y, x, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
     return y
@@ -77,7 +83,7 @@ def rosa_linear_backward(
     dy2, x2 = _matrix(dy), _matrix(x)
     widened = dy.dtype == torch.bfloat16 and not _fast_bfloat16()
     delta = _delta(lora_A, lora_B, scaling, values, crow, col)
-    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened)
+    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, _paired(dy.dtype))
     dx2 = None
     if need_dx and weight is None:
         dx2 = torch.zeros_like(x2)

@@ -20,6 +20,7 @@ _MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and re
 _MERGED_ENTRY = 50.0  # an entry of S added to it
 _STRIP_ELEMENT = 100.0  # an element of x or dy, for each strip after the first: the GEMMs read and pack it again
 
+_SWEPT_SOONER = 2**16  # elements of A and B: fewer meet a block of tokens sooner than the library is called five times
 _TOO_FEW_TO_MERGE = 8  # whatever r and S: 8 · _ENTRY is less than _MERGED_ENTRY; saves small calls the counting
 _BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
 
@@ -51,16 +52,22 @@ def widens(x: Tensor, fast_bfloat16: bool) -> bool:
 
 def forward_way(
     x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None,
-    structure: int, seed: Tensor | None, widened: bool,
+    structure: int, seed: Tensor | None, widened: bool, paired: bool,
 ) -> Way:  # fmt: skip
-    """Way for y. Only fp32 is merged, or bf16 widened to it: bf16 would round 8-60 % of the small deltas away."""
+    """Way for y. Only fp32 is merged, or bf16 widened to it: bf16 would round 8-60 % of the small deltas away.
+
+    paired: x is bf16, and the kernels multiply it in pairs. They then beat the library, whose low-rank products run at a third
+    of its rate: 0.7-1.01 of its time at 2 to 2048 tokens.
+    """
     tokens = prod(x.shape[:-1])
     # For one token the library's four calls cost more than the multiplications.
-    by_gemm = tokens > 1 and _library_serves(x, lora_A, lora_B, values, seed, widened)
+    by_gemm = tokens > 1 and not paired and _library_serves(x, lora_A, lora_B, values, seed, widened)
     unmerged = Way.GEMMS if by_gemm else Way.KERNELS
     if tokens <= _TOO_FEW_TO_MERGE or not _may_merge(x, weight, seed, widened):
         return unmerged
     out_features, in_features = weight.shape
+    if values is None and 3 * tokens <= min(out_features, in_features):
+        return unmerged  # by the costs below whatever r; saves these calls the counting
     low_rank = (1.0 if by_gemm else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
     moved = _ELEMENT * (in_features + 2 * out_features)
     adding = tokens * (low_rank + _sparse_cost(values, structure) + moved)
@@ -69,16 +76,19 @@ def forward_way(
 
 def dx_way(
     dy: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None,
-    structure: int, seed: Tensor | None, widened: bool,
+    structure: int, seed: Tensor | None, widened: bool, paired: bool,
 ) -> Way:  # fmt: skip
     """Way for dx. The sweep for dA, dB and dS reads x and dy whatever it is, so that KERNELS costs dx's own part alone.
 
-    GEMMS stands for dA and dB too: for bf16, where the kernels' own bf16 products are unmeasured, and for so few tokens
-    that the kernels' blocks are half empty.
+    GEMMS stands for dA and dB too: for bf16 that the kernels do not multiply in pairs, and for so few tokens that the
+    kernels' blocks are half empty.
     """
     tokens = prod(dy.shape[:-1])
     if _library_serves(dy, lora_A, lora_B, values, seed, widened):
-        if dy.dtype != torch.float32 or tokens <= _BLOCK_TOKENS * torch.get_num_threads():
+        few = tokens <= _BLOCK_TOKENS * torch.get_num_threads()
+        if paired:
+            few = tokens < _BLOCK_TOKENS and lora_A.numel() + lora_B.numel() > _SWEPT_SOONER
+        if few or not (paired or dy.dtype == torch.float32):
             return Way.GEMMS
     if not _may_merge(dy, weight, seed, widened):
         return Way.KERNELS
