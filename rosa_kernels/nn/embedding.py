@@ -75,22 +75,19 @@ class RoSAEmbedding(AdapterLayer):
         y = self.base_layer(ids)
         if self.merged or not self.adapter_enabled:
             return y
-        delta = self._low_rank(ids) if self.r else None
+        total = y + self._low_rank(ids) if self.r else y
         if self.masks_selected and self.sparse_values.shape[0]:
-            rows = self._token_rows(ids)
-            delta = rows if delta is None else delta + rows
-        return y if delta is None else (y + delta).to(y.dtype)
+            total = total + self._token_rows(ids)
+        return total.to(y.dtype)
 
     def _low_rank(self, ids: Tensor) -> Tensor:
         A, B = self.low_rank_factors()
-        return self.scaling * F.linear(F.embedding(ids, A.T, self.padding_idx), B)
+        return F.linear(F.embedding(ids, A.T, self.padding_idx), self.scaling * B)
 
     def _token_rows(self, ids: Tensor) -> Tensor:
         """S[ids] (..., embedding_dim), zero for tokens without a row of their own."""
         dim = self.embedding_dim
         crow = self.sparse_pattern().crow_indices
-        first_entry = crow[ids]
-        has_row = crow[ids + 1] > first_entry
-        slot = torch.where(has_row, first_entry // dim, 0)
-        rows = F.embedding(slot, self.sparse_values.view(-1, dim))
-        return torch.where(has_row[..., None], rows, 0.0)
+        row_of_token = torch.where(crow.diff() > 0, crow[:-1] // dim + 1, 0)  # from 1 on; 0: a row of zeros
+        rows = F.pad(self.sparse_values.view(-1, dim), (0, 0, 1, 0))
+        return F.embedding(row_of_token[ids], rows, padding_idx=0)
