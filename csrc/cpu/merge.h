@@ -115,13 +115,17 @@ inline void add_sparse_row(const Merge& m, int64_t i, T* out) {
 }
 
 template <class T>
-inline void copy_row(const T* weight, int64_t columns, T* out) {
-  std::memcpy(out, weight, sizeof(T) * columns);
+inline void copy_rows(const T* weight, int64_t weight_stride, int64_t rows, int64_t columns, T* out, int64_t stride) {
+  if (weight_stride == columns && stride == columns) columns *= rows, rows = 1;  // a long copy is a faster one
+  for (int64_t j = 0; j < rows; ++j) std::memcpy(out + j * stride, weight + j * weight_stride, sizeof(T) * columns);
 }
-inline void copy_row(const uint16_t* weight, int64_t columns, float* out) {
-  int64_t k = 0;
-  for (; k + LANES <= columns; k += LANES) store(out + k, load(weight + k));
-  for (; k < columns; ++k) out[k] = as_float(weight[k]);
+inline void copy_rows(const uint16_t* weight, int64_t weight_stride, int64_t rows, int64_t columns, float* out,
+                      int64_t stride) {
+  for (int64_t j = 0; j < rows; ++j, weight += weight_stride, out += stride) {
+    int64_t k = 0;
+    for (; k + LANES <= columns; k += LANES) store(out + k, load(weight + k));
+    for (; k < columns; ++k) out[k] = as_float(weight[k]);
+  }
 }
 
 // weight in W, out in T.
@@ -132,13 +136,13 @@ void merge_rows(const Merge& m) {
   for_slots(slots, m.rows, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += MERGED_ROWS) {
       const int64_t last = smaller(i + MERGED_ROWS, end);
-      if (m.low_rank.r) merge_dense<W>(m, i, last);
-      for (int64_t j = i; j < last; ++j) {
-        T* out = (T*)m.out.data + j * m.out.stride;
-        if (!m.low_rank.r)
-          copy_row((const W*)m.weight.data + (m.first_row + j) * m.weight.stride + m.first_column, m.columns, out);
-        if (m.sparse.values) add_sparse_row(m, j, out);
-      }
+      T* out = (T*)m.out.data + i * m.out.stride;
+      if (m.low_rank.r)
+        merge_dense<W>(m, i, last);
+      else
+        copy_rows((const W*)m.weight.data + (m.first_row + i) * m.weight.stride + m.first_column, m.weight.stride,
+                  last - i, m.columns, out, m.out.stride);
+      for (int64_t j = i; m.sparse.values && j < last; ++j, out += m.out.stride) add_sparse_row(m, j, out);
     }
   });
 }
