@@ -2,7 +2,7 @@
 
 Ops are flat: tensors, numbers, no autograd (that is autograd.py), no checks (those are functional.py's). The pattern arrives
 as its index tensors and its structure, an int of pattern.py; a seed is given exactly when dropout is on. The functions of
-this module, named as the ops, are what the package itself calls.
+this module, named as the ops, are what the package itself calls; they may return None for a gradient not needed.
 """
 
 import torch
@@ -14,7 +14,7 @@ _SCHEMAS = {
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
         "Tensor? crow, Tensor? col, int structure, float dropout_p, Tensor? seed) -> Tensor"
     ),
-    # needs: dx, dweight, dbias, dlora_A, dlora_B, dvalues; an empty tensor comes back where false
+    # needs: dx, dweight, dbias, dlora_A, dlora_B, dvalues; where false an empty tensor comes back, from a backend None
     "rosa_linear_backward": (
         "(Tensor dy, Tensor x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
         "Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, Tensor? permutation, int structure, float dropout_p, "
@@ -34,10 +34,17 @@ def _implementation(name: str):
         serve = getattr(dispatch.backend_for(args[0]), name)
         if torch.is_autocast_enabled(device_type):  # applied to x and weight before; ops keep the dtypes they are given
             with torch.autocast(device_type, enabled=False):
-                return serve(*args)
-        return serve(*args)
+                return _tensors(serve(*args), args[0])
+        return _tensors(serve(*args), args[0])
 
     return call
+
+
+def _tensors(results, like):
+    """An op's list holds tensors alone, no two the same: an empty one for each None."""
+    if isinstance(results, list):
+        return [like.new_empty(0) if result is None else result for result in results]
+    return results
 
 
 for _name, _schema in _SCHEMAS.items():

@@ -107,15 +107,14 @@ def rosa_linear_backward(
                 dx_to_add, dA, dB, dvalues, dy2, x2, *delta, ccol, row, permutation,
                 structure, *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
             )  # fmt: skip
-    gradients = (
+    return [
         dx2.view(x.shape) if need_dx else None,
         cpu_gemms.linear_dweight(dy2, x2, widened) if need_dweight else None,
         dy2.sum(0) if need_dbias else None,
         dA.to(lora_A.dtype) if need_dA else None,
         dB.to(lora_B.dtype) if need_dB else None,
         dvalues.to(values.dtype) if need_dvalues else None,
-    )
-    return [dy.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    ]
 
 
 def spmm(x, values, crow, col, structure):

@@ -87,8 +87,7 @@ class Ops:
         if need_dvalues:
             rows = row[: S.nnz // x2.shape[1]] if S is not None and structure == ROW else None  # of the first column
             dvalues = self._kernels.sddmm(dy2, x2, crow, col, structure, values.dtype, rows)
-        gradients = (dx, dy2.T @ x2 if need_dweight else None, dy2.sum(0) if need_dbias else None, dA, dB, dvalues)
-        return [dy.new_empty(0) if gradient is None else gradient for gradient in gradients]
+        return [dx, dy2.T @ x2 if need_dweight else None, dy2.sum(0) if need_dbias else None, dA, dB, dvalues]
 
     def spmm(self, x, values, crow, col, structure):
         x2 = as_matrix(x)
