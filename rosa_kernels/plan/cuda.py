@@ -8,8 +8,8 @@ left for the kernels, by the count for 16-bit operands on an H100 (T tokens, N x
   to 4 cycles of a multiprocessor, as random features share banks. Measured: 1.1 times what L2 would deliver. The entries
   themselves, 8 bytes each, come from L2 once for each 16 tokens, and so do A and B. Where shared memory does not hold
   all K features, x comes by columns from L2.
-- Or D = scaling B A + S, dense, and a second library GEMM: 2 T N K FLOPs whatever the density. Even near 1.2 % at
-  T = N = K = 4096.
+- Or D = scaling B A + S, dense, and a second library GEMM: 2 T N K FLOPs whatever the density. Even near 0.45 %
+  at T = N = K = 4096.
 - Rows of S are a library GEMM with fp32 results, which the pass adds at their places; columns of S a library GEMM of
   gathered columns of x that accumulates into y.
 - dS: all of dyᵀ x by the library and a pick of its entries, or a dot product of two columns for each entry, 2 T bytes

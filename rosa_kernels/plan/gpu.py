@@ -4,7 +4,8 @@ Seconds = the larger of FLOPs / rate and bytes / bandwidth, plus a constant a la
 What the count says, for 16-bit operands on an H100 (T tokens, N x K weight, density d):
 
 - Base. A library GEMM is faster than the kernel's loop, but the adapter then costs another read and write of y, 2 T N
-  elements, and a launch. The kernel's loop wins while the GEMM is small or bound by reading W (few tokens).
+  elements, and a call. The kernel's loop wins beside an S or wider adapters while the GEMM is small or bound by reading W
+  (few tokens): there Python's launch of one kernel costs less than several calls.
 - fp32 without tf32: W + scaling B A + S, made for the call, is one library GEMM and exact enough. Never in 16 bits or
   tf32, whose operands would round small deltas away.
 - Unstructured S. Reading x by entry moves a 32-byte sector for each entry and token from L2; from a copy of x by
@@ -14,7 +15,7 @@ What the count says, for 16-bit operands on an H100 (T tokens, N x K weight, den
   densified inside the loop would round S into W; tiles of S made there would be made anew for every tile of tokens.
   Values wider than x take three dots. Compiled for sm_90 in 128 x 128 x 64 tiles, a step of the loop is 116
   instructions with W alone and 163 with S beside it (512 more cycles of the tensor cores); an entry of each of 128
-  rows, gathered by columns, is 435: even near 38 entries in a row at K = 4096 (tests/test_triton_aot.py).
+  rows, gathered by columns, is 435 (tests/test_triton_aot.py).
 - Wider adapters, fp32 beside bf16: D is summed in fp32 and rounded once, an error of the size of y's own rounding. As
   terms of 16 bits that lose nothing they would cost its GEMM two or three times. Not in fp16, whose numbers end at 2**-24.
 - Rows are a library GEMM with fewer outputs, columns one with fewer inputs, gathered; wider values are rounded as in D, or
@@ -22,7 +23,8 @@ What the count says, for 16-bit operands on an H100 (T tokens, N x K weight, den
 - dS. A tile of dyᵀ x on the tensor cores costs 2 T N K FLOPs whatever d, and so does a library GEMM, which is faster
   but keeps all of dW; gathering by entry costs L2 reads that grow with d: the way for fp32 or a very sparse S.
 
-Seen on an H100 (bench/results): 256 x 128 library GEMMs at 0.73 over ours; entries by columns of x at the L2 rate below.
+On an H100 the kernel's loop reached 0.73 of the library's FLOP/s, and a gather by columns half of the L2 rate that others
+report: both are in plan/gpu_table.py.
 """
 
 import functools
