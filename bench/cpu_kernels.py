@@ -138,7 +138,7 @@ NO_S = (None, None, None)
 
 
 def forward(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None):
-    _ops.forward(t.y, t.x, *low_rank, *(s.csr if s else NO_S), s.structure if s else 0, *NO_DROPOUT, False)
+    _ops.forward(t.y, t.x, None, None, *low_rank, *(s.csr if s else NO_S), s.structure if s else 0, *NO_DROPOUT, False)
 
 
 def backward(t: Tensors, wanted: str, low_rank=(None, None, 0.0), s: Sparse | None = None):
@@ -146,7 +146,7 @@ def backward(t: Tensors, wanted: str, low_rank=(None, None, 0.0), s: Sparse | No
     outputs = {"dx": t.dx, "dA": t.dA, "dB": t.dB, "dS": s.dvalues if s else None}
     outputs = [tensor if name in wanted.split() else None for name, tensor in outputs.items()]
     indices = (*s.csr, *s.csc, s.structure) if s else (*NO_S, *NO_S, 0)
-    _ops.backward(*outputs, t.dy, t.x, *low_rank, *indices, *NO_DROPOUT, False)
+    _ops.backward(*outputs, t.dy, t.x, None, *low_rank, *indices, *NO_DROPOUT, False)
 
 
 def merge(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None):

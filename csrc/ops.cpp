@@ -95,7 +95,16 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) 
           static_cast<float>(scale)};
 }
 
-void forward(Tensor y, const Tensor x, const OptionalTensor A, const OptionalTensor B, double scaling,
+// The base layer's weight for the kernels that multiply it.
+Matrix base_of(const OptionalTensor& weight, const Tensor& x, const LowRank& low_rank) {
+  if (!weight) return {};
+  STD_TORCH_CHECK(kernels().serves_base && low_rank.r && dtype_of(x) == Dtype::bfloat16, "kernels that serve a weight");
+  STD_TORCH_CHECK(dtype_of(*weight) == Dtype::bfloat16, "a weight of x's dtype");
+  return matrix_of(*weight);
+}
+
+void forward(Tensor y, const Tensor x, const OptionalTensor weight, const OptionalTensor bias, const OptionalTensor A,
+             const OptionalTensor B, double scaling,
              const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t structure,
              const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters, bool fresh_y) {
   Forward f{};
@@ -109,12 +118,18 @@ void forward(Tensor y, const Tensor x, const OptionalTensor A, const OptionalTen
   f.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
   f.dropout = dropout_of(seed, threshold, scale);
   f.sparse = csr_of(values, crow, col, structure);
+  f.weight = base_of(weight, x, f.low_rank);
+  if (bias) {
+    STD_TORCH_CHECK(weight && dtype_of(*bias) == dtype_of(x) && bias->is_contiguous(), "a bias of a weight");
+    f.bias = bias->data_ptr();
+  }
   STD_TORCH_CHECK(!fresh_y || !A, "S alone makes y");
   kernels().forward(f);
 }
 
 void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTensor dB, const OptionalTensor dvalues,
-              const Tensor dy, const Tensor x, const OptionalTensor A, const OptionalTensor B, double scaling,
+              const Tensor dy, const Tensor x, const OptionalTensor weight, const OptionalTensor A,
+              const OptionalTensor B, double scaling,
               const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col,
               const OptionalTensor ccol, const OptionalTensor row, const OptionalTensor permutation, int64_t structure,
               const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters) {
@@ -127,6 +142,7 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
   b.dy = matrix_of(dy);
   b.x = matrix_of(x);
   b.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
+  b.weight = base_of(weight, x, b.low_rank);
   b.dropout = dropout_of(seed, threshold, scale);
   b.sparse = csr_of(values, crow, col, structure);
   b.ccol = ints_of(ccol);
@@ -166,13 +182,14 @@ void merge(Tensor out, const Tensor weight, const OptionalTensor A, const Option
 
 STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
-      "forward(Tensor(a!) y, Tensor x, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
-      "Tensor? col, int structure, Tensor? seed, int threshold, float scale, bool bfloat16_adapters, bool fresh_y=False) -> "
-      "()");
+      "forward(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
+      "Tensor? values, Tensor? crow, Tensor? col, int structure, Tensor? seed, int threshold, float scale, "
+      "bool bfloat16_adapters, bool fresh_y=False) -> ()");
   m.def(
-      "backward(Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!)? dvalues, Tensor dy, Tensor x, Tensor? lora_A, "
-      "Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, "
-      "Tensor? permutation, int structure, Tensor? seed, int threshold, float scale, bool bfloat16_adapters) -> ()");
+      "backward(Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!)? dvalues, Tensor dy, Tensor x, Tensor? weight, "
+      "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, Tensor? col, Tensor? ccol, "
+      "Tensor? row, Tensor? permutation, int structure, Tensor? seed, int threshold, float scale, "
+      "bool bfloat16_adapters) -> ()");
   m.def(
       "merge(Tensor(a!) out, Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
       "Tensor? col, int first_row, int first_column) -> ()");

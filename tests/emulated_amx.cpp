@@ -11,5 +11,6 @@
 
 namespace rosa {
 extern const Kernels emulated_amx_kernels;
-const Kernels emulated_amx_kernels = {"amx", emulated_amx::forward, emulated_amx::backward, emulated_amx::merge};
+const Kernels emulated_amx_kernels = {"amx", emulated_amx::forward, emulated_amx::backward, emulated_amx::merge,
+                                     emulated_amx::SERVES_BASE};
 }  // namespace rosa

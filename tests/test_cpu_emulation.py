@@ -16,7 +16,7 @@ from cuda_emulation import CSRC, TESTS
 
 pytestmark = pytest.mark.skipif("CPU_EMULATED" in os.environ, reason="starts emulated runs: this is one")
 
-FILES = ("test_ops.py", "test_gradients.py", "test_dropout.py", "test_bfloat16_terms.py")
+FILES = ("test_ops.py", "test_gradients.py", "test_dropout.py", "test_bfloat16_terms.py", "test_cpu_ways.py")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", "-mavx512bf16")
 FLAGS = {"avx512bf16": AVX512, "amx": (*AVX512, "-mamx-tile", "-mamx-bf16")}
 INSTRUCTIONS = {"avx512bf16": "vdpbf16ps", "amx": "tdpbf16ps"}

@@ -67,7 +67,7 @@ class Layer:
 
     def kernels_forward(self) -> None:
         indices = self.pattern.crow_indices, self.pattern.col_indices, self.pattern.structure
-        cpu._kernels.forward(self.y, self.x, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0, False)
+        cpu._kernels.forward(self.y, self.x, None, None, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0, False)
 
     def kernels_backward(self) -> None:
         indices = (
@@ -77,7 +77,7 @@ class Layer:
             self.pattern.structure,
         )
         cpu._kernels.backward(
-            self.dx, *self.gradients, self.dy, self.x, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0,
+            self.dx, *self.gradients, self.dy, self.x, None, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0,
             False,
         )  # fmt: skip
 

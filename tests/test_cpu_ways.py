@@ -32,6 +32,8 @@ CASES = [
     LinearCase((25,), 66, 35, 4, "random", dropout_p=0.3),
     LinearCase((25,), 66, 35, 4, None, dropout_p=0.3, lora_dtype=FP32),
     LinearCase((25,), 66, 35, 4, "random", base=False),
+    LinearCase((2, 65), 75, 96, 5, "random", dropout_p=0.3, x_layout="padded", weight_layout="padded"),
+    LinearCase((130,), 96, 75, 33, "blocks", bias=False, lora_dtype=FP32, dy_layout="strided"),
 ]
 
 
@@ -54,7 +56,7 @@ def force(monkeypatch):
 
             def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, paired, planned=planned):
                 call = x, weight, lora_A, lora_B, values
-                legal = way in plan.legal_ways(*call, seed, widened)
+                legal = way in plan.legal_ways(*call, seed, widened, paired)
                 taken.append(way if legal else planned(*call, structure, seed, widened, paired))
                 return taken[-1]
 
@@ -77,13 +79,15 @@ def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_
     assert len(taken) == 2
 
 
-def test_each_way_was_legal_somewhere(monkeypatch, force):
-    for way in Way:
-        taken = force(way)
-        with rk.use_backend("cpu"):
-            check_linear("cpu", LinearCase((25,), 66, 35, 3, None), FP32)
-        assert taken == [way, way]
-        monkeypatch.undo()
+@pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
+def test_each_way_is_legal_somewhere(force, way):
+    dtype = BF16 if way is Way.FUSED else FP32
+    if way is Way.FUSED and not cpu._paired(dtype):
+        pytest.skip(f"kernels for {cpu.instruction_set()} do not multiply the base layer's weight")
+    taken = force(way)
+    with rk.use_backend("cpu"):
+        check_linear("cpu", LinearCase((25,), 66, 35, 3, None), dtype)
+    assert taken == [way, way]
 
 
 @pytest.mark.parametrize("way", [Way.MERGED, Way.KERNELS], ids=lambda way: way.name)
@@ -147,8 +151,17 @@ def test_lora_alone_goes_through_the_library_until_it_merges():
     assert chosen(2048, 768, 768, density=0.0, dtype=BF16) == (Way.GEMMS, Way.GEMMS)
 
 
+def test_pairs_of_bf16_are_fused_where_tokens_outnumber_features():
+    for density in (0.0, 0.01):
+        assert chosen(4096, 768, 768, density=density, dtype=BF16, paired=True) == (Way.FUSED, Way.FUSED)
+        assert chosen(1024, 3072, 768, density=density, dtype=BF16, paired=True) == (Way.FUSED, Way.KERNELS)
+        assert chosen(512, 768, 768, density=density, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
+        assert chosen(8192, 4096, 4096, density=density, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
+    assert chosen(4096, 768, 768, r=0, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
+
+
 def test_lora_alone_in_pairs_of_bf16_goes_through_the_kernels_unless_one_thread_would_sweep_a_large_adapter():
-    for tokens, features in ((16, 768), (64, 4096), (2048, 768)):
+    for tokens, features in ((16, 768), (64, 4096), (2048, 4096)):
         assert chosen(tokens, features, features, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
     assert chosen(16, 4096, 4096, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.GEMMS)
 

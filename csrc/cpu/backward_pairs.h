@@ -1,4 +1,4 @@
-// The adapter's backward for bfloat16 x and dy and r > 0, its low-rank products by instructions for bfloat16.
+// The adapter's backward for bfloat16 x and dy and r > 0, with a weight all of dx: its dense products by instructions for bfloat16.
 #pragma once
 #include "backward.h"
 #include "forward_pairs.h"
@@ -21,8 +21,9 @@ class BackwardPairs {
                   words_.exact),
         shrink_dy_(b.low_rank.B, 1, r_, want_dH_ ? r_ : 0, b.out_features, padded_pairs(b.out_features), words_.exact),
         transposed_(b, b.dx.data),
+        weight_(packed_base(b.weight, 1, b.weight.stride, b.in_features, b.out_features)),
         dx_update_(b.low_rank.A, 1, b.in_features, b.dx.data ? r_ : 0, words_.rounded, alpha_, transposed_.csr,
-                   b.out_features, b.in_features),
+                   b.out_features, b.in_features, {b.weight.data ? &weight_ : nullptr, nullptr}),
         slots_(larger(1, slot_count(b.tokens))),
         sums_(b, slots_, RANK_MULTIPLE),
         dS_(b, sums_) {}
@@ -90,7 +91,7 @@ class BackwardPairs {
     if (b_.dA) add_outer_rows(s.dH.values, s.rank_pairs, x, b_.in_features, sums_.dA(slot));
     if (b_.dx.data) {
       uint16_t* dx = (uint16_t*)b_.dx.data + first * b_.dx.stride;
-      dx_update_.add_to(dx, b_.dx.stride, tokens, s.dH.round(), s.dy, kept, s.update);
+      dx_update_.add_to(dx, b_.dx.stride, tokens, s.dH.round(), dy, s.dy, kept, s.update);
     }
   }
 
@@ -106,6 +107,7 @@ class BackwardPairs {
   const float alpha_;
   const PackedPairs shrink_x_, shrink_dy_;
   const TransposedCsr transposed_;
+  const PackedPairs weight_;
   const PairsUpdate dx_update_;
   const int64_t slots_;
   const PartialSums sums_;

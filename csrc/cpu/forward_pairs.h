@@ -1,4 +1,4 @@
-// The adapter's forward for bfloat16 x and r > 0, its low-rank products by instructions for bfloat16.
+// The adapter's forward for bfloat16 x and r > 0, with a weight the whole layer's: its dense products by instructions for bfloat16.
 #pragma once
 #include "forward.h"
 #include "low_rank_pairs.h"
@@ -31,13 +31,15 @@ inline void forward_pairs(const Forward& f) {
   const int64_t r = f.low_rank.r, in = f.in_features;
   const WordCounts words = word_counts(f.low_rank);
   const PackedPairs shrink(f.low_rank.A, in, 1, r, in, padded_pairs(in), words.exact);
+  const PackedPairs weight = packed_base(f.weight, f.weight.stride, 1, f.out_features, in);
   const PairsUpdate update(f.low_rank.B, r, 1, r, words.rounded, low_rank_scale(f.low_rank, f.dropout), f.sparse, in,
-                           f.out_features);
+                           f.out_features, {f.weight.data ? &weight : nullptr, (const uint16_t*)f.bias});
   for_slots(slot_count(f.tokens), block_count(f.tokens), [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Arena arena;
-    float* piece[6];
+    float* piece[7];
     arena.cut({f.sparse.values ? rounded_up(in, LANES) * TOKENS : 0, copied_rows(in), RankBlock::values_size(r),
-               RankBlock::rounded_size(r), update.scratch_size(), f.dropout.on ? 2 * bit_words(in) : 0},
+               RankBlock::rounded_size(r), update.scratch_size(), f.dropout.on ? 2 * bit_words(in) : 0,
+               f.dropout.on ? copied_rows(in) : 0},
               piece);
     const RankBlock ranks(piece[2], piece[3], r);
     for (int64_t b = begin; b < end; ++b) {
@@ -45,9 +47,11 @@ inline void forward_pairs(const Forward& f) {
       const uint16_t* x_rows = (const uint16_t*)f.x.data + first * f.x.stride;
       if (f.sparse.values) pack(x_rows, f.x.stride, tokens, in, piece[0]);
       const TokenBits kept = block_bits(f.dropout, first, in, reinterpret_cast<uint64_t*>(piece[5]));
-      const Rows x = block_rows(x_rows, f.x.stride, tokens, in, kept, reinterpret_cast<uint16_t*>(piece[1]));
-      multiply_rows(x, shrink, ranks.values, ranks.padded_r);
-      update.add_to((uint16_t*)f.y.data + first * f.y.stride, f.y.stride, tokens, ranks.round(), piece[0], {nullptr},
+      const Rows x = block_rows(x_rows, f.x.stride, tokens, in, {nullptr}, reinterpret_cast<uint16_t*>(piece[1]));
+      const Rows kept_x =
+          kept.bits ? block_rows(x_rows, f.x.stride, tokens, in, kept, reinterpret_cast<uint16_t*>(piece[6])) : x;
+      multiply_rows(kept_x, shrink, ranks.values, ranks.padded_r);
+      update.add_to((uint16_t*)f.y.data + first * f.y.stride, f.y.stride, tokens, ranks.round(), x, piece[0], {nullptr},
                     piece[4]);
     }
     end_products();

@@ -43,21 +43,24 @@ struct Csr {
 };
 
 // y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; with fresh_y, which S alone may come with, y holds nothing before.
+// A weight (out_features, in_features), where serves_base, x is bfloat16 and r > 0, adds x weightᵀ + bias and makes y fresh too.
 struct Forward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;
-  Matrix y, x;
+  Matrix y, x, weight;
+  const void* bias;
   bool fresh_y;
   LowRank low_rank;
   Dropout dropout;
   Csr sparse;
 };
 
-// Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,).
+// Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,). A weight, under the same
+// conditions as the forward's, adds dy weight to a dx that holds nothing before.
 struct Backward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;
-  Matrix dx, dy, x;
+  Matrix dx, dy, x, weight;
   LowRank low_rank;
   Dropout dropout;
   Csr sparse;
@@ -81,6 +84,7 @@ struct Kernels {
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*merge)(const Merge&);
+  bool serves_base = false;
 };
 
 extern const Kernels kernels_portable;

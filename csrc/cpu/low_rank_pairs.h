@@ -29,28 +29,38 @@ inline void outer_rows(const uint32_t* ranks, int64_t r, int64_t padded_r, int w
   }
 }
 
-// Update (update.h) whose low-rank part is a product of pairs. S's part, finished by feature, is turned and joins it.
+// A weight of the base layer, where the kernels multiply it too: (rows, length) through its strides.
+inline PackedPairs packed_base(const Matrix& weight, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length) {
+  const int64_t wanted = weight.data ? rows : 0;
+  return {(const uint16_t*)weight.data, row_stride, column_stride, wanted, length, padded_pairs(length), 1};
+}
+
+// Update (update.h) whose low-rank part is a product of pairs, and with a base all of the rows. S's part, finished by feature, is
+// turned and joins it.
 class PairsUpdate {
  public:
   PairsUpdate(const float* expand, int64_t row_stride, int64_t column_stride, int64_t r, int words, float alpha,
-              const Csr& sparse, int64_t in_features, int64_t out_features)
+              const Csr& sparse, int64_t in_features, int64_t out_features, const Base& base)
       : sparse_(nullptr, 0, 0, 0, 0.0f, sparse, in_features, out_features),
         expand_(expand, row_stride, column_stride, r ? out_features : 0, r, padded_pairs(r), words),
+        base_(base),
         alpha_(alpha),
         out_features_(out_features) {}
 
   int64_t scratch_size() const { return sparse_.scratch_size(); }
 
-  // rows (tokens, out_features) += the update; `in` packed feature-major where there is S; kept: of the output features.
-  void add_to(uint16_t* rows, int64_t stride, int64_t tokens, const Rows& ranks, const float* in, TokenBits kept,
-              float* scratch) const {
+  // rows (tokens, out_features) get the update of x (tokens, in_features); `in` is x packed feature-major where there is S; kept:
+  // of the output features.
+  void add_to(uint16_t* rows, int64_t stride, int64_t tokens, const Rows& ranks, const Rows& x, const float* in,
+              TokenBits kept, float* scratch) const {
     constexpr int64_t WIDTH = UPDATE_PANELS * LANES;
     alignas(64) float tile[WIDTH * TOKENS], turned[TOKENS * WIDTH];
-    Target to = {rows, stride, tokens, 0, 0, alpha_, kept, nullptr};
+    Target to = {rows, stride, tokens, 0, 0, alpha_, kept, base_, nullptr};
     begin_products(expand_.pairs);
     sparse_.multiply_whole_rows(in, scratch);
-    // Rows are visited one after the other, but where S comes, whose tiles are of all the block's tokens.
-    const int64_t step = sparse_.has_sparse(0, out_features_) ? TOKENS : UPDATE_TOKENS;
+    // Rows are visited one after the other, but where S comes, whose tiles are of all the block's tokens, or a base, whose panels
+    // stay in cache for them.
+    const int64_t step = base_.weight || sparse_.has_sparse(0, out_features_) ? TOKENS : UPDATE_TOKENS;
     for (int64_t first = 0; first < tokens; first += step)
       for (int64_t i = 0; i < out_features_; i += WIDTH) {
         to.first = i;
@@ -63,13 +73,14 @@ class PairsUpdate {
           add_transposed(tile, TOKENS, WIDTH, turned, WIDTH);
         }
         for (int64_t t = first; t < smaller(first + step, tokens); t += UPDATE_TOKENS)
-          add_products(ranks, expand_, i / LANES, t, to);
+          add_products(ranks, expand_, x, i / LANES, t, to);
       }
   }
 
  private:
   Update sparse_;
   PackedPairs expand_;
+  Base base_;
   float alpha_;
   int64_t out_features_;
 };

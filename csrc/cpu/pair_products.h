@@ -3,11 +3,14 @@
 // A pair of fp32 numbers is two words, as they are, and meets the halves of a pair of bfloat16 in fp32 multiply-adds: two for a
 // pair, where bfloat16 terms that keep 24 bits would take three instructions of the same rate.
 #pragma once
+#include <type_traits>
+
 #include "pairs.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
+constexpr bool SERVES_BASE = true;        // whether add_products multiplies a Target's base
 constexpr int64_t RANK_MULTIPLE = GROUP;  // that sums of outer products are padded to
 inline int64_t padded_pairs(int64_t length) { return (length + 1) / 2; }
 
@@ -91,26 +94,42 @@ inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float
 constexpr int64_t UPDATE_TOKENS = 8;  // that add_products takes
 
 template <int Words, int Panels>
-inline void add_products_of(const Rows& ranks, const PackedPairs& w, int64_t p, int64_t first_token, const Target& to) {
+inline void add_products_of(const Rows& ranks, const PackedPairs& w, const Rows& x, int64_t p, int64_t first_token,
+                            const Target& to) {
   Vec sums[UPDATE_TOKENS][Panels];
   set_zero(sums);
-  const uint16_t* rows = ranks.data + first_token * ranks.stride;
-  for (int64_t k = 0; k < w.pairs; ++k)
-#pragma GCC unroll 2
-    for (int v = 0; v < Panels; ++v) add_pair<Words>(rows + 2 * k, ranks.stride, w.panel(p + v) + k * Words * LANES, v, sums);
+  const auto add_rows = [&](auto words, const Rows& rows, const PackedPairs& packed) {
+    constexpr int WORDS = decltype(words)::value;
+    const uint16_t* first = rows.data + first_token * rows.stride;
+    const uint32_t *low = packed.panel(p), *high = packed.panel(p + Panels - 1);
+    for (int64_t k = 0; k < packed.pairs; ++k) {
+      add_pair<WORDS>(first + 2 * k, rows.stride, low + k * WORDS * LANES, 0, sums);
+      if (Panels == 2) add_pair<WORDS>(first + 2 * k, rows.stride, high + k * WORDS * LANES, Panels - 1, sums);
+    }
+  };
+  add_rows(std::integral_constant<int, Words>(), ranks, w);
+  const int64_t tokens = smaller(UPDATE_TOKENS, to.tokens - first_token);
 #pragma GCC unroll 8
-  for (int64_t t = 0; t < UPDATE_TOKENS; ++t) {
-    if (first_token + t >= to.tokens) return;
-    to.add_products(first_token + t, sums[t][0], Panels == 2 ? sums[t][Panels - 1] : zero());
-  }
+  for (int64_t t = 0; t < UPDATE_TOKENS; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < Panels; ++v)
+      if (t < tokens) sums[t][v] = to.sum(first_token + t, v, sums[t][v]);
+  if (to.base.weight) add_rows(std::integral_constant<int, 1>(), x, *to.base.weight);
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < UPDATE_TOKENS; ++t)
+    if (t < tokens) to.store(first_token + t, sums[t][0], Panels == 2 ? sums[t][Panels - 1] : zero());
 }
 
-// Adds ranks · wᵀ to UPDATE_TOKENS rows of the target, whose columns are those of UPDATE_PANELS panels from p on, or what is left.
-inline void add_products(const Rows& ranks, const PackedPairs& w, int64_t p, int64_t first_token, const Target& to) {
+// Adds ranks · wᵀ, and x times the target's base, to UPDATE_TOKENS rows of the target, whose columns are those of UPDATE_PANELS
+// panels from p on, or what is left.
+inline void add_products(const Rows& ranks, const PackedPairs& w, const Rows& x, int64_t p, int64_t first_token,
+                         const Target& to) {
   if (to.count > LANES)
-    w.words == 1 ? add_products_of<1, 2>(ranks, w, p, first_token, to) : add_products_of<2, 2>(ranks, w, p, first_token, to);
+    w.words == 1 ? add_products_of<1, 2>(ranks, w, x, p, first_token, to)
+                 : add_products_of<2, 2>(ranks, w, x, p, first_token, to);
   else
-    w.words == 1 ? add_products_of<1, 1>(ranks, w, p, first_token, to) : add_products_of<2, 1>(ranks, w, p, first_token, to);
+    w.words == 1 ? add_products_of<1, 1>(ranks, w, x, p, first_token, to)
+                 : add_products_of<2, 1>(ranks, w, x, p, first_token, to);
 }
 
 // packed[word][t / 2][q] = the words of (ranks[t][q], ranks[t + 1][q]); ranks (TOKENS, padded_r).

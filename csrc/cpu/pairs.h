@@ -21,14 +21,15 @@ struct WordCounts {
 };
 
 // columns[k][n] = at[n][k] for `rows` and `count` of LANES, else zero. One of the strides is 1.
-inline void load_columns(const float* at, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count,
+template <class T>
+inline void load_columns(const T* at, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count,
                          Vec (&columns)[LANES]) {
   const bool by_rows = column_stride == 1;
   const int64_t lines = by_rows ? rows : count, width = by_rows ? count : rows;
   for (int64_t i = 0; i < LANES; ++i) {
-    const float* line = at + i * (by_rows ? row_stride : column_stride);
-    float padded[LANES] = {};
-    if (i < lines && width < LANES) std::memcpy(padded, line, sizeof(float) * width);
+    const T* line = at + i * (by_rows ? row_stride : column_stride);
+    T padded[LANES] = {};
+    if (i < lines && width < LANES) std::memcpy(padded, line, sizeof(T) * width);
     columns[i] = load(i < lines && width == LANES ? line : padded);
   }
   if (by_rows) transpose(columns);
@@ -37,31 +38,41 @@ inline void load_columns(const float* at, int64_t row_stride, int64_t column_str
 // words[j] of LANES pairs (even[i], odd[i]) at to + j · stride. Defined with the products.
 void store_words(int words, Vec even, Vec odd, uint32_t* to, int64_t stride);
 
-// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the ends.
+// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the ends. One of
+// its strides is 1.
 class PackedPairs {
  public:
   const int64_t panels, pairs;
   const int words;
 
-  PackedPairs(const float* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
-              int64_t padded_pairs, int words)
+  template <class T>
+  PackedPairs(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, int64_t padded_pairs,
+              int words)
       : panels((rows + LANES - 1) / LANES), pairs(padded_pairs), words(words), packed_(panels * panel_size()) {
-    for (int64_t n = 0; n < rows; n += LANES)
-      for (int64_t k = 0; k < pairs; k += LANES / 2) {
-        const int64_t count = larger(0, smaller(LANES, length - 2 * k));
-        Vec columns[LANES];
-        load_columns(matrix + n * row_stride + 2 * k * column_stride, row_stride, column_stride,
-                     smaller(LANES, rows - n), count, columns);
-        uint32_t* to = packed_ + n / LANES * panel_size() + k * words * LANES;
-        for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += words * LANES)
-          store_words(words, columns[2 * i], columns[2 * i + 1], to, LANES);
-      }
+    constexpr int64_t WORTH_A_THREAD = 1 << 16;  // words
+    const int64_t slots = larger(1, smaller(smaller(thread_count(), panels), panels * panel_size() / WORTH_A_THREAD));
+    for_slots(slots, panels, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        pack_panel(matrix + p * LANES * row_stride, row_stride, column_stride, smaller(LANES, rows - p * LANES), length,
+                   packed_ + p * panel_size());
+    });
   }
 
   const uint32_t* panel(int64_t p) const { return packed_ + p * panel_size(); }
   int64_t panel_size() const { return pairs * words * LANES; }
 
  private:
+  template <class T>
+  void pack_panel(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, uint32_t* to) const {
+    for (int64_t k = 0; k < pairs; k += LANES / 2) {
+      Vec columns[LANES];
+      load_columns(matrix + 2 * k * column_stride, row_stride, column_stride, rows,
+                   larger(0, smaller(LANES, length - 2 * k)), columns);
+      for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += words * LANES)
+        store_words(words, columns[2 * i], columns[2 * i + 1], to, LANES);
+    }
+  }
+
   Buffer<uint32_t> packed_;
 };
 
@@ -115,37 +126,51 @@ inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int
   return {copy, width};
 }
 
-// Rows of y or dx, and `count` of their features from `first` on, that get alpha · a product masked by dropout, and `extra`.
+// The base layer's part of rows that hold nothing before: x · weightᵀ + bias. Null: the rows hold it.
+struct Base {
+  const PackedPairs* weight;
+  const uint16_t* bias;  // null for none
+};
+
+// Rows of y or dx, and `count` of their features from `first` on: they get alpha · a product masked by dropout, `extra`, and what
+// else is added to the sums of both before they are stored.
 struct Target {
   uint16_t* rows;
   int64_t stride, tokens, first, count;
   float alpha;
   TokenBits kept;
+  Base base;
   const float* extra;  // (TOKENS, UPDATE_PANELS · LANES), null for none
 
-  // Adds the products for row t, LANES features from `first` on and LANES after them; rounded once.
-  void add_products(int64_t t, Vec low, Vec high) const {
-    if (count < 2 * LANES) {
-      add_some(t, 0, smaller(count, LANES), low);
-      return add_some(t, 1, larger(count - LANES, 0), high);
-    }
-    uint16_t* to = rows + t * stride + first;
-    __builtin_prefetch(to + 8 * stride, 1, 2);  // rows are visited by 8: UPDATE_TOKENS of pair_products.h
-    store_two(to, sum(load(to), t, 0, low), sum(load(to + LANES), t, 1, high));
+  // Sum v of row t, of LANES features from first + v · LANES on.
+  Vec sum(int64_t t, int64_t v, Vec product) const {
+    if (kept.bits) product = keep(kept.at(t, first + v * LANES), product);
+    const Vec scale = broadcast(alpha), before = base.weight ? bias(v) : old(t, v);
+    if (!extra) return fma(scale, product, before);
+    return add(before, fma(scale, product, load(extra + (t * UPDATE_PANELS + v) * LANES)));
+  }
+
+  // Rounds both sums of row t, once.
+  void store(int64_t t, Vec low, Vec high) const {
+    uint16_t *to = rows + t * stride + first, padded[2 * LANES];
+    if (count == 2 * LANES) return store_two(to, low, high);
+    store_two(padded, low, high);
+    std::memcpy(to, padded, sizeof(uint16_t) * count);
   }
 
  private:
-  void add_some(int64_t t, int64_t v, int64_t features, Vec product) const {
-    uint16_t *to = rows + t * stride + first + v * LANES, padded[2 * LANES] = {};
-    std::memcpy(padded, to, sizeof(uint16_t) * features);
-    store_two(padded, sum(load(padded), t, v, product), zero());
-    std::memcpy(to, padded, sizeof(uint16_t) * features);
+  Vec bias(int64_t v) const { return base.bias ? some_of(base.bias + first, v) : zero(); }
+  Vec old(int64_t t, int64_t v) const {
+    const uint16_t* row = rows + t * stride + first;
+    __builtin_prefetch(row + 8 * stride, 1, 2);  // rows are visited by 8: UPDATE_TOKENS of pair_products.h
+    return some_of(row, v);
   }
-  Vec sum(Vec old, int64_t t, int64_t v, Vec product) const {
-    if (kept.bits) product = keep(kept.at(t, first + v * LANES), product);
-    const Vec scale = broadcast(alpha);
-    if (!extra) return fma(scale, product, old);
-    return add(old, fma(scale, product, load(extra + (t * UPDATE_PANELS + v) * LANES)));
+  Vec some_of(const uint16_t* features, int64_t v) const {
+    const int64_t left = count - v * LANES;
+    if (left >= LANES) return load(features + v * LANES);
+    uint16_t padded[LANES] = {};
+    if (left > 0) std::memcpy(padded, features + v * LANES, sizeof(uint16_t) * left);
+    return load(padded);
   }
 };
 

@@ -8,7 +8,7 @@ namespace rosa {
 namespace ROSA_ISA {
 
 inline void forward(const Forward& f) {
-  const bool served = f.dtype == Dtype::bfloat16 && f.low_rank.r && f.tokens > FEW_TOKENS;
+  const bool served = f.dtype == Dtype::bfloat16 && f.low_rank.r && (f.tokens > FEW_TOKENS || f.weight.data);
   served ? forward_pairs(f) : ROSA_OTHERS.forward(f);
 }
 inline void backward(const Backward& b) {

@@ -16,6 +16,7 @@ constexpr int64_t TILE_PAIRS = 16;  // pairs of a tile's row, and rows of a tile
 constexpr int64_t TILE_BYTES = 64;  // of a row
 constexpr int LEFT = 6, RIGHT = 7;  // tiles of the operands; sums are in tiles 0 to 3
 
+constexpr bool SERVES_BASE = false;            // whether add_products multiplies a Target's base
 constexpr int64_t RANK_MULTIPLE = TILE_PAIRS;  // that sums of outer products are padded to
 inline int64_t padded_pairs(int64_t length) {
   const int64_t pairs = (length + 1) / 2;
@@ -104,13 +105,13 @@ inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float
 constexpr int64_t UPDATE_TOKENS = TOKENS;  // that add_products takes
 
 // Adds ranks · wᵀ to the rows of the target, whose columns are those of UPDATE_PANELS panels from p on, or what is left.
-inline void add_products(const Rows& ranks, const PackedPairs& w, int64_t p, int64_t, const Target& to) {
+inline void add_products(const Rows& ranks, const PackedPairs& w, const Rows&, int64_t p, int64_t, const Target& to) {
   alignas(64) float products[TOKENS * UPDATE_PANELS * LANES] = {};
   for (int64_t v = 0; v < UPDATE_PANELS && p + v < w.panels; ++v)
     multiply_panel(ranks, w, p + v, products + v * LANES, UPDATE_PANELS * LANES);
   for (int64_t t = 0; t < to.tokens; ++t) {
     const float* row = products + t * UPDATE_PANELS * LANES;
-    to.add_products(t, load(row), load(row + LANES));
+    to.store(t, to.sum(t, 0, load(row)), to.sum(t, 1, load(row + LANES)));
   }
 }
 

@@ -64,6 +64,8 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
+    elif way is Way.FUSED:
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
     elif way is Way.MERGED or widened:
         delta = _delta(lora_A, lora_B, scaling, values, crow, col) if way is Way.MERGED else None
         y = cpu_gemms.linear(as_matrix(x), _matrix(weight), bias, delta).view(*x.shape[:-1], weight.shape[0])
@@ -71,8 +73,9 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
         y = F.linear(x, weight, bias).contiguous()
     if way is Way.GEMMS:
         as_matrix(y).addmm_(F.linear(as_matrix(x), lora_A), lora_B.T, alpha=scaling)
-    elif way is Way.KERNELS:
-        _add_forward(y, x, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
+    elif way is not Way.MERGED:
+        base = (_matrix(weight), bias if bias is None else bias.contiguous()) if way is Way.FUSED else (None, None)
+        _forward(y, x, *base, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
     return y
 
 
@@ -89,6 +92,8 @@ def rosa_linear_backward(
         dx2 = torch.zeros_like(x2)
     elif need_dx and (way is Way.MERGED or widened):
         dx2 = cpu_gemms.linear_dx(dy2, _matrix(weight), delta if way is Way.MERGED else None)
+    elif need_dx and way is Way.FUSED:
+        dx2 = torch.empty_like(x2)
     elif need_dx:
         dx2 = dy2 @ weight
     dx_to_add = None if way is Way.MERGED else dx2
@@ -104,7 +109,7 @@ def rosa_linear_backward(
         )
         if any(gradient is not None for gradient in (dx_to_add, dA, dB, dvalues)):
             _kernels.backward(
-                dx_to_add, dA, dB, dvalues, dy2, x2, *delta, ccol, row, permutation,
+                dx_to_add, dA, dB, dvalues, dy2, x2, _matrix(weight) if need_dx and way is Way.FUSED else None, *delta, ccol, row, permutation,
                 structure, *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
             )  # fmt: skip
     return [
@@ -119,7 +124,7 @@ def rosa_linear_backward(
 
 def spmm(x, values, crow, col, structure):
     y = x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
-    _add_forward(y, x, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
+    _forward(y, x, None, None, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
     return y
 
 
@@ -127,7 +132,7 @@ def sddmm(dy, x, crow, col, structure):
     dvalues = torch.zeros(col.shape, dtype=torch.float32)
     # The kernel takes S whole: its values are not read for dS.
     _kernels.backward(
-        None, None, None, dvalues, _matrix(dy), _matrix(x), None, None, 0.0, dvalues, crow, col, None, None, None,
+        None, None, None, dvalues, _matrix(dy), _matrix(x), None, None, None, 0.0, dvalues, crow, col, None, None, None,
         structure, None, 0, 0.0, False,
     )  # fmt: skip
     return dvalues.to(x.dtype)
@@ -137,9 +142,11 @@ def csr_add(weight, values, crow, col):
     return cpu_gemms.merged(_matrix(weight), Delta(values=_floats(values), crow=crow, col=col), weight.dtype)
 
 
-def _add_forward(y, x, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, fresh_y=False) -> None:
+def _forward(
+    y, x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, fresh_y=False
+) -> None:
     _kernels.forward(
-        as_matrix(y), _matrix(x), _floats(lora_A), _floats(lora_B), scaling, values, crow, col, structure,
+        as_matrix(y), _matrix(x), weight, bias, _floats(lora_A), _floats(lora_B), scaling, values, crow, col, structure,
         *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B), fresh_y,
     )  # fmt: skip
 

@@ -20,6 +20,8 @@ _MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and re
 _MERGED_ENTRY = 50.0  # an entry of S added to it
 _STRIP_ELEMENT = 100.0  # an element of x or dy, for each strip after the first: the GEMMs read and pack it again
 
+_PACKED_ELEMENT = 1.0  # an element of the weight packed in pairs, over one of y or dx read and written again
+_FUSED_ELEMENTS = 2**23  # of a weight that the kernels multiply no slower than the library: each block of tokens reads it again
 _SWEPT_SOONER = 2**16  # elements of A and B: fewer meet a block of tokens sooner than the library is called five times
 _TOO_FEW_TO_MERGE = 8  # whatever r and S: 8 · _ENTRY is less than _MERGED_ENTRY; saves small calls the counting
 _BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
@@ -39,6 +41,7 @@ class Way(Enum):
     MERGED = "one GEMM by W + scaling · B A + S, made for the call"
     GEMMS = "library GEMMs add the low-rank part"
     KERNELS = "one pass of the C++ kernels adds all of it"
+    FUSED = "the C++ kernels multiply by W too: no pass over y or dx but the one that writes it"
 
 
 def widens(x: Tensor, fast_bfloat16: bool) -> bool:
@@ -60,6 +63,8 @@ def forward_way(
     of its rate: 0.7-1.01 of its time at 2 to 2048 tokens.
     """
     tokens = prod(x.shape[:-1])
+    if _fuses(tokens, x, weight, lora_A, paired):
+        return Way.FUSED
     # For one token the library's four calls cost more than the multiplications.
     by_gemm = tokens > 1 and not paired and _library_serves(x, lora_A, lora_B, values, seed, widened)
     unmerged = Way.GEMMS if by_gemm else Way.KERNELS
@@ -84,6 +89,8 @@ def dx_way(
     kernels' blocks are half empty.
     """
     tokens = prod(dy.shape[:-1])
+    if _fuses(tokens, dy, weight, lora_A, paired):
+        return Way.FUSED
     if _library_serves(dy, lora_A, lora_B, values, seed, widened):
         few = tokens <= _BLOCK_TOKENS * torch.get_num_threads()
         if paired:
@@ -98,14 +105,27 @@ def dx_way(
     return Way.MERGED if _merging_cost(weight, lora_A, values, widened, dy.numel()) < adding else Way.KERNELS
 
 
-def legal_ways(x, weight, lora_A, lora_B, values, seed, widened) -> tuple[Way, ...]:
+def legal_ways(x, weight, lora_A, lora_B, values, seed, widened, paired) -> tuple[Way, ...]:
     """All of the ways that give the right numbers, for those who measure what the choice among them is worth."""
     ways = [Way.KERNELS]
     if _library_serves(x, lora_A, lora_B, values, seed, widened):
         ways.append(Way.GEMMS)
     if _may_merge(x, weight, seed, widened):
         ways.append(Way.MERGED)
+    if _may_fuse(weight, lora_A, paired):
+        ways.append(Way.FUSED)
     return tuple(ways)
+
+
+def _may_fuse(weight: Tensor | None, lora_A: Tensor | None, paired: bool) -> bool:
+    return paired and weight is not None and weight.numel() > 0 and lora_A is not None
+
+
+def _fuses(tokens: int, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, paired: bool) -> bool:
+    """The weight is packed for the call, in_features elements of it for each feature of y, and that is won back over the
+    elements of y, one for each token, that are not read and written again. The dual holds for dx."""
+    few = tokens < _PACKED_ELEMENT * x.shape[-1]
+    return not few and _may_fuse(weight, lora_A, paired) and weight.numel() <= _FUSED_ELEMENTS
 
 
 def _library_serves(x, lora_A, lora_B, values, seed, widened) -> bool:
