@@ -38,10 +38,10 @@ class BackwardPairs {
   }
 
  private:
-  // x and dy packed feature-major for S, and as rows; H and dH; features gathered for dS; dropout's bits.
+  // x and dy packed for S, and as rows, those of x also as dropout leaves them; H and dH; features gathered for dS; dropout's bits.
   struct Scratch {
     float *x, *dy;
-    uint16_t *x_rows, *dy_rows;
+    uint16_t *x_rows, *kept_x_rows, *dy_rows;
     float* H;
     RankBlock dH;
     uint32_t* rank_pairs;
@@ -51,10 +51,9 @@ class BackwardPairs {
 
   Scratch slot_scratch() const {
     static thread_local Arena arena;
-    float* piece[11];
-    arena.cut({packs_x_ ? rounded_up(b_.in_features, LANES) * TOKENS : 0,
-               packs_dy_ ? rounded_up(b_.out_features, LANES) * TOKENS : 0, copied_rows(b_.in_features),
-               copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::values_size(r_),
+    float* piece[12];
+    arena.cut({packs_x_ ? packed_size(b_.in_features) : 0, packs_dy_ ? packed_size(b_.out_features) : 0,
+               copied_rows(b_.in_features), b_.dropout.on ? copied_rows(b_.in_features) : 0, copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::values_size(r_),
                RankBlock::rounded_size(r_), words_.exact * BLOCK_PAIRS * padded_r_, dS_.scratch_size(),
                dx_update_.scratch_size(), b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
               piece);
@@ -62,33 +61,41 @@ class BackwardPairs {
             piece[1],
             reinterpret_cast<uint16_t*>(piece[2]),
             reinterpret_cast<uint16_t*>(piece[3]),
-            piece[4],
-            RankBlock(piece[5], piece[6], r_),
-            reinterpret_cast<uint32_t*>(piece[7]),
-            piece[8],
+            reinterpret_cast<uint16_t*>(piece[4]),
+            piece[5],
+            RankBlock(piece[6], piece[7], r_),
+            reinterpret_cast<uint32_t*>(piece[8]),
             piece[9],
-            reinterpret_cast<uint64_t*>(piece[10])};
+            piece[10],
+            reinterpret_cast<uint64_t*>(piece[11])};
   }
 
   void sweep_block(int64_t slot, int64_t first, const Scratch& s) const {
     const int64_t tokens = smaller(TOKENS, b_.tokens - first);
     const uint16_t* x_data = (const uint16_t*)b_.x.data + first * b_.x.stride;
     const uint16_t* dy_data = (const uint16_t*)b_.dy.data + first * b_.dy.stride;
-    if (packs_x_) pack(x_data, b_.x.stride, tokens, b_.in_features, s.x);
-    if (packs_dy_) pack(dy_data, b_.dy.stride, tokens, b_.out_features, s.dy);
-    if (b_.dvalues) {
-      const Block<uint16_t> x = {x_data, b_.x.stride, tokens}, dy = {dy_data, b_.dy.stride, tokens};
-      dS_.add(slot, x, dy, s.x, s.dy, s.gathered);
+    const Rows x = packs_x_ || b_.dA || b_.dB
+                       ? block_rows(x_data, b_.x.stride, tokens, b_.in_features, {nullptr}, s.x_rows)
+                       : Rows{};
+    const Rows dy = block_rows(dy_data, b_.dy.stride, tokens, b_.out_features, {nullptr}, s.dy_rows);
+    if (packs_x_) pack_for(b_.sparse, x, b_.in_features, s.x);
+    if (packs_dy_) pack_for(b_.sparse, dy, b_.out_features, s.dy);
+    if (b_.dvalues && in_pairs(b_.sparse)) {
+      sample_pairs(b_.sparse, b_.out_features, reinterpret_cast<uint32_t*>(s.dy), reinterpret_cast<uint32_t*>(s.x),
+                   sums_.dS(slot));
+    } else if (b_.dvalues) {
+      const Block<uint16_t> x_block = {x_data, b_.x.stride, tokens}, dy_block = {dy_data, b_.dy.stride, tokens};
+      dS_.add(slot, x_block, dy_block, s.x, s.dy, s.gathered);
     }
     const TokenBits kept = block_bits(b_.dropout, first, b_.in_features, s.bits);
-    const Rows dy = block_rows(dy_data, b_.dy.stride, tokens, b_.out_features, {nullptr}, s.dy_rows);
-    const bool wants_x = b_.dA || b_.dB;
-    const Rows x = wants_x ? block_rows(x_data, b_.x.stride, tokens, b_.in_features, kept, s.x_rows) : Rows{};
+    const Rows kept_x = kept.bits && (b_.dA || b_.dB)
+                            ? block_rows(x_data, b_.x.stride, tokens, b_.in_features, kept, s.kept_x_rows)
+                            : x;
     // Both first, whose rows the processor fetches ahead.
-    if (b_.dB) multiply_rows(x, shrink_x_, s.H, padded_r_);
+    if (b_.dB) multiply_rows(kept_x, shrink_x_, s.H, padded_r_);
     if (want_dH_) multiply_rows(dy, shrink_dy_, s.dH.values, padded_r_);
     if (b_.dB) add_outer_rows(s.H, s.rank_pairs, dy, b_.out_features, sums_.dB(slot));
-    if (b_.dA) add_outer_rows(s.dH.values, s.rank_pairs, x, b_.in_features, sums_.dA(slot));
+    if (b_.dA) add_outer_rows(s.dH.values, s.rank_pairs, kept_x, b_.in_features, sums_.dA(slot));
     if (b_.dx.data) {
       uint16_t* dx = (uint16_t*)b_.dx.data + first * b_.dx.stride;
       dx_update_.add_to(dx, b_.dx.stride, tokens, s.dH.round(), dy, s.dy, kept, s.update);

@@ -37,7 +37,7 @@ inline void forward_pairs(const Forward& f) {
   for_slots(slot_count(f.tokens), block_count(f.tokens), [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Arena arena;
     float* piece[7];
-    arena.cut({f.sparse.values ? rounded_up(in, LANES) * TOKENS : 0, copied_rows(in), RankBlock::values_size(r),
+    arena.cut({f.sparse.values ? packed_size(in) : 0, copied_rows(in), RankBlock::values_size(r),
                RankBlock::rounded_size(r), update.scratch_size(), f.dropout.on ? 2 * bit_words(in) : 0,
                f.dropout.on ? copied_rows(in) : 0},
               piece);
@@ -45,11 +45,11 @@ inline void forward_pairs(const Forward& f) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * TOKENS, tokens = smaller(TOKENS, f.tokens - first);
       const uint16_t* x_rows = (const uint16_t*)f.x.data + first * f.x.stride;
-      if (f.sparse.values) pack(x_rows, f.x.stride, tokens, in, piece[0]);
       const TokenBits kept = block_bits(f.dropout, first, in, reinterpret_cast<uint64_t*>(piece[5]));
       const Rows x = block_rows(x_rows, f.x.stride, tokens, in, {nullptr}, reinterpret_cast<uint16_t*>(piece[1]));
       const Rows kept_x =
           kept.bits ? block_rows(x_rows, f.x.stride, tokens, in, kept, reinterpret_cast<uint16_t*>(piece[6])) : x;
+      if (f.sparse.values) pack_for(f.sparse, x, in, piece[0]);
       multiply_rows(kept_x, shrink, ranks.values, ranks.padded_r);
       update.add_to((uint16_t*)f.y.data + first * f.y.stride, f.y.stride, tokens, ranks.round(), x, piece[0], {nullptr},
                     piece[4]);
