@@ -3,6 +3,7 @@
 Every measurement runs in a fresh process: python tests/test_cpu_resources.py NAME prints one of MEASUREMENTS as JSON.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,9 +108,12 @@ class Layer:
 
 
 def cpu_seconds() -> dict[str, float]:
-    """Of every thread that this process has now."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
+    """Of every thread that this process has now; one that ends meanwhile is left out."""
+    seconds = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            seconds[task.name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    return seconds
 
 
 def shares_of_threads() -> dict[str, dict[str, list[list[float]]]]:
