@@ -50,6 +50,25 @@ def test_output_is_a_look_up_in_base_plus_delta(r, dtype):
     assert layer(IDS).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("r", [0, 2])
+def test_many_tokens_are_adapted_as_few_are(r, dtype):
+    """More of them than rows, so that the rows are adapted: outputs and gradients against those of each token by itself."""
+    layer = randomise(make_layer(r, dtype))
+    ids = torch.arange(2 * VOCABULARY).remainder(VOCABULARY - 2).view(4, -1)
+    dy = torch.randn(*ids.shape, DIM, dtype=dtype)
+    trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    y = layer(ids)
+    gradients = torch.autograd.grad(y, trainable, dy)
+    apart = torch.stack([layer(line) for line in ids])
+    tolerance = {"rtol": 2**-7, "atol": 2**-5} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(y, apart, **tolerance)
+    for gradient, expected in zip(gradients, torch.autograd.grad(apart, trainable, dy)):
+        torch.testing.assert_close(gradient, expected, **tolerance)
+    of_name = dict(zip([name for name, parameter in layer.named_parameters() if parameter.requires_grad], gradients))
+    assert r == 0 or of_name["lora_embedding_A.default"][:, PADDING].abs().sum() == 0
+
+
 def test_tokens_without_a_row_are_untouched_and_others_train():
     layer = make_layer(r=0)
     layer(IDS).sum().backward()

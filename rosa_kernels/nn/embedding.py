@@ -72,13 +72,33 @@ class RoSAEmbedding(AdapterLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids (...) -> (..., embedding_dim) in the base weight's dtype."""
-        y = self.base_layer(ids)
         if self.merged or not self.adapter_enabled:
-            return y
+            return self.base_layer(ids)
+        if ids.numel() > self.num_embeddings:  # fewer rows to adapt than tokens to look up
+            return F.embedding(ids, self._adapted_weight(), self.padding_idx).to(self.weight.dtype)
+        y = self.base_layer(ids)
         total = y + self._low_rank(ids) if self.r else y
         if self.masks_selected and self.sparse_values.shape[0]:
             total = total + self._token_rows(ids)
         return total.to(y.dtype)
+
+    def _adapted_weight(self) -> Tensor:
+        """W + scaling · (B A)ᵀ + S (num_embeddings, embedding_dim) in float32, or in float64 over a float64 base."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        table = self.weight.to(dtype)
+        if self.r:
+            A, B = (factor.to(dtype) for factor in self.low_rank_factors())
+            table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
+        if self.masks_selected and self.sparse_values.shape[0]:
+            rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
+            table = table.index_add(0, self._adapted_tokens(rows.shape[0]), rows)
+        return table
+
+    def _adapted_tokens(self, count: int) -> Tensor:
+        """The tokens that have a row in S, of which there are `count`."""
+        crow = self.sparse_pattern().crow_indices
+        starts = torch.arange(count, dtype=crow.dtype, device=crow.device) * self.embedding_dim
+        return torch.searchsorted(crow, starts, right=True) - 1
 
     def _low_rank(self, ids: Tensor) -> Tensor:
         A, B = self.low_rank_factors()
