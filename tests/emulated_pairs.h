@@ -41,11 +41,18 @@ inline Pairs load_pairs(const uint32_t* p) {
   return r;
 }
 inline void store_pairs(uint32_t* p, Pairs a) { std::memcpy(p, a.v, sizeof a.v); }
-inline Pairs broadcast_pair(const void* p) {
-  uint32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
+template <int Count>
+inline Pairs broadcast_pairs(const void* p) {
   Pairs r;
-  for (uint32_t& lane : r.v) lane = pair;
+  for (int i = 0; i < LANES; ++i) std::memcpy(r.v + i, (const uint32_t*)p + i % Count, sizeof *r.v);
+  return r;
+}
+inline Vec add_neighbours(Vec a, Vec b) {
+  Vec r;
+  for (int i = 0; i < LANES / 2; ++i) {
+    r.v[i] = a.v[2 * i] + a.v[2 * i + 1];
+    r.v[LANES / 2 + i] = b.v[2 * i] + b.v[2 * i + 1];
+  }
   return r;
 }
 inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) {

@@ -30,7 +30,7 @@ struct RankBlock {
 inline void forward_pairs(const Forward& f) {
   const int64_t r = f.low_rank.r, in = f.in_features;
   const WordCounts words = word_counts(f.low_rank);
-  const PackedPairs shrink(f.low_rank.A, in, 1, r, in, padded_pairs(in), words.exact);
+  const PackedPairs shrink(f.low_rank.A, in, 1, r, in, padded_pairs(in), words.exact, lanes_a_row(r));
   const PackedPairs weight = packed_base(f.weight, f.weight.stride, 1, f.out_features, in);
   const PairsUpdate update(f.low_rank.B, r, 1, r, words.rounded, low_rank_scale(f.low_rank, f.dropout), f.sparse, in,
                            f.out_features, {f.weight.data ? &weight : nullptr, (const uint16_t*)f.bias});

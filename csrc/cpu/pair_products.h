@@ -13,6 +13,7 @@ namespace ROSA_ISA {
 constexpr bool SERVES_BASE = true;        // whether add_products multiplies a Target's base
 constexpr int64_t RANK_MULTIPLE = GROUP;  // that sums of outer products are padded to
 inline int64_t padded_pairs(int64_t length) { return (length + 1) / 2; }
+inline int lanes_a_row(int64_t rows) { return rows <= LANES / 4 ? 4 : rows <= LANES / 2 ? 2 : 1; }
 
 inline WordCounts word_counts(const LowRank& l) { return l.bfloat16 ? WordCounts{1, 1} : WordCounts{2, 2}; }
 
@@ -29,7 +30,7 @@ template <>
 struct Operand<1> {
   Pairs pairs;
   static Operand loaded(const uint32_t* words, int64_t) { return {load_pairs(words)}; }
-  static Operand broadcast(const uint32_t* words, int64_t) { return {broadcast_pair(words)}; }
+  static Operand broadcast(const uint32_t* words, int64_t) { return {broadcast_pairs<1>(words)}; }
   Vec dot(Vec sum, Pairs x) const { return dot_pairs(sum, x, pairs); }
 };
 template <>
@@ -39,7 +40,7 @@ struct Operand<2> {
     return {as_floats(load_pairs(words)), as_floats(load_pairs(words + stride))};
   }
   static Operand broadcast(const uint32_t* words, int64_t stride) {
-    return {as_floats(broadcast_pair(words)), as_floats(broadcast_pair(words + stride))};
+    return {as_floats(broadcast_pairs<1>(words)), as_floats(broadcast_pairs<1>(words + stride))};
   }
   Vec dot(Vec sum, Pairs x) const { return fma(odd_of(x), odd, fma(even_of(x), even, sum)); }
 };
@@ -49,11 +50,12 @@ inline void begin_products(int64_t) {}
 inline void end_products() {}
 
 // sums[t][v] += rows[t][0] · column[0] + rows[t][1] · column[1] for Tokens rows and LANES columns in the words of a pair.
-template <int Words, int Tokens, int Width>
+// With several lanes a row of w, so many pairs of each of the rows.
+template <int Words, int Lanes = 1, int Tokens, int Width>
 inline void add_pair(const uint16_t* rows, int64_t row_stride, const uint32_t* column, int v, Vec (&sums)[Tokens][Width]) {
   const auto pair = Operand<Words>::loaded(column, LANES);
 #pragma GCC unroll 16
-  for (int t = 0; t < Tokens; ++t) sums[t][v] = pair.dot(sums[t][v], broadcast_pair(rows + t * row_stride));
+  for (int t = 0; t < Tokens; ++t) sums[t][v] = pair.dot(sums[t][v], broadcast_pairs<Lanes>(rows + t * row_stride));
 }
 template <int Tokens, int Width>
 inline void set_zero(Vec (&sums)[Tokens][Width]) {
@@ -63,12 +65,24 @@ inline void set_zero(Vec (&sums)[Tokens][Width]) {
     for (int v = 0; v < Width; ++v) sums[t][v] = zero();
 }
 
+// out[t][q] = the sum over the lanes of row q, for 8 tokens.
+template <int Lanes>
+inline void store_ranks(const Vec (&sums)[8], float* out, int64_t stride) {
+  Vec joined[8];
+  for (int i = 0; i < 8; ++i) joined[i] = sums[i];
+  for (int lanes = Lanes, count = 8; lanes > 1; lanes /= 2, count /= 2)
+    for (int i = 0; i < count / 2; ++i) joined[i] = add_neighbours(joined[2 * i], joined[2 * i + 1]);
+  float lines[8 / Lanes * LANES];
+  for (int i = 0; i < 8 / Lanes; ++i) store(lines + i * LANES, joined[i]);
+  for (int t = 0; t < 8; ++t) std::memcpy(out + t * stride, lines + t * (LANES / Lanes), sizeof(float) * (LANES / Lanes));
+}
+
 // out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p. 8 rows at a time: where they lie 4 KiB apart,
 // as many cache lines of one set are in use. Two sums a row hide the instructions' latency. The next rows are fetched to the
 // second-level cache: so many streams are more than the processor follows.
-template <int Words>
+template <int Words, int Lanes>
 inline void multiply_panel_of(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
-  constexpr int TOGETHER = 8, STEP = Words * LANES;
+  constexpr int TOGETHER = 8, STEP = Words * LANES, ELEMENTS = 2 * Lanes;
   const uint32_t* panel = w.panel(p);
   for (int64_t t = 0; t < TOKENS; t += TOGETHER) {
     const uint16_t* rows = x.data + t * x.stride;
@@ -76,16 +90,24 @@ inline void multiply_panel_of(const Rows& x, const PackedPairs& w, int64_t p, fl
     set_zero(sums);
     int64_t k = 0;
     for (; k + 2 <= w.pairs; k += 2) {
-      if (k % LANES == 0)
+      if (k % (LANES / Lanes) == 0)
 #pragma GCC unroll 8
-        for (int i = 0; i < TOGETHER; ++i) __builtin_prefetch(rows + (TOGETHER + i) * x.stride + 2 * k, 0, 2);
-      add_pair<Words>(rows + 2 * k, x.stride, panel + k * STEP, 0, sums);
-      add_pair<Words>(rows + 2 * k + 2, x.stride, panel + (k + 1) * STEP, 1, sums);
+        for (int i = 0; i < TOGETHER; ++i) __builtin_prefetch(rows + (TOGETHER + i) * x.stride + ELEMENTS * k, 0, 2);
+      add_pair<Words, Lanes>(rows + ELEMENTS * k, x.stride, panel + k * STEP, 0, sums);
+      add_pair<Words, Lanes>(rows + ELEMENTS * (k + 1), x.stride, panel + (k + 1) * STEP, 1, sums);
     }
-    if (k < w.pairs) add_pair<Words>(rows + 2 * k, x.stride, panel + k * STEP, 0, sums);
+    if (k < w.pairs) add_pair<Words, Lanes>(rows + ELEMENTS * k, x.stride, panel + k * STEP, 0, sums);
+    Vec ranks[TOGETHER];
 #pragma GCC unroll 8
-    for (int i = 0; i < TOGETHER; ++i) store(out + (t + i) * stride, add(sums[i][0], sums[i][1]));
+    for (int i = 0; i < TOGETHER; ++i) ranks[i] = add(sums[i][0], sums[i][1]);
+    store_ranks<Lanes>(ranks, out + t * stride, stride);
   }
+}
+template <int Words>
+inline void multiply_panel_of(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
+  w.lanes_a_row == 1   ? multiply_panel_of<Words, 1>(x, w, p, out, stride)
+  : w.lanes_a_row == 2 ? multiply_panel_of<Words, 2>(x, w, p, out, stride)
+                       : multiply_panel_of<Words, 4>(x, w, p, out, stride);
 }
 inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
   w.words == 1 ? multiply_panel_of<1>(x, w, p, out, stride) : multiply_panel_of<2>(x, w, p, out, stride);

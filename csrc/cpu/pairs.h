@@ -39,16 +39,31 @@ inline void load_columns(const T* at, int64_t row_stride, int64_t column_stride,
 void store_words(int words, Vec even, Vec odd, uint32_t* to, int64_t stride);
 
 // A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the ends. One of
-// its strides is 1.
+// its strides is 1. A matrix of a few rows may fill the lanes with several pairs of each: lane l of pair k then has row l / n and
+// its pair n · k + l % n, for n lanes a row.
 class PackedPairs {
  public:
   const int64_t panels, pairs;
-  const int words;
+  const int words, lanes_a_row;
 
   template <class T>
   PackedPairs(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, int64_t padded_pairs,
-              int words)
-      : panels((rows + LANES - 1) / LANES), pairs(padded_pairs), words(words), packed_(panels * panel_size()) {
+              int words, int lanes_a_row = 1)
+      : panels((rows + LANES - 1) / LANES),
+        pairs((padded_pairs + lanes_a_row - 1) / lanes_a_row),
+        words(words),
+        lanes_a_row(lanes_a_row),
+        packed_(panels * panel_size()) {
+    lanes_a_row == 1 ? pack_panels(matrix, row_stride, column_stride, rows, length)
+                     : pack_few(matrix, row_stride, column_stride, rows, length);
+  }
+
+  const uint32_t* panel(int64_t p) const { return packed_ + p * panel_size(); }
+  int64_t panel_size() const { return pairs * words * LANES; }
+
+ private:
+  template <class T>
+  void pack_panels(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length) {
     constexpr int64_t WORTH_A_THREAD = 1 << 16;  // words
     const int64_t slots = larger(1, smaller(smaller(thread_count(), panels), panels * panel_size() / WORTH_A_THREAD));
     for_slots(slots, panels, [&](int64_t, int64_t begin, int64_t end) {
@@ -58,10 +73,6 @@ class PackedPairs {
     });
   }
 
-  const uint32_t* panel(int64_t p) const { return packed_ + p * panel_size(); }
-  int64_t panel_size() const { return pairs * words * LANES; }
-
- private:
   template <class T>
   void pack_panel(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, uint32_t* to) const {
     for (int64_t k = 0; k < pairs; k += LANES / 2) {
@@ -70,6 +81,19 @@ class PackedPairs {
                    larger(0, smaller(LANES, length - 2 * k)), columns);
       for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += words * LANES)
         store_words(words, columns[2 * i], columns[2 * i + 1], to, LANES);
+    }
+  }
+
+  template <class T>
+  void pack_few(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length) {
+    for (int64_t k = 0; rows && k < pairs; ++k) {
+      float pair[2][LANES] = {};
+      for (int64_t lane = 0; lane < rows * lanes_a_row; ++lane)
+        for (int64_t i = 0; i < 2; ++i) {
+          const int64_t column = 2 * (k * lanes_a_row + lane % lanes_a_row) + i;
+          if (column < length) pair[i][lane] = as_float(matrix[lane / lanes_a_row * row_stride + column * column_stride]);
+        }
+      store_words(words, load(pair[0]), load(pair[1]), packed_ + k * words * LANES, LANES);
     }
   }
 

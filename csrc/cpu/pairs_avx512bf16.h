@@ -12,10 +12,26 @@ struct Pairs {
 };
 inline Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_pairs(uint32_t* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
-inline Pairs broadcast_pair(const void* p) {
+// Count pairs, over and over.
+template <int Count>
+inline Pairs broadcast_pairs(const void* p) {
+  static_assert(Count == 1 || Count == 2 || Count == 4);
+  if (Count == 4) return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p))};
+  if (Count == 2) {
+    int64_t pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return {_mm512_set1_epi64(pairs)};
+  }
   int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
   return {_mm512_set1_epi32(pair)};
+}
+
+// a[0] + a[1], a[2] + a[3], ..., then those of b.
+inline Vec add_neighbours(Vec a, Vec b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
 }
 
 // sum + a.high · b.high, then + a.low · b.low, in fp32; denormals are zeros.

@@ -22,6 +22,7 @@ inline int64_t padded_pairs(int64_t length) {
   const int64_t pairs = (length + 1) / 2;
   return pairs <= TILE_PAIRS ? pairs : rounded_up(pairs, TILE_PAIRS);
 }
+inline int lanes_a_row(int64_t) { return 1; }
 
 inline WordCounts word_counts(const LowRank& l) { return l.bfloat16 ? WordCounts{1, 1} : WordCounts{3, 2}; }
 
