@@ -96,9 +96,9 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) 
 }
 
 // The base layer's weight for the kernels that multiply it.
-Matrix base_of(const OptionalTensor& weight, const Tensor& x, const LowRank& low_rank) {
+Matrix base_of(const OptionalTensor& weight, const Tensor& x) {
   if (!weight) return {};
-  STD_TORCH_CHECK(kernels().serves_base && low_rank.r && dtype_of(x) == Dtype::bfloat16, "kernels that serve a weight");
+  STD_TORCH_CHECK(kernels().serves_base && dtype_of(x) == Dtype::bfloat16, "kernels that serve a weight");
   STD_TORCH_CHECK(dtype_of(*weight) == Dtype::bfloat16, "a weight of x's dtype");
   return matrix_of(*weight);
 }
@@ -118,7 +118,7 @@ void forward(Tensor y, const Tensor x, const OptionalTensor weight, const Option
   f.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
   f.dropout = dropout_of(seed, threshold, scale);
   f.sparse = csr_of(values, crow, col, structure);
-  f.weight = base_of(weight, x, f.low_rank);
+  f.weight = base_of(weight, x);
   if (bias) {
     STD_TORCH_CHECK(weight && dtype_of(*bias) == dtype_of(x) && bias->is_contiguous(), "a bias of a weight");
     f.bias = bias->data_ptr();
@@ -142,7 +142,7 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
   b.dy = matrix_of(dy);
   b.x = matrix_of(x);
   b.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
-  b.weight = base_of(weight, x, b.low_rank);
+  b.weight = base_of(weight, x);
   b.dropout = dropout_of(seed, threshold, scale);
   b.sparse = csr_of(values, crow, col, structure);
   b.ccol = ints_of(ccol);

@@ -157,7 +157,8 @@ def test_pairs_of_bf16_are_fused_where_tokens_outnumber_features():
         assert chosen(1024, 3072, 768, density=density, dtype=BF16, paired=True) == (Way.FUSED, Way.KERNELS)
         assert chosen(512, 768, 768, density=density, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
         assert chosen(8192, 4096, 4096, density=density, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
-    assert chosen(4096, 768, 768, r=0, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
+    assert chosen(4096, 768, 768, r=0, dtype=BF16, paired=True) == (Way.FUSED, Way.FUSED)
+    assert chosen(4096, 768, 768, r=0, structure=ROW, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
 
 
 def test_lora_alone_in_pairs_of_bf16_goes_through_the_kernels_unless_one_thread_would_sweep_a_large_adapter():

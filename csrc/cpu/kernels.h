@@ -43,7 +43,7 @@ struct Csr {
 };
 
 // y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; with fresh_y, which S alone may come with, y holds nothing before.
-// A weight (out_features, in_features), where serves_base, x is bfloat16 and r > 0, adds x weightᵀ + bias and makes y fresh too.
+// A weight (out_features, in_features), where serves_base and x is bfloat16, adds x weightᵀ + bias and makes y fresh too.
 struct Forward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;

@@ -8,11 +8,11 @@ namespace rosa {
 namespace ROSA_ISA {
 
 inline void forward(const Forward& f) {
-  const bool served = f.dtype == Dtype::bfloat16 && f.low_rank.r && (f.tokens > FEW_TOKENS || f.weight.data);
+  const bool served = f.weight.data || (f.dtype == Dtype::bfloat16 && f.low_rank.r && f.tokens > FEW_TOKENS);
   served ? forward_pairs(f) : ROSA_OTHERS.forward(f);
 }
 inline void backward(const Backward& b) {
-  const bool served = b.dtype == Dtype::bfloat16 && b.low_rank.r && (b.dA || b.dB || b.dx.data);
+  const bool served = b.weight.data || (b.dtype == Dtype::bfloat16 && b.low_rank.r && (b.dA || b.dB || b.dx.data));
   served ? BackwardPairs(b).run() : ROSA_OTHERS.backward(b);
 }
 inline void merge(const Merge& m) { ROSA_OTHERS.merge(m); }

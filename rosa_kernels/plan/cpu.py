@@ -63,7 +63,7 @@ def forward_way(
     of its rate: 0.7-1.01 of its time at 2 to 2048 tokens.
     """
     tokens = prod(x.shape[:-1])
-    if _fuses(tokens, x, weight, lora_A, paired):
+    if _fuses(tokens, x, weight, lora_A, structure, paired):
         return Way.FUSED
     # For one token the library's four calls cost more than the multiplications.
     by_gemm = tokens > 1 and not paired and _library_serves(x, lora_A, lora_B, values, seed, widened)
@@ -89,7 +89,7 @@ def dx_way(
     kernels' blocks are half empty.
     """
     tokens = prod(dy.shape[:-1])
-    if _fuses(tokens, dy, weight, lora_A, paired):
+    if _fuses(tokens, dy, weight, lora_A, structure, paired):
         return Way.FUSED
     if _library_serves(dy, lora_A, lora_B, values, seed, widened):
         few = tokens <= _BLOCK_TOKENS * torch.get_num_threads()
@@ -112,20 +112,24 @@ def legal_ways(x, weight, lora_A, lora_B, values, seed, widened, paired) -> tupl
         ways.append(Way.GEMMS)
     if _may_merge(x, weight, seed, widened):
         ways.append(Way.MERGED)
-    if _may_fuse(weight, lora_A, paired):
+    if _may_fuse(weight, paired):
         ways.append(Way.FUSED)
     return tuple(ways)
 
 
-def _may_fuse(weight: Tensor | None, lora_A: Tensor | None, paired: bool) -> bool:
-    return paired and weight is not None and weight.numel() > 0 and lora_A is not None
+def _may_fuse(weight: Tensor | None, paired: bool) -> bool:
+    return paired and weight is not None and weight.numel() > 0
 
 
-def _fuses(tokens: int, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, paired: bool) -> bool:
+def _fuses(
+    tokens: int, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, structure: int, paired: bool
+) -> bool:
     """The weight is packed for the call, in_features elements of it for each feature of y, and that is won back over the
-    elements of y, one for each token, that are not read and written again. The dual holds for dx."""
-    few = tokens < _PACKED_ELEMENT * x.shape[-1]
-    return not few and _may_fuse(weight, lora_A, paired) and weight.numel() <= _FUSED_ELEMENTS
+    elements of y, one for each token, that are not read and written again. The dual holds for dx. Rows, columns and blocks
+    by themselves touch so little of y that their own kernels win up to some 1000 features."""
+    if not _may_fuse(weight, paired) or weight.numel() > _FUSED_ELEMENTS or (lora_A is None and structure != UNSTRUCTURED):
+        return False
+    return tokens >= _PACKED_ELEMENT * x.shape[-1]
 
 
 def _library_serves(x, lora_A, lora_B, values, seed, widened) -> bool:
