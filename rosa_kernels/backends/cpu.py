@@ -1,4 +1,5 @@
-"""The C++ kernels of csrc/, around PyTorch's own GEMMs for the base layer; fp32 and bf16, accumulated in fp32."""
+"""The C++ kernels of csrc/, around PyTorch's own GEMMs for the base layer where the kernels do not multiply it too; fp32 and
+bf16, accumulated in fp32."""
 
 import functools
 from pathlib import Path
@@ -96,7 +97,7 @@ def rosa_linear_backward(
         dx2 = torch.empty_like(x2)
     elif need_dx:
         dx2 = dy2 @ weight
-    dx_to_add = None if way is Way.MERGED else dx2
+    dx_to_add = None if way is Way.MERGED else dx2  # or to write: with a base it holds nothing
     if way is Way.GEMMS:
         dA, dB, dH = low_rank_gradients(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
         if dx_to_add is not None:
@@ -108,9 +109,10 @@ def rosa_linear_backward(
             for need, source in ((need_dA, lora_A), (need_dB, lora_B), (need_dvalues, values))
         )
         if any(gradient is not None for gradient in (dx_to_add, dA, dB, dvalues)):
+            base = _matrix(weight) if need_dx and way is Way.FUSED else None
             _kernels.backward(
-                dx_to_add, dA, dB, dvalues, dy2, x2, _matrix(weight) if need_dx and way is Way.FUSED else None, *delta, ccol, row, permutation,
-                structure, *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
+                dx_to_add, dA, dB, dvalues, dy2, x2, base, *delta, ccol, row, permutation, structure,
+                *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
             )  # fmt: skip
     return [
         dx2.view(x.shape) if need_dx else None,

@@ -1,4 +1,4 @@
-"""Which way is cheapest on a CPU: a merged weight, library GEMMs or the C++ kernels for the adapter's part.
+"""Which way is cheapest on a CPU: a merged weight, library GEMMs or the C++ kernels for the adapter's part, or those for all.
 
 Costs are counted in multiply-adds of the library's fp32 GEMM, so that one model serves every CPU: what another kind of
 multiply-add, or an element moved, takes relative to those. Only what differs between the ways is counted.
