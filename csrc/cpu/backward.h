@@ -87,6 +87,7 @@ class BackwardSweep {
 
   void sweep_block(int64_t slot, int64_t first, const Scratch& s) const {
     const int64_t tokens = smaller(TOKENS, b_.tokens - first);
+    const bool more = first + 2 * tokens <= b_.tokens;
     const T* x_rows = (const T*)b_.x.data + first * b_.x.stride;
     const T* dy_rows = (const T*)b_.dy.data + first * b_.dy.stride;
     if (packs_x_) pack(x_rows, b_.x.stride, tokens, b_.in_features, s.x);
@@ -94,7 +95,7 @@ class BackwardSweep {
     if (s.bits) keep_bits(b_.dropout, first, b_.in_features, s.bits);
     const Block<T> x = {x_rows, b_.x.stride, tokens}, dy = {dy_rows, b_.dy.stride, tokens};
     const Block<T> x_dropped = s.bits ? Block<T>{nullptr, 0, TOKENS, s.x, s.bits} : x;
-    if (b_.dvalues) dS_.add(slot, x, dy, s.x, s.dy, s.gathered);
+    if (b_.dvalues) dS_.add(slot, x, dy, s.x, s.dy, s.gathered, more);
     if (b_.dB) {
       multiply(shrink_x_, s.x, s.bits, r_, b_.in_features, 1.0f, s.ranks);  // H
       token_major(s.ranks, r_, s.turned);
@@ -107,11 +108,26 @@ class BackwardSweep {
     }
     if (want_dx_) {
       T* dx_rows = (T*)b_.dx.data + first * b_.dx.stride;
-      if (by_token_ && !dS_.fills_runs()) alike_.gather(dy_rows, b_.dy.stride, tokens, s.gathered);
       if (by_token_)
-        alike_.add_tiles(s.gathered, dx_rows, b_.dx.stride, tokens, 0, alike_.tile_count());
+        add_alike(dy_rows, dx_rows, tokens, b_.tokens - first, s.gathered);
       else
         dx_update_.add_to(dx_rows, b_.dx.stride, tokens, s.ranks, s.dy, s.bits, s.update);
+    }
+  }
+
+  // dx_rows += dy_rows · S, the features of dy that S needs copied first unless dS has copied them; `left` with the tokens that follow.
+  void add_alike(const T* dy_rows, T* dx_rows, int64_t tokens, int64_t left, float* gathered) const {
+    const int64_t step = alike_.tokens_at_a_time();
+    for (int64_t t = 0; t < tokens; t += step) {
+      const int64_t now = smaller(step, tokens - t);
+      const bool more = t + 2 * now <= left;
+      T* const rows = dx_rows + t * b_.dx.stride;
+      if (dS_.fills_runs()) {
+        alike_.add_tiles(gathered + t * RUN, rows, b_.dx.stride, now, more, 0, alike_.tile_count(), run_tokens(tokens));
+      } else {
+        alike_.gather(dy_rows + t * b_.dy.stride, b_.dy.stride, now, more, gathered);
+        alike_.add_tiles(gathered, rows, b_.dx.stride, now, more, 0, alike_.tile_count());
+      }
     }
   }
 

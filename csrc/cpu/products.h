@@ -86,7 +86,7 @@ template <int Ranks, int Width>
 inline void outer_tile(const float* ranks, int64_t rank_stride, const float* panel, int64_t panel_stride, int64_t tokens,
                        float* sums, int64_t sums_stride) {
   Vec acc[Ranks][Width];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int q = 0; q < Ranks; ++q)
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) acc[q][v] = load(sums + q * sums_stride + v * LANES);
@@ -94,14 +94,14 @@ inline void outer_tile(const float* ranks, int64_t rank_stride, const float* pan
     Vec row[Width];
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) row[v] = load(panel + t * panel_stride + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int q = 0; q < Ranks; ++q) {
       const Vec c = broadcast(ranks[t * rank_stride + q]);
 #pragma GCC unroll 4
       for (int v = 0; v < Width; ++v) acc[q][v] = fma(c, row[v], acc[q][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int q = 0; q < Ranks; ++q)
 #pragma GCC unroll 4
     for (int v = 0; v < Width; ++v) store(sums + q * sums_stride + v * LANES, acc[q][v]);
