@@ -22,8 +22,9 @@ inline void copy_run(const T* row, int64_t width, float* run) {
   for (int64_t n = 0; n < RUN; n += LANES) store(run + n, load(row + n));
 }
 
-// The run of feature f lies at runs + f · run_tokens(tokens), for each f of `starts`, multiples of RUN. Some runs together, so that each visit to
-// a row reads several cache lines; the next visits' are asked for before, with `more` also the first of as many tokens that follow.
+// The run of feature f lies at runs + f · run_tokens(tokens), for each f of `starts`, multiples of RUN. Some runs together, so that
+// each visit to a row reads several cache lines; the next visits' are asked for before, with `more` also the first of as many tokens
+// that follow.
 template <class T>
 inline void copy_runs(const T* rows, int64_t stride, int64_t tokens, int64_t features, const int32_t* starts,
                       int64_t count, bool more, float* runs) {
@@ -66,10 +67,11 @@ struct Runs {
   const float* at(int64_t n) const { return in + starts[n] * apart; }
 };
 
-// rows[t][f] += Σ_n inputs[n][t] · weights[n][f] for Tokens tokens from `first` on and Width vectors of features; one rounding.
+// rows[t][f] += Σ_n inputs[n][t] · weights[n][f] for Tokens tokens from `first` on and Width vectors of features; one rounding. Fresh
+// rows hold nothing before.
 template <int Tokens, int Width, class In, class T>
 inline void add_tokens(const In& inputs, int64_t first, int64_t length, const float* weights, int64_t weights_stride,
-                       T* rows, int64_t stride) {
+                       T* rows, int64_t stride, bool fresh) {
   Vec sums[Tokens][Width];
 #pragma GCC unroll 16
   for (int t = 0; t < Tokens; ++t)
@@ -90,29 +92,32 @@ inline void add_tokens(const In& inputs, int64_t first, int64_t length, const fl
       }
     }
   }
+  if (!fresh) {
+#pragma GCC unroll 16
+    for (int t = 0; t < Tokens; ++t)
+#pragma GCC unroll 4
+      for (int v = 0; v < Width; ++v) sums[t][v] = add(load(rows + t * stride + v * LANES), sums[t][v]);
+  }
 #pragma GCC unroll 16
   for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) {
-      T* const out = rows + t * stride + v * LANES;
-      store(out, add(load(out), sums[t][v]));
-    }
+    for (int v = 0; v < Width; ++v) store(rows + t * stride + v * LANES, sums[t][v]);
 }
 
 // All tokens of a block; fetches the rows so many elements further on, those of a tile to come, where that is not 0.
 template <int Tokens, int Width, class In, class T>
 inline void add_block(const In& in, int64_t length, const float* weights, int64_t weights_stride, T* rows,
-                      int64_t stride, int64_t tokens, int64_t ahead) {
+                      int64_t stride, int64_t tokens, int64_t ahead, bool fresh) {
   constexpr int64_t LINE = 64 / sizeof(T);
   int64_t t = 0;
   for (; t + Tokens <= tokens; t += Tokens) {
     for (int64_t i = t; ahead && i < t + Tokens; ++i)
       for (int64_t f = 0; f < Width * LANES; f += LINE) __builtin_prefetch(rows + i * stride + ahead + f, 1);
-    add_tokens<Tokens, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride);
+    add_tokens<Tokens, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride, fresh);
   }
   for (; t + GROUP <= tokens; t += GROUP)
-    add_tokens<GROUP, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride);
-  for (; t < tokens; ++t) add_tokens<1, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride);
+    add_tokens<GROUP, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride, fresh);
+  for (; t < tokens; ++t) add_tokens<1, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride, fresh);
 }
 
 // Where the tiles of `step` rows of S that have entries start, or the runs of columns of S, made of blocks of 16; ascending.
@@ -171,6 +176,9 @@ class AlikeRows {
 
   int64_t tile_count() const { return tiles_.count; }
 
+  // Whether the tiles are all of the output features.
+  bool covers() const { return whole_columns_; }
+
   // Tokens that gather and add_tiles take at a time, a divisor of TOKENS.
   int64_t tokens_at_a_time() const { return whole_columns_ ? TOKENS : RUN_TOKENS; }
 
@@ -192,15 +200,15 @@ class AlikeRows {
   // further apart where others copied more tokens.
   template <class T>
   void add_tiles(const float* gathered, T* rows, int64_t stride, int64_t tokens, bool more, int64_t begin,
-                 int64_t end, int64_t apart = RUN_TOKENS) const {
+                 int64_t end, bool fresh = false, int64_t apart = RUN_TOKENS) const {
     const int64_t sooner = smaller(end - begin, whole_columns_ ? 1 : 4);  // tiles: of fp32 256 and 64 cache lines
     for (int64_t n = begin; n < end; ++n) {
       const int64_t i = tiles_[n], next = n + sooner;
       const int64_t ahead = next < end ? tiles_[next] - i : more ? tokens * stride + tiles_[next - end + begin] - i : 0;
       if (whole_columns_)
-        add_tile(FeatureMajor{gathered}, i, rows + i, stride, tokens, ahead);
+        add_tile(FeatureMajor{gathered}, i, rows + i, stride, tokens, ahead, fresh);
       else
-        add_tile(Runs{gathered, s_.col + s_.crow[i], apart}, i, rows + i, stride, tokens, ahead);
+        add_tile(Runs{gathered, s_.col + s_.crow[i], apart}, i, rows + i, stride, tokens, ahead, fresh);
     }
   }
 
@@ -219,18 +227,18 @@ class AlikeRows {
   }
 
   template <class In, class T>
-  void add_tile(const In& in, int64_t i, T* rows, int64_t stride, int64_t tokens, int64_t ahead) const {
+  void add_tile(const In& in, int64_t i, T* rows, int64_t stride, int64_t tokens, int64_t ahead, bool fresh) const {
     const float* weights = weights_ + s_.crow[i];
     const int64_t count = smaller(step_, out_features_ - i), n = length(i);
     int64_t f = 0;
     for (; f + STRIP * LANES <= count; f += STRIP * LANES)
-      add_block<GROUP, STRIP>(in, n, weights + f, step_, rows + f, stride, tokens, ahead);
+      add_block<GROUP, STRIP>(in, n, weights + f, step_, rows + f, stride, tokens, ahead, fresh);
     for (; f + LANES <= count; f += LANES)
-      add_block<STRIP * GROUP, 1>(in, n, weights + f, step_, rows + f, stride, tokens, ahead);
+      add_block<STRIP * GROUP, 1>(in, n, weights + f, step_, rows + f, stride, tokens, ahead, fresh);
     for (int64_t t = 0; f < count && t < tokens; ++t) {
       T padded[LANES] = {};
       std::memcpy(padded, rows + t * stride + f, sizeof(T) * (count - f));
-      add_tokens<1, 1>(in, t, n, weights + f, step_, padded, LANES);
+      add_tokens<1, 1>(in, t, n, weights + f, step_, padded, LANES, fresh);
       std::memcpy(rows + t * stride + f, padded, sizeof(T) * (count - f));
     }
   }

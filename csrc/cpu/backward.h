@@ -115,7 +115,7 @@ class BackwardSweep {
     }
   }
 
-  // dx_rows += dy_rows · S, the features of dy that S needs copied first unless dS has copied them; `left` with the tokens that follow.
+  // dx_rows += dy_rows · S; what S needs of dy is copied first unless dS has copied it. `left` counts the tokens that follow, too.
   void add_alike(const T* dy_rows, T* dx_rows, int64_t tokens, int64_t left, float* gathered) const {
     const int64_t step = alike_.tokens_at_a_time();
     for (int64_t t = 0; t < tokens; t += step) {
@@ -123,7 +123,8 @@ class BackwardSweep {
       const bool more = t + 2 * now <= left;
       T* const rows = dx_rows + t * b_.dx.stride;
       if (dS_.fills_runs()) {
-        alike_.add_tiles(gathered + t * RUN, rows, b_.dx.stride, now, more, 0, alike_.tile_count(), run_tokens(tokens));
+        alike_.add_tiles(gathered + t * RUN, rows, b_.dx.stride, now, more, 0, alike_.tile_count(), false,
+                          run_tokens(tokens));
       } else {
         alike_.gather(dy_rows + t * b_.dy.stride, b_.dy.stride, now, more, gathered);
         alike_.add_tiles(gathered, rows, b_.dx.stride, now, more, 0, alike_.tile_count());

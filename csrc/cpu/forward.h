@@ -39,7 +39,8 @@ void forward_alike(const Forward& f) {
   const AlikeRows update(f.sparse, nullptr, f.out_features, f.in_features);
   const int64_t blocks = block_count(f.tokens), tiles = update.tile_count(), parts = parts_of_a_block(f, blocks, tiles);
   const int64_t step = update.tokens_at_a_time();
-  if (parts > 1) clear_rows<T>(f, 0, f.tokens);
+  const bool clears = !update.covers();
+  if (clears && parts > 1) clear_rows<T>(f, 0, f.tokens);
   for_slots(smaller(thread_count(), blocks * parts), blocks * parts, [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Arena arena;
     float* gathered[1];
@@ -49,10 +50,10 @@ void forward_alike(const Forward& f) {
       for (int64_t first = block; first < last; first += step) {
         const int64_t tokens = smaller(step, last - first);
         const bool more = first + 2 * tokens <= f.tokens;
-        if (parts == 1) clear_rows<T>(f, first, tokens);
+        if (clears && parts == 1) clear_rows<T>(f, first, tokens);
         update.gather((const T*)f.x.data + first * f.x.stride, f.x.stride, tokens, more, gathered[0]);
         update.add_tiles(gathered[0], (T*)f.y.data + first * f.y.stride, f.y.stride, tokens, more, tiles * part / parts,
-                         tiles * (part + 1) / parts);
+                         tiles * (part + 1) / parts, f.fresh_y);
       }
     }
   });
