@@ -10,6 +10,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -103,6 +104,51 @@ Matrix base_of(const OptionalTensor& weight, const Tensor& x) {
   return matrix_of(*weight);
 }
 
+Tensor packed(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+Tensor packed(const Tensor& t, ScalarType dtype) {
+  return packed(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+}
+
+// Lays its arguments out itself: what backends/cpu.py does for the others would take longer than the kernel here.
+Tensor few_tokens(const Tensor x, const OptionalTensor weight, const OptionalTensor bias, const OptionalTensor A,
+                  const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
+                  const OptionalTensor col, int64_t out_features, const OptionalTensor seed, int64_t threshold,
+                  double scale) {
+  const Tensor rows = packed(x);
+  std::vector<int64_t> shape(rows.sizes().begin(), rows.sizes().end());
+  FewTokens f{};
+  f.dtype = dtype_of(rows);
+  f.in_features = shape.back();
+  f.out_features = shape.back() = out_features;
+  const Tensor y = torch::stable::new_empty(rows, shape);
+  f.tokens = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) f.tokens *= shape[i];
+  f.x = {rows.data_ptr(), f.in_features};
+  f.y = {y.data_ptr(), out_features};
+  OptionalTensor kept[5];  // what the struct points into
+  if (weight) {
+    STD_TORCH_CHECK(weight->scalar_type() == rows.scalar_type(), "a weight of x's dtype");
+    const bool readable = weight->stride(1) == 1 && weight->stride(0) >= f.in_features;
+    f.weight = matrix_of(*(kept[0] = readable ? *weight : packed(*weight)));
+  }
+  if (bias) f.bias = (kept[1] = packed(*bias, rows.scalar_type()))->data_ptr();
+  if (A) {
+    const ScalarType dtype = A->scalar_type() == B->scalar_type() && A->scalar_type() == ScalarType::BFloat16
+                                 ? ScalarType::BFloat16
+                                 : ScalarType::Float;
+    f.r = A->size(0);
+    f.A = (kept[2] = packed(*A, dtype))->data_ptr();
+    f.B = (kept[3] = packed(*B, dtype))->data_ptr();
+    f.adapter_dtype = dtype_of(*kept[2]);
+    f.scaling = static_cast<float>(scaling);
+  }
+  if (values) f.sparse = csr_of(kept[4] = packed(*values, ScalarType::Float), crow, col, 0);
+  f.dropout = dropout_of(seed, threshold, scale);
+  STD_TORCH_CHECK(!f.sparse.values || f.tokens <= TOKENS, "S meets one block of tokens");
+  kernels().few_tokens(f);
+  return y;
+}
+
 void forward(Tensor y, const Tensor x, const OptionalTensor weight, const OptionalTensor bias, const OptionalTensor A,
              const OptionalTensor B, double scaling,
              const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t structure,
@@ -182,6 +228,9 @@ void merge(Tensor out, const Tensor weight, const OptionalTensor A, const Option
 
 STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
+      "few_tokens(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
+      "Tensor? crow, Tensor? col, int out_features, Tensor? seed, int threshold, float scale) -> Tensor");
+  m.def(
       "forward(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
       "Tensor? values, Tensor? crow, Tensor? col, int structure, Tensor? seed, int threshold, float scale, "
       "bool bfloat16_adapters, bool fresh_y=False) -> ()");
@@ -199,6 +248,7 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("few_tokens", TORCH_BOX(&rosa::few_tokens));
   m.impl("forward", TORCH_BOX(&rosa::forward));
   m.impl("backward", TORCH_BOX(&rosa::backward));
   m.impl("merge", TORCH_BOX(&rosa::merge));

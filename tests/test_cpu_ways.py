@@ -51,6 +51,7 @@ def force(monkeypatch):
 
     def install(way):
         taken = []
+        monkeypatch.setattr(cpu, "_few_tokens", lambda dtype: -1)
         for function in ("forward_way", "dx_way"):
             planned = getattr(plan, function)
 
@@ -77,6 +78,15 @@ def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_
     with rk.use_backend("cpu"):
         check_linear("cpu", case, dtype)
     assert len(taken) == 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_linear_as_few_tokens(monkeypatch, case, dtype):
+    monkeypatch.setattr(cpu, "_few_tokens", lambda dtype: 64)
+    monkeypatch.setattr(plan, "forward_way", None)
+    with rk.use_backend("cpu"):
+        check_linear("cpu", case, dtype)
 
 
 @pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
@@ -168,10 +178,10 @@ def test_lora_alone_in_pairs_of_bf16_goes_through_the_kernels_unless_one_thread_
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_few_tokens_whose_A_and_B_are_shared_among_threads(dropout_p, dtype):
+@pytest.mark.parametrize("tokens,dropout_p", [(3, 0.0), (3, 0.3), (8, 0.0)])
+def test_few_tokens_whose_A_and_B_are_shared_among_threads(tokens, dropout_p, dtype):
     with rk.use_backend("cpu"):
-        check_linear("cpu", LinearCase((3,), 1100, 1050, 64, None, dropout_p=dropout_p), dtype)
+        check_linear("cpu", LinearCase((tokens,), 1100, 1050, 64, "sparse", dropout_p=dropout_p), dtype)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -9,14 +9,20 @@ namespace ROSA_ISA {
 
 template <class T>
 void forward_typed(const Forward& f) {
-  if (f.tokens <= FEW_TOKENS)
-    forward_few<T>(f);
-  else if (!f.low_rank.r && AlikeRows::serves(f.sparse))
+  if (!f.low_rank.r && AlikeRows::serves(f.sparse))
     forward_alike<T>(f);
   else
     forward_blocks<T>(f);
 }
 
+template <class T>
+void few_tokens_typed(const FewTokens& f) {
+  f.adapter_dtype == Dtype::float32 ? FewTokensPass<T, float>(f).run() : FewTokensPass<T, uint16_t>(f).run();
+}
+
+inline void few_tokens(const FewTokens& f) {
+  f.dtype == Dtype::float32 ? few_tokens_typed<float>(f) : few_tokens_typed<uint16_t>(f);
+}
 inline void forward(const Forward& f) {
   f.dtype == Dtype::float32 ? forward_typed<float>(f) : forward_typed<uint16_t>(f);
 }

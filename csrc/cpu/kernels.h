@@ -55,6 +55,18 @@ struct Forward {
   Csr sparse;
 };
 
+// y (tokens, out_features) = x weightᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ, any of which may be missing, but not all. weight
+// (out_features, in_features) and bias are of dtype; A (r, in_features) and B (out_features, r) of adapter_dtype, contiguous.
+struct FewTokens {
+  Dtype dtype, adapter_dtype;
+  int64_t tokens, in_features, out_features, r;
+  Matrix y, x, weight;
+  const void *bias, *A, *B;
+  float scaling;
+  Dropout dropout;
+  Csr sparse;
+};
+
 // Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,). A weight, under the same
 // conditions as the forward's, adds dy weight to a dx that holds nothing before.
 struct Backward {
@@ -81,6 +93,7 @@ struct Merge {
 
 struct Kernels {
   const char* instruction_set;
+  void (*few_tokens)(const FewTokens&);
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*merge)(const Merge&);

@@ -2,13 +2,14 @@
 // ROSA_OTHERS, a set that every processor with this one has.
 #pragma once
 #include "backward_pairs.h"
-#include "few_tokens.h"
+#include "forward_pairs.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
+inline void few_tokens(const FewTokens& f) { ROSA_OTHERS.few_tokens(f); }
 inline void forward(const Forward& f) {
-  const bool served = f.weight.data || (f.dtype == Dtype::bfloat16 && f.low_rank.r && f.tokens > FEW_TOKENS);
+  const bool served = f.weight.data || (f.dtype == Dtype::bfloat16 && f.low_rank.r);
   served ? forward_pairs(f) : ROSA_OTHERS.forward(f);
 }
 inline void backward(const Backward& b) {

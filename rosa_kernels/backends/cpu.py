@@ -50,6 +50,15 @@ def _paired(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and instruction_set() == "avx512bf16"
 
 
+@functools.cache
+def _few_tokens(dtype: torch.dtype) -> int:
+    return plan.few_tokens(dtype, instruction_set(), _fast_bfloat16())
+
+
+def _is_few(x) -> bool:
+    return x.numel() <= _few_tokens(x.dtype) * x.shape[-1]
+
+
 def instruction_set() -> str:
     return _kernels.instruction_set()
 
@@ -60,6 +69,11 @@ def build_info() -> str:
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    if _is_few(x):
+        out_features = (crow.shape[0] - 1) if lora_B is None else lora_B.shape[0]
+        return _kernels.few_tokens(
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
+        )
     widened = plan.widens(x, _fast_bfloat16())
     way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, _paired(x.dtype))
     if weight is None:
@@ -125,6 +139,8 @@ def rosa_linear_backward(
 
 
 def spmm(x, values, crow, col, structure):
+    if _is_few(x):
+        return _kernels.few_tokens(x, None, None, None, None, 0.0, values, crow, col, crow.shape[0] - 1, None, 0, 1.0)
     y = x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
     _forward(y, x, None, None, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
     return y

@@ -23,7 +23,6 @@ _STRIP_ELEMENT = 100.0  # an element of x or dy, for each strip after the first:
 _PACKED_ELEMENT = 1.0  # an element of the weight packed in pairs, over one of y or dx read and written again
 _FUSED_ELEMENTS = 2**23  # of a weight that the kernels multiply no slower than the library: each block of tokens reads it again
 _SWEPT_SOONER = 2**16  # elements of A and B: fewer meet a block of tokens sooner than the library is called five times
-_TOO_FEW_TO_MERGE = 8  # whatever r and S: 8 · _ENTRY is less than _MERGED_ENTRY; saves small calls the counting
 _BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
 
 STRIP_ELEMENTS = 2**22
@@ -53,6 +52,20 @@ def widens(x: Tensor, fast_bfloat16: bool) -> bool:
     return x.dtype == torch.bfloat16 and not fast_bfloat16 and x.numel() >= WIDENED_TOKENS * x.shape[-1]
 
 
+def few_tokens(dtype: torch.dtype, instruction_set: str, fast_bfloat16: bool) -> int:
+    """Up to how many tokens the C++ kernels multiply by W too, faster than libraries, which pack it for their GEMMs.
+
+    Their time over F.linear and two more products: in fp32, where the library has vectors as long, 0.4 for 4 tokens, 0.8 for
+    16, 0.94 for 32 and 1.03 for 64; half of these where it uses AVX2 and they AVX-512. Without vectors of their own 0.9 for one.
+    In bf16 beside a library with instructions for it 0.3-0.7 for one and 0.4-0.9 for 8.
+    """
+    if instruction_set == "portable":
+        return 1
+    if dtype == torch.bfloat16 and fast_bfloat16:
+        return 8
+    return 32 if instruction_set == "avx2" else 64
+
+
 def forward_way(
     x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None,
     structure: int, seed: Tensor | None, widened: bool, paired: bool,
@@ -65,10 +78,9 @@ def forward_way(
     tokens = prod(x.shape[:-1])
     if _fuses(tokens, x, weight, lora_A, structure, paired):
         return Way.FUSED
-    # For one token the library's four calls cost more than the multiplications.
-    by_gemm = tokens > 1 and not paired and _library_serves(x, lora_A, lora_B, values, seed, widened)
+    by_gemm = not paired and _library_serves(x, lora_A, lora_B, values, seed, widened)
     unmerged = Way.GEMMS if by_gemm else Way.KERNELS
-    if tokens <= _TOO_FEW_TO_MERGE or not _may_merge(x, weight, seed, widened):
+    if not _may_merge(x, weight, seed, widened):
         return unmerged
     out_features, in_features = weight.shape
     if values is None and 3 * tokens <= min(out_features, in_features):
