@@ -51,7 +51,7 @@ def force(monkeypatch):
 
     def install(way):
         taken = []
-        monkeypatch.setattr(cpu, "_few_tokens", lambda dtype: -1)
+        monkeypatch.setattr(cpu, "_few_tokens", lambda *_: -1)
         for function in ("forward_way", "dx_way"):
             planned = getattr(plan, function)
 
@@ -83,7 +83,7 @@ def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_linear_as_few_tokens(monkeypatch, case, dtype):
-    monkeypatch.setattr(cpu, "_few_tokens", lambda dtype: 64)
+    monkeypatch.setattr(cpu, "_few_tokens", lambda *_: 64)
     monkeypatch.setattr(plan, "forward_way", None)
     with rk.use_backend("cpu"):
         check_linear("cpu", case, dtype)

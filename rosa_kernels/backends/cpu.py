@@ -51,12 +51,12 @@ def _paired(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _few_tokens(dtype: torch.dtype) -> int:
-    return plan.few_tokens(dtype, instruction_set(), _fast_bfloat16())
+def _few_tokens(dtype: torch.dtype, with_weight: bool) -> int:
+    return plan.few_tokens(dtype, with_weight, instruction_set(), _fast_bfloat16())
 
 
-def _is_few(x) -> bool:
-    return x.numel() <= _few_tokens(x.dtype) * x.shape[-1]
+def _is_few(x, weight) -> bool:
+    return x.numel() <= _few_tokens(x.dtype, weight is not None) * x.shape[-1]
 
 
 def instruction_set() -> str:
@@ -69,8 +69,8 @@ def build_info() -> str:
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    if _is_few(x):
-        out_features = (crow.shape[0] - 1) if lora_B is None else lora_B.shape[0]
+    if _is_few(x, weight):
+        out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         return _kernels.few_tokens(
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
         )
@@ -139,7 +139,7 @@ def rosa_linear_backward(
 
 
 def spmm(x, values, crow, col, structure):
-    if _is_few(x):
+    if _is_few(x, None):
         return _kernels.few_tokens(x, None, None, None, None, 0.0, values, crow, col, crow.shape[0] - 1, None, 0, 1.0)
     y = x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
     _forward(y, x, None, None, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
