@@ -80,7 +80,7 @@ def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in CASES if case.tokens <= 64], ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_linear_as_few_tokens(monkeypatch, case, dtype):
     monkeypatch.setattr(cpu, "_few_tokens", lambda *_: 64)

@@ -11,8 +11,8 @@
 #include "pairs_table.h"
 
 namespace rosa {
-static constexpr Kernels table = {"amx",      amx::few_tokens, amx::forward,
-                                  amx::backward, amx::merge,      amx::SERVES_BASE};
+static constexpr Kernels table = {
+    "amx", amx::few_tokens, amx::forward, amx::backward, amx::merge, amx::SERVES_BASE};
 extern const Kernels* const kernels_amx;
 const Kernels* const kernels_amx = &table;
 }  // namespace rosa
