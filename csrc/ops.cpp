@@ -200,27 +200,52 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
   kernels().backward(b);
 }
 
-void merge(Tensor out, const Tensor weight, const OptionalTensor A, const OptionalTensor B, double scaling,
-           const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t first_row,
-           int64_t first_column) {
+// Rows and columns of a strip, from the first ones on.
+Merge strip_of(const Tensor& weight, const OptionalTensor& A, const OptionalTensor& B, double scaling,
+               const OptionalTensor& values, const OptionalTensor& crow, const OptionalTensor& col, int64_t first_row,
+               int64_t rows, int64_t first_column, int64_t columns) {
   Merge m{};
   m.weight_dtype = dtype_of(weight);
-  m.out_dtype = dtype_of(out);
   m.in_features = weight.size(1);
   m.first_row = first_row;
-  m.rows = out.size(0);
+  m.rows = rows;
   m.first_column = first_column;
-  m.columns = out.size(1);
-  m.out = matrix_of(out);
+  m.columns = columns;
   m.weight = matrix_of(weight);
   m.low_rank = low_rank_of(A, B, scaling);
   m.sparse = csr_of(values, crow, col, 0);
-  STD_TORCH_CHECK(first_row >= 0 && first_row + m.rows <= weight.size(0) && first_column >= 0 &&
-                      first_column + m.columns <= m.in_features,
+  STD_TORCH_CHECK(first_row >= 0 && first_row + rows <= weight.size(0) && first_column >= 0 &&
+                      first_column + columns <= m.in_features,
                   "a strip of the weight");
+  return m;
+}
+
+void merge(Tensor out, const Tensor weight, const OptionalTensor A, const OptionalTensor B, double scaling,
+           const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t first_row,
+           int64_t first_column) {
+  Merge m = strip_of(weight, A, B, scaling, values, crow, col, first_row, out.size(0), first_column, out.size(1));
+  m.out_dtype = dtype_of(out);
+  m.out = matrix_of(out);
   STD_TORCH_CHECK(m.out_dtype == Dtype::float32 || (m.out_dtype == m.weight_dtype && m.low_rank.r == 0),
                   "a low-rank delta is merged in float32 alone");
   kernels().merge(m);
+}
+
+void product(Tensor y, const Tensor x, const Tensor weight, const OptionalTensor bias, const OptionalTensor A,
+             const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
+             const OptionalTensor col, int64_t first, bool transposed) {
+  Product p{};
+  p.tokens = x.size(0);
+  p.y = matrix_of(y);
+  p.x = matrix_of(x);
+  p.bias = floats_of(bias);
+  p.transposed = transposed;
+  p.weight = transposed ? strip_of(weight, A, B, scaling, values, crow, col, 0, weight.size(0), first, y.size(1))
+                        : strip_of(weight, A, B, scaling, values, crow, col, first, y.size(1), 0, weight.size(1));
+  STD_TORCH_CHECK(dtype_of(x) == Dtype::float32 && dtype_of(y) == Dtype::float32 && p.weight.weight_dtype == Dtype::float32 &&
+                      y.size(0) == p.tokens && x.size(1) == weight.size(transposed ? 0 : 1),
+                  "float32 matrices of fitting sizes");
+  kernels().product(p);
 }
 
 }  // namespace
@@ -242,6 +267,10 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
       "merge(Tensor(a!) out, Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
       "Tensor? col, int first_row, int first_column) -> ()");
+  m.def(
+      "product(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
+      "Tensor? values, Tensor? crow, Tensor? col, int first, bool transposed) -> ()");
+  m.def("mkl_uses_vectors() -> bool");
   m.def("fast_bfloat16() -> bool");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");
@@ -252,6 +281,8 @@ STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("forward", TORCH_BOX(&rosa::forward));
   m.impl("backward", TORCH_BOX(&rosa::backward));
   m.impl("merge", TORCH_BOX(&rosa::merge));
+  m.impl("product", TORCH_BOX(&rosa::product));
+  m.impl("mkl_uses_vectors", TORCH_BOX(&rosa::mkl_uses_vectors));
   m.impl("fast_bfloat16", TORCH_BOX(&rosa::fast_bfloat16));
   m.impl("instruction_set", TORCH_BOX(&rosa::instruction_set));
   m.impl("build_info", TORCH_BOX(&rosa::build_info));

@@ -55,10 +55,10 @@ def force(monkeypatch):
         for function in ("forward_way", "dx_way"):
             planned = getattr(plan, function)
 
-            def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, paired, planned=planned):
+            def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, own, planned=planned):
                 call = x, weight, lora_A, lora_B, values
-                legal = way in plan.legal_ways(*call, seed, widened, paired)
-                taken.append(way if legal else planned(*call, structure, seed, widened, paired))
+                legal = way in plan.legal_ways(*call, seed, widened, own)
+                taken.append(way if legal else planned(*call, structure, seed, widened, own))
                 return taken[-1]
 
             monkeypatch.setattr(plan, function, choose)
@@ -92,7 +92,7 @@ def test_linear_as_few_tokens(monkeypatch, case, dtype):
 @pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
 def test_each_way_is_legal_somewhere(force, way):
     dtype = BF16 if way is Way.FUSED else FP32
-    if way is Way.FUSED and not cpu._paired(dtype):
+    if way is Way.FUSED and not cpu._own(dtype):
         pytest.skip(f"kernels for {cpu.instruction_set()} do not multiply the base layer's weight")
     taken = force(way)
     with rk.use_backend("cpu"):
@@ -124,7 +124,7 @@ def test_bf16_gradient_of_a_trainable_weight_is_summed_in_fp32(monkeypatch, smal
 
 
 def chosen(
-    tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False, paired=False
+    tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False, own=False
 ):  # fmt: skip
     """(way for y, way for dx) of meta tensors: no memory is touched."""
     x, dy = (torch.empty(tokens, features, dtype=dtype, device="meta") for features in (in_features, out_features))
@@ -133,7 +133,7 @@ def chosen(
     nnz = int(density * weight.numel())
     values = torch.empty(nnz, device="meta") if nnz else None
     adapter = (A, B) if r else (None, None)
-    arguments = (weight, *adapter, values, structure, None, widened, paired)
+    arguments = (weight, *adapter, values, structure, None, widened, own)
     return plan.forward_way(x, *arguments), plan.dx_way(dy, *arguments)
 
 
@@ -163,18 +163,18 @@ def test_lora_alone_goes_through_the_library_until_it_merges():
 
 def test_pairs_of_bf16_are_fused_where_tokens_outnumber_features():
     for density in (0.0, 0.01):
-        assert chosen(4096, 768, 768, density=density, dtype=BF16, paired=True) == (Way.FUSED, Way.FUSED)
-        assert chosen(1024, 3072, 768, density=density, dtype=BF16, paired=True) == (Way.FUSED, Way.KERNELS)
-        assert chosen(512, 768, 768, density=density, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
-        assert chosen(8192, 4096, 4096, density=density, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
-    assert chosen(4096, 768, 768, r=0, dtype=BF16, paired=True) == (Way.FUSED, Way.FUSED)
-    assert chosen(4096, 768, 768, r=0, structure=ROW, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
+        assert chosen(4096, 768, 768, density=density, dtype=BF16, own=True) == (Way.FUSED, Way.FUSED)
+        assert chosen(1024, 3072, 768, density=density, dtype=BF16, own=True) == (Way.FUSED, Way.KERNELS)
+        assert chosen(512, 768, 768, density=density, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
+        assert chosen(8192, 4096, 4096, density=density, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
+    assert chosen(4096, 768, 768, r=0, dtype=BF16, own=True) == (Way.FUSED, Way.FUSED)
+    assert chosen(4096, 768, 768, r=0, structure=ROW, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
 
 
 def test_lora_alone_in_pairs_of_bf16_goes_through_the_kernels_unless_one_thread_would_sweep_a_large_adapter():
     for tokens, features in ((16, 768), (64, 4096), (2048, 4096)):
-        assert chosen(tokens, features, features, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.KERNELS)
-    assert chosen(16, 4096, 4096, density=0.0, dtype=BF16, paired=True) == (Way.KERNELS, Way.GEMMS)
+        assert chosen(tokens, features, features, density=0.0, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
+    assert chosen(16, 4096, 4096, density=0.0, dtype=BF16, own=True) == (Way.KERNELS, Way.GEMMS)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])

@@ -18,13 +18,13 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, to
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_fresh_adapter_changes_no_bit(backend, dtype, kind, bias):
-    """But roundings of sums where the CPU's kernels compute the base too, for few tokens."""
+def test_a_fresh_adapter_changes_nothing(backend, dtype, kind, bias):
+    """But roundings of sums where the CPU's kernels multiply the base too."""
     base = make_base(dtype, bias)
     layer = LAYERS[kind](copy.deepcopy(base))
     for leading in ((9, 9), (5, 7), (), (0,)):
         x = torch.randn(*leading, IN, dtype=dtype)
-        tolerance = TOLERANCE[dtype] if backend == "cpu" and x.numel() <= 64 * IN else 0
+        tolerance = TOLERANCE[dtype] if backend == "cpu" else 0
         torch.testing.assert_close(layer(x), base(x), rtol=tolerance, atol=tolerance)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), base(x), rtol=tolerance, atol=tolerance)

@@ -66,6 +66,14 @@ const Supported& supported_kernels() {
   return supported;
 }
 
+bool mkl_uses_vectors() {
+#if defined(__x86_64__)
+  return !has_avx512() || __builtin_cpu_is("intel");
+#else
+  return true;
+#endif
+}
+
 bool fast_bfloat16() {
 #if defined(__x86_64__)
   return has_avx512bf16();  // every processor with AMX-BF16 has it too

@@ -2,6 +2,7 @@
 #pragma once
 #include "backward.h"
 #include "few_tokens.h"
+#include "gemm.h"
 #include "merge.h"
 
 namespace rosa {

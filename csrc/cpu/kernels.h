@@ -91,12 +91,23 @@ struct Merge {
   Csr sparse;
 };
 
+// y (tokens, rows) = x · stripᵀ + bias, or transposed y (tokens, columns) = x · strip + bias, for the strip that the weight says; all
+// float32. bias null: none.
+struct Product {
+  int64_t tokens;
+  Matrix y, x;
+  const float* bias;
+  bool transposed;
+  Merge weight;  // its `out` is not used
+};
+
 struct Kernels {
   const char* instruction_set;
   void (*few_tokens)(const FewTokens&);
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*merge)(const Merge&);
+  void (*product)(const Product&);
   bool serves_base = false;
 };
 
@@ -115,6 +126,9 @@ struct Supported {
   const char* left_out;
 };
 const Supported& supported_kernels();
+
+// Whether MKL's fp32 GEMMs use this processor's vectors: it takes AVX-512 on Intel's alone.
+bool mkl_uses_vectors();
 
 // Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.
 bool fast_bfloat16();

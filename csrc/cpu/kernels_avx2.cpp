@@ -6,6 +6,7 @@
 
 namespace rosa {
 extern const Kernels kernels_avx2;
-const Kernels kernels_avx2 = {"avx2", avx2::few_tokens, avx2::forward, avx2::backward, avx2::merge};
+const Kernels kernels_avx2 = {
+    "avx2", avx2::few_tokens, avx2::forward, avx2::backward, avx2::merge, avx2::product};
 }  // namespace rosa
 #endif

@@ -6,6 +6,7 @@
 
 namespace rosa {
 extern const Kernels kernels_avx512;
-const Kernels kernels_avx512 = {"avx512", avx512::few_tokens, avx512::forward, avx512::backward, avx512::merge};
+const Kernels kernels_avx512 = {
+    "avx512", avx512::few_tokens, avx512::forward, avx512::backward, avx512::merge, avx512::product};
 }  // namespace rosa
 #endif

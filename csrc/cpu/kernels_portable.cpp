@@ -5,5 +5,6 @@
 
 namespace rosa {
 extern const Kernels kernels_portable;
-const Kernels kernels_portable = {"portable", portable::few_tokens, portable::forward, portable::backward, portable::merge};
+const Kernels kernels_portable = {
+    "portable", portable::few_tokens, portable::forward, portable::backward, portable::merge, portable::product};
 }  // namespace rosa

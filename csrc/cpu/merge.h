@@ -128,22 +128,24 @@ inline void copy_rows(const uint16_t* weight, int64_t weight_stride, int64_t row
   }
 }
 
-// weight in W, out in T.
+// Rows [begin, end) of the strip; weight in W, out in T.
+template <class W, class T>
+void merge_some(const Merge& m, int64_t begin, int64_t end) {
+  T* out = (T*)m.out.data + begin * m.out.stride;
+  if (m.low_rank.r)
+    merge_dense<W>(m, begin, end);
+  else
+    copy_rows((const W*)m.weight.data + (m.first_row + begin) * m.weight.stride + m.first_column, m.weight.stride,
+              end - begin, m.columns, out, m.out.stride);
+  for (int64_t j = begin; m.sparse.values && j < end; ++j, out += m.out.stride) add_sparse_row(m, j, out);
+}
+
 template <class W, class T>
 void merge_rows(const Merge& m) {
   constexpr int64_t ELEMENTS_A_SLOT = 32768;  // fewer are not worth waking a thread
   const int64_t slots = larger(1, smaller(thread_count(), m.rows * m.columns / ELEMENTS_A_SLOT));
   for_slots(slots, m.rows, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += MERGED_ROWS) {
-      const int64_t last = smaller(i + MERGED_ROWS, end);
-      T* out = (T*)m.out.data + i * m.out.stride;
-      if (m.low_rank.r)
-        merge_dense<W>(m, i, last);
-      else
-        copy_rows((const W*)m.weight.data + (m.first_row + i) * m.weight.stride + m.first_column, m.weight.stride,
-                  last - i, m.columns, out, m.out.stride);
-      for (int64_t j = i; m.sparse.values && j < last; ++j, out += m.out.stride) add_sparse_row(m, j, out);
-    }
+    for (int64_t i = begin; i < end; i += MERGED_ROWS) merge_some<W, T>(m, i, smaller(i + MERGED_ROWS, end));
   });
 }
 

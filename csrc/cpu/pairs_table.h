@@ -17,6 +17,7 @@ inline void backward(const Backward& b) {
   served ? BackwardPairs(b).run() : ROSA_OTHERS.backward(b);
 }
 inline void merge(const Merge& m) { ROSA_OTHERS.merge(m); }
+inline void product(const Product& p) { ROSA_OTHERS.product(p); }
 
 }  // namespace ROSA_ISA
 }  // namespace rosa

@@ -45,9 +45,13 @@ def _fast_bfloat16() -> bool:
 
 
 @functools.cache
-def _paired(dtype: torch.dtype) -> bool:
-    """Whether the kernels multiply this dtype in pairs, faster than the library does; those by AMX have not been measured."""
-    return dtype == torch.bfloat16 and instruction_set() == "avx512bf16"
+def _own(dtype: torch.dtype) -> bool:
+    """Whether the kernels' own dense products are faster than the library's: in bf16 those by vectors (those by AMX have not been
+    measured), in fp32 where MKL does without AVX-512."""
+    if dtype == torch.bfloat16:
+        return instruction_set() == "avx512bf16"
+    without_vectors = torch.backends.mkl.is_available() and not _kernels.mkl_uses_vectors()
+    return without_vectors and instruction_set() in ("amx", "avx512bf16", "avx512")
 
 
 @functools.cache
@@ -75,21 +79,23 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
         )
     widened = plan.widens(x, _fast_bfloat16())
-    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, _paired(x.dtype))
+    own_fp32 = x.dtype == torch.float32 and _own(x.dtype)
+    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, _own(x.dtype))
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
     elif way is Way.FUSED:
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    elif way is Way.MERGED or widened:
+    elif way is Way.MERGED or widened or own_fp32:
         delta = _delta(lora_A, lora_B, scaling, values, crow, col) if way is Way.MERGED else None
-        y = cpu_gemms.linear(as_matrix(x), _matrix(weight), bias, delta).view(*x.shape[:-1], weight.shape[0])
+        y = cpu_gemms.linear(_matrix(x), _matrix(weight), _contiguous(bias), delta, own_fp32)
+        y = y.view(*x.shape[:-1], weight.shape[0])
     else:
         y = F.linear(x, weight, bias).contiguous()
     if way is Way.GEMMS:
         as_matrix(y).addmm_(F.linear(as_matrix(x), lora_A), lora_B.T, alpha=scaling)
     elif way is not Way.MERGED:
-        base = (_matrix(weight), bias if bias is None else bias.contiguous()) if way is Way.FUSED else (None, None)
+        base = (_matrix(weight), _contiguous(bias)) if way is Way.FUSED else (None, None)
         _forward(y, x, *base, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
     return y
 
@@ -101,14 +107,15 @@ def rosa_linear_backward(
     dy2, x2 = _matrix(dy), _matrix(x)
     widened = dy.dtype == torch.bfloat16 and not _fast_bfloat16()
     delta = _delta(lora_A, lora_B, scaling, values, crow, col)
-    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, _paired(dy.dtype))
+    own_fp32 = dy.dtype == torch.float32 and _own(dy.dtype)
+    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, _own(dy.dtype))
     dx2 = None
     if need_dx and weight is None:
         dx2 = torch.zeros_like(x2)
-    elif need_dx and (way is Way.MERGED or widened):
-        dx2 = cpu_gemms.linear_dx(dy2, _matrix(weight), delta if way is Way.MERGED else None)
     elif need_dx and way is Way.FUSED:
         dx2 = torch.empty_like(x2)
+    elif need_dx and (way is Way.MERGED or widened or own_fp32):
+        dx2 = cpu_gemms.linear_dx(dy2, _matrix(weight), delta if way is Way.MERGED else None, own_fp32)
     elif need_dx:
         dx2 = dy2 @ weight
     dx_to_add = None if way is Way.MERGED else dx2  # or to write: with a base it holds nothing
@@ -174,6 +181,10 @@ def _matrix(tensor):
     matrix = as_matrix(tensor)
     row_stride, column_stride = matrix.stride()
     return matrix if column_stride == 1 and row_stride >= matrix.shape[1] else matrix.contiguous()
+
+
+def _contiguous(tensor):
+    return None if tensor is None else tensor.contiguous()
 
 
 def _floats(tensor):

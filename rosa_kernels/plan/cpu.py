@@ -18,6 +18,7 @@ _ENTRY = 5.0  # an entry of S for a token, gathered; in rows, columns and blocks
 _ELEMENT = 7.0  # an element of x read, or of y read or written
 _MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and read again by the GEMM
 _MERGED_ENTRY = 50.0  # an entry of S added to it
+_PACKED_RANK = 0.4  # a multiply-add of B A where the kernels' own GEMM merges while it packs
 _STRIP_ELEMENT = 100.0  # an element of x or dy, for each strip after the first: the GEMMs read and pack it again
 
 _PACKED_ELEMENT = 1.0  # an element of the weight packed in pairs, over one of y or dx read and written again
@@ -68,78 +69,78 @@ def few_tokens(dtype: torch.dtype, with_weight: bool, instruction_set: str, fast
 
 def forward_way(
     x: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None,
-    structure: int, seed: Tensor | None, widened: bool, paired: bool,
+    structure: int, seed: Tensor | None, widened: bool, own: bool,
 ) -> Way:  # fmt: skip
     """Way for y. Only fp32 is merged, or bf16 widened to it: bf16 would round 8-60 % of the small deltas away.
 
-    paired: x is bf16, and the kernels multiply it in pairs. They then beat the library, whose low-rank products run at a third
-    of its rate: 0.7-1.01 of its time at 2 to 2048 tokens.
+    own: the kernels' dense products beat the library's, in fp32 by their own GEMM, in bf16 by products of pairs: those of the
+    low-rank part take 0.7-1.01 of the library's time at 2 to 2048 tokens.
     """
     tokens = prod(x.shape[:-1])
-    if _fuses(tokens, x, weight, lora_A, structure, paired):
+    if _fuses(tokens, x, weight, lora_A, structure, own):
         return Way.FUSED
-    by_gemm = not paired and _library_serves(x, lora_A, lora_B, values, seed, widened)
+    by_gemm = not own and _library_serves(x, lora_A, lora_B, values, seed, widened)
     unmerged = Way.GEMMS if by_gemm else Way.KERNELS
     if not _may_merge(x, weight, seed, widened):
         return unmerged
     out_features, in_features = weight.shape
-    if values is None and 3 * tokens <= min(out_features, in_features):
+    if values is None and not own and 3 * tokens <= min(out_features, in_features):
         return unmerged  # by the costs below whatever r; saves these calls the counting
     low_rank = (1.0 if by_gemm else _LOW_RANK) * _rank(lora_A) * (in_features + out_features)
     moved = _ELEMENT * (in_features + 2 * out_features)
     adding = tokens * (low_rank + _sparse_cost(values, structure) + moved)
-    return Way.MERGED if _merging_cost(weight, lora_A, values, widened, x.numel()) < adding else unmerged
+    return Way.MERGED if _merging_cost(weight, lora_A, values, widened, own, x.numel()) < adding else unmerged
 
 
 def dx_way(
     dy: Tensor, weight: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, values: Tensor | None,
-    structure: int, seed: Tensor | None, widened: bool, paired: bool,
+    structure: int, seed: Tensor | None, widened: bool, own: bool,
 ) -> Way:  # fmt: skip
     """Way for dx. The sweep for dA, dB and dS reads x and dy whatever it is, so that KERNELS costs dx's own part alone.
 
-    GEMMS stands for dA and dB too: for bf16 that the kernels do not multiply in pairs, and for so few tokens that the
+    GEMMS stands for dA and dB too: for bf16 where the kernels' products are not the faster ones, and for so few tokens that the
     kernels' blocks are half empty.
     """
     tokens = prod(dy.shape[:-1])
-    if _fuses(tokens, dy, weight, lora_A, structure, paired):
+    if _fuses(tokens, dy, weight, lora_A, structure, own):
         return Way.FUSED
     if _library_serves(dy, lora_A, lora_B, values, seed, widened):
         few = tokens <= _BLOCK_TOKENS * torch.get_num_threads()
-        if paired:
+        if own and dy.dtype == torch.bfloat16:
             few = tokens < _BLOCK_TOKENS and lora_A.numel() + lora_B.numel() > _SWEPT_SOONER
-        if few or not (paired or dy.dtype == torch.float32):
+        if few or not (own or dy.dtype == torch.float32):
             return Way.GEMMS
     if not _may_merge(dy, weight, seed, widened):
         return Way.KERNELS
     in_features = weight.shape[1]
     low_rank = _LOW_RANK * _rank(lora_A) * in_features
     adding = _tokens_of_the_sweep(tokens) * (low_rank + _sparse_cost(values, structure) + 2 * _ELEMENT * in_features)
-    return Way.MERGED if _merging_cost(weight, lora_A, values, widened, dy.numel()) < adding else Way.KERNELS
+    return Way.MERGED if _merging_cost(weight, lora_A, values, widened, own, dy.numel()) < adding else Way.KERNELS
 
 
-def legal_ways(x, weight, lora_A, lora_B, values, seed, widened, paired) -> tuple[Way, ...]:
+def legal_ways(x, weight, lora_A, lora_B, values, seed, widened, own) -> tuple[Way, ...]:
     """All of the ways that give the right numbers, for those who measure what the choice among them is worth."""
     ways = [Way.KERNELS]
     if _library_serves(x, lora_A, lora_B, values, seed, widened):
         ways.append(Way.GEMMS)
     if _may_merge(x, weight, seed, widened):
         ways.append(Way.MERGED)
-    if _may_fuse(weight, paired):
+    if _may_fuse(x, weight, own):
         ways.append(Way.FUSED)
     return tuple(ways)
 
 
-def _may_fuse(weight: Tensor | None, paired: bool) -> bool:
-    return paired and weight is not None and weight.numel() > 0
+def _may_fuse(x: Tensor, weight: Tensor | None, own: bool) -> bool:
+    return own and x.dtype == torch.bfloat16 and weight is not None and weight.numel() > 0
 
 
 def _fuses(
-    tokens: int, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, structure: int, paired: bool
+    tokens: int, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, structure: int, own: bool
 ) -> bool:
     """The weight is packed for the call, in_features elements of it for each feature of y, and that is won back over the
     elements of y, one for each token, that are not read and written again. The dual holds for dx. Rows, columns and blocks
     by themselves touch so little of y that their own kernels win up to some 1000 features."""
-    if not _may_fuse(weight, paired) or weight.numel() > _FUSED_ELEMENTS or (lora_A is None and structure != UNSTRUCTURED):
+    if not _may_fuse(x, weight, own) or weight.numel() > _FUSED_ELEMENTS or (lora_A is None and structure != UNSTRUCTURED):
         return False
     return tokens >= _PACKED_ELEMENT * x.shape[-1]
 
@@ -164,10 +165,16 @@ def _tokens_of_the_sweep(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _merging_cost(weight: Tensor, lora_A: Tensor | None, values: Tensor | None, widened: bool, read: int) -> float:
-    """read: elements of x or dy. A weight that is widened anyway comes in strips, through memory, at no extra cost."""
+def _merging_cost(
+    weight: Tensor, lora_A: Tensor | None, values: Tensor | None, widened: bool, own: bool, read: int
+) -> float:
+    """read: elements of x or dy. A weight that is widened, or packed by the kernels, anyway comes in strips, through memory, at
+    no extra cost."""
     elements = weight.numel()
-    cost = elements * _rank(lora_A) + _MERGED_ENTRY * (0 if values is None else values.shape[0])
+    cost = _MERGED_ENTRY * (0 if values is None else values.shape[0])
+    if own:
+        return cost + _PACKED_RANK * elements * _rank(lora_A)
+    cost += elements * _rank(lora_A)
     if widened:
         return cost
     return cost + _MERGED_ELEMENT * elements + _STRIP_ELEMENT * read * (strip_count(elements) - 1)
