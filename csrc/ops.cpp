@@ -270,7 +270,7 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
       "product(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
       "Tensor? values, Tensor? crow, Tensor? col, int first, bool transposed) -> ()");
-  m.def("mkl_uses_vectors() -> bool");
+  m.def("intel_processor() -> bool");
   m.def("fast_bfloat16() -> bool");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");
@@ -282,7 +282,7 @@ STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("backward", TORCH_BOX(&rosa::backward));
   m.impl("merge", TORCH_BOX(&rosa::merge));
   m.impl("product", TORCH_BOX(&rosa::product));
-  m.impl("mkl_uses_vectors", TORCH_BOX(&rosa::mkl_uses_vectors));
+  m.impl("intel_processor", TORCH_BOX(&rosa::intel_processor));
   m.impl("fast_bfloat16", TORCH_BOX(&rosa::fast_bfloat16));
   m.impl("instruction_set", TORCH_BOX(&rosa::instruction_set));
   m.impl("build_info", TORCH_BOX(&rosa::build_info));

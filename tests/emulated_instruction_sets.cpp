@@ -11,4 +11,5 @@ const Supported& supported_kernels() {
 }
 
 bool fast_bfloat16() { return true; }
+bool intel_processor() { return false; }
 }  // namespace rosa

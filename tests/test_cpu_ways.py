@@ -80,6 +80,27 @@ def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_
     assert len(taken) == 2
 
 
+@pytest.mark.parametrize("way", [Way.MERGED, Way.KERNELS], ids=lambda way: way.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        LinearCase((150,), 90, 1300, 5, "random"),  # several blocks of tokens and chunks of x's features
+        LinearCase((130,), 2070, 33, 3, "rows", bias=False, x_layout="padded", dy_layout="strided"),
+        LinearCase((300,), 47, 61, 0, "almost_full", weight_layout="transposed"),
+    ],
+    ids=lambda case: case.id,
+)
+def test_linear_by_the_kernels_own_gemm(monkeypatch, force, case, way):
+    """On any processor, whichever GEMM its plan prefers."""
+    monkeypatch.setattr(cpu, "_own", lambda dtype: dtype == FP32)
+    monkeypatch.setattr(cpu, "_few_tokens", lambda dtype, with_weight: 0)
+    monkeypatch.setattr(plan, "STRIP_ELEMENTS", 40_000)
+    force(way)
+    with rk.use_backend("cpu"):
+        check_linear("cpu", case, FP32)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.tokens <= 64], ids=lambda case: case.id)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_linear_as_few_tokens(monkeypatch, case, dtype):
@@ -161,11 +182,20 @@ def test_lora_alone_goes_through_the_library_until_it_merges():
     assert chosen(2048, 768, 768, density=0.0, dtype=BF16) == (Way.GEMMS, Way.GEMMS)
 
 
+def test_the_kernels_own_gemm_merges_sooner():
+    for density in (0.0, 0.01):
+        assert chosen(512, 768, 768, density=density, own=True) == (Way.MERGED, Way.MERGED)
+        assert chosen(2048, 4096, 4096, density=density, own=True) == (Way.MERGED, Way.MERGED)
+    assert chosen(128, 2048, 2048, own=True) == (Way.KERNELS, Way.KERNELS)
+    assert chosen(128, 768, 768, r=256, own=True) == (Way.KERNELS, Way.KERNELS)
+    assert chosen(16, 2048, 2048, density=0.0, own=True)[1] is Way.GEMMS
+
+
 def test_pairs_of_bf16_are_fused_where_tokens_outnumber_features():
     for density in (0.0, 0.01):
         assert chosen(4096, 768, 768, density=density, dtype=BF16, own=True) == (Way.FUSED, Way.FUSED)
         assert chosen(1024, 3072, 768, density=density, dtype=BF16, own=True) == (Way.FUSED, Way.KERNELS)
-        assert chosen(512, 768, 768, density=density, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
+        assert chosen(256, 768, 768, density=density, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
         assert chosen(8192, 4096, 4096, density=density, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
     assert chosen(4096, 768, 768, r=0, dtype=BF16, own=True) == (Way.FUSED, Way.FUSED)
     assert chosen(4096, 768, 768, r=0, structure=ROW, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)

@@ -66,11 +66,11 @@ const Supported& supported_kernels() {
   return supported;
 }
 
-bool mkl_uses_vectors() {
+bool intel_processor() {
 #if defined(__x86_64__)
-  return !has_avx512() || __builtin_cpu_is("intel");
+  return __builtin_cpu_is("intel");
 #else
-  return true;
+  return false;
 #endif
 }
 

@@ -127,8 +127,8 @@ struct Supported {
 };
 const Supported& supported_kernels();
 
-// Whether MKL's fp32 GEMMs use this processor's vectors: it takes AVX-512 on Intel's alone.
-bool mkl_uses_vectors();
+// Whose processor it is: MKL's GEMMs are made for Intel's, and take AVX-512 on no others.
+bool intel_processor();
 
 // Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.
 bool fast_bfloat16();

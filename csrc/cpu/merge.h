@@ -55,9 +55,11 @@ inline void merge_tile(const Merge& m, const MergedRows<W>& rows, int64_t k) {
 #pragma GCC unroll 4
   for (int j = 0; j < Rows; ++j)
 #pragma GCC unroll 4
-    for (int v = 0; v < STRIP; ++v)
-      store(rows.out + j * m.out.stride + k + v * LANES,
-            fma(scale, sums[j][v], load(rows.weight + j * m.weight.stride + k + v * LANES)));
+    for (int v = 0; v < STRIP; ++v) {
+      const W* weight = rows.weight + j * m.weight.stride + k + v * LANES;
+      __builtin_prefetch(weight + MERGED_ROWS * m.weight.stride, 0, 2);
+      store(rows.out + j * m.out.stride + k + v * LANES, fma(scale, sums[j][v], load(weight)));
+    }
 }
 
 // Rows [begin, end) of the strip, without S.

@@ -18,10 +18,10 @@ _ENTRY = 5.0  # an entry of S for a token, gathered; in rows, columns and blocks
 _ELEMENT = 7.0  # an element of x read, or of y read or written
 _MERGED_ELEMENT = 30.0  # an element of the merged weight: read, written, and read again by the GEMM
 _MERGED_ENTRY = 50.0  # an entry of S added to it
-_PACKED_RANK = 0.4  # a multiply-add of B A where the kernels' own GEMM merges while it packs
+_PACKED_RANK = 0.7  # a multiply-add of B A where the kernels' own GEMM merges while it packs
 _STRIP_ELEMENT = 100.0  # an element of x or dy, for each strip after the first: the GEMMs read and pack it again
 
-_PACKED_ELEMENT = 1.0  # an element of the weight packed in pairs, over one of y or dx read and written again
+_PACKED_ELEMENT = 0.65  # an element of the weight packed in pairs, over one of y or dx read and written again
 _FUSED_ELEMENTS = 2**23  # of a weight that the kernels multiply no slower than the library: each block of tokens reads it again
 _SWEPT_SOONER = 2**16  # elements of A and B: fewer meet a block of tokens sooner than the library is called five times
 _BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
@@ -106,8 +106,9 @@ def dx_way(
         return Way.FUSED
     if _library_serves(dy, lora_A, lora_B, values, seed, widened):
         few = tokens <= _BLOCK_TOKENS * torch.get_num_threads()
-        if own and dy.dtype == torch.bfloat16:
-            few = tokens < _BLOCK_TOKENS and lora_A.numel() + lora_B.numel() > _SWEPT_SOONER
+        if own:
+            small = dy.dtype == torch.bfloat16 and lora_A.numel() + lora_B.numel() <= _SWEPT_SOONER
+            few = tokens < _BLOCK_TOKENS and not small
         if few or not (own or dy.dtype == torch.float32):
             return Way.GEMMS
     if not _may_merge(dy, weight, seed, widened):
