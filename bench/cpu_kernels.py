@@ -137,16 +137,17 @@ class Sparse:
 NO_S = (None, None, None)
 
 
-def forward(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None):
-    _ops.forward(t.y, t.x, None, None, *low_rank, *(s.csr if s else NO_S), s.structure if s else 0, *NO_DROPOUT, False)
+def forward(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None, weight=None):
+    indices = (*(s.csr if s else NO_S), s.structure if s else 0)
+    _ops.forward(t.y, t.x, weight, None, *low_rank, *indices, *NO_DROPOUT, False)
 
 
-def backward(t: Tensors, wanted: str, low_rank=(None, None, 0.0), s: Sparse | None = None):
+def backward(t: Tensors, wanted: str, low_rank=(None, None, 0.0), s: Sparse | None = None, weight=None):
     """wanted: some of dx, dA, dB, dS."""
     outputs = {"dx": t.dx, "dA": t.dA, "dB": t.dB, "dS": s.dvalues if s else None}
     outputs = [tensor if name in wanted.split() else None for name, tensor in outputs.items()]
     indices = (*s.csr, *s.csc, s.structure) if s else (*NO_S, *NO_S, 0)
-    _ops.backward(*outputs, t.dy, t.x, None, *low_rank, *indices, *NO_DROPOUT, False)
+    _ops.backward(*outputs, t.dy, t.x, weight, *low_rank, *indices, *NO_DROPOUT, False)
 
 
 def merge(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None):
@@ -225,10 +226,34 @@ def joint_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
         )
 
 
+def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
+    """y and dx of the whole layer where the kernels multiply by W too: in fp32 merged, in bf16 in the adapter's pass."""
+    if not backend._own(t.x.dtype):
+        return
+    base, (with_A, with_B) = 2 * t.T * t.O * t.I, t.rank_flops
+    moved = t.x_bytes + t.y_bytes + t.weight_bytes + t.factor_bytes + s.bytes
+    if t.size == WORD:
+        adapter, gathered = 2 * RANK * t.O * t.I + s.n, 0
+        delta = (*t.low_rank, *s.csr)
+        runs = (
+            ("y", lambda: _ops.product(t.y, t.x, t.weight, None, *delta, 0, False)),
+            ("dx", lambda: _ops.product(t.dx, t.dy, t.weight, None, *delta, 0, True)),
+        )
+    else:
+        adapter, gathered = with_A + with_B + s.flops, s.gathered
+        runs = (
+            ("y", lambda: forward(t, t.low_rank, s, t.weight)),
+            ("dx", lambda: backward(t, "dx", t.low_rank, s, t.weight)),
+        )
+    for name, run in runs:
+        yield Kernel(f"{name}, base and all", run, base + adapter, moved, gathered)
+
+
 def kernels_of(shape: Shape, dtype: torch.dtype) -> list[Kernel]:
     t = Tensors(shape, dtype)
     sparse = {structure: Sparse(t, shape, structure) for structure in STRUCTURES}
-    kernels = [*low_rank_kernels(t), *joint_kernels(t, sparse["unstructured"])]
+    unstructured = sparse["unstructured"]
+    kernels = [*low_rank_kernels(t), *joint_kernels(t, unstructured), *whole_kernels(t, unstructured)]
     for structure, s in sparse.items():
         kernels += sparse_kernels(t, s, structure)
     return kernels
