@@ -150,9 +150,9 @@ Tensor few_tokens(const Tensor x, const OptionalTensor weight, const OptionalTen
 }
 
 void forward(Tensor y, const Tensor x, const OptionalTensor weight, const OptionalTensor bias, const OptionalTensor A,
-             const OptionalTensor B, double scaling,
-             const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col, int64_t structure,
-             const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters, bool fresh_y) {
+             const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
+             const OptionalTensor col, int64_t structure, const OptionalTensor seed, int64_t threshold, double scale,
+             bool bfloat16_adapters, bool fresh_y) {
   Forward f{};
   f.dtype = dtype_of(x);
   f.tokens = x.size(0);
@@ -175,10 +175,10 @@ void forward(Tensor y, const Tensor x, const OptionalTensor weight, const Option
 
 void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTensor dB, const OptionalTensor dvalues,
               const Tensor dy, const Tensor x, const OptionalTensor weight, const OptionalTensor A,
-              const OptionalTensor B, double scaling,
-              const OptionalTensor values, const OptionalTensor crow, const OptionalTensor col,
-              const OptionalTensor ccol, const OptionalTensor row, const OptionalTensor permutation, int64_t structure,
-              const OptionalTensor seed, int64_t threshold, double scale, bool bfloat16_adapters) {
+              const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
+              const OptionalTensor col, const OptionalTensor ccol, const OptionalTensor row,
+              const OptionalTensor permutation, int64_t structure, const OptionalTensor seed, int64_t threshold,
+              double scale, bool bfloat16_adapters) {
   Backward b{};
   b.dtype = dtype_of(x);
   b.tokens = x.size(0);

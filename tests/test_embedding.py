@@ -69,6 +69,14 @@ def test_many_tokens_are_adapted_as_few_are(r, dtype):
     assert r == 0 or of_name["lora_embedding_A.default"][:, PADDING].abs().sum() == 0
 
 
+def test_autocast_leaves_many_tokens_as_they_are():
+    layer = randomise(make_layer())
+    ids = torch.arange(2 * VOCABULARY) % VOCABULARY
+    y = layer(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(ids), y)
+
+
 def test_tokens_without_a_row_are_untouched_and_others_train():
     layer = make_layer(r=0)
     layer(IDS).sum().backward()

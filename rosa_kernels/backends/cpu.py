@@ -56,7 +56,7 @@ def _own(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _few_tokens(dtype: torch.dtype, with_weight: bool) -> int:
-    return plan.few_tokens(dtype, with_weight, instruction_set(), _fast_bfloat16())
+    return plan.few_tokens(dtype, with_weight, instruction_set(), _fast_bfloat16(), _own(dtype))
 
 
 def _is_few(x, weight) -> bool:

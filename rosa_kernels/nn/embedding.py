@@ -86,12 +86,13 @@ class RoSAEmbedding(AdapterLayer):
         """W + scaling · (B A)ᵀ + S (num_embeddings, embedding_dim) in float32, or in float64 over a float64 base."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         table = self.weight.to(dtype)
-        if self.r:
-            A, B = (factor.to(dtype) for factor in self.low_rank_factors())
-            table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
-        if self.masks_selected and self.sparse_values.shape[0]:
-            rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
-            table = table.index_add(0, self._adapted_tokens(rows.shape[0]), rows)
+        with torch.autocast(table.device.type, enabled=False):  # as a look-up of the weight, which autocast leaves alone
+            if self.r:
+                A, B = (factor.to(dtype) for factor in self.low_rank_factors())
+                table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
+            if self.masks_selected and self.sparse_values.shape[0]:
+                rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
+                table = table.index_add(0, self._adapted_tokens(rows.shape[0]), rows)
         return table
 
     def _adapted_tokens(self, count: int) -> Tensor:

@@ -53,7 +53,7 @@ def widens(x: Tensor, fast_bfloat16: bool) -> bool:
     return x.dtype == torch.bfloat16 and not fast_bfloat16 and x.numel() >= WIDENED_TOKENS * x.shape[-1]
 
 
-def few_tokens(dtype: torch.dtype, with_weight: bool, instruction_set: str, fast_bfloat16: bool) -> int:
+def few_tokens(dtype: torch.dtype, with_weight: bool, instruction_set: str, fast_bfloat16: bool, own: bool) -> int:
     """Up to how many tokens the C++ kernels multiply by W too, faster than libraries, which pack it for their GEMMs.
 
     Their time over F.linear and two more products: in fp32, where the library has vectors as long, 0.4 for 4 tokens, 0.8 for
@@ -64,7 +64,7 @@ def few_tokens(dtype: torch.dtype, with_weight: bool, instruction_set: str, fast
         return 1
     if not with_weight or (dtype == torch.bfloat16 and fast_bfloat16):
         return 8  # S alone: 0.6 of the kernels' time by blocks for 8, 1.2-2 for 16
-    return 32 if instruction_set == "avx2" else 64
+    return 64 if own and instruction_set != "avx2" else 32
 
 
 def forward_way(
