@@ -92,7 +92,8 @@ class RoSAEmbedding(AdapterLayer):
                 table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
             if self.masks_selected and self.sparse_values.shape[0]:
                 rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
-                table = table.index_add(0, self._adapted_tokens(rows.shape[0]), rows)
+                add = table.index_add_ if self.r else table.index_add  # in place where the table is not the weight itself
+                table = add(0, self._adapted_tokens(rows.shape[0]), rows)
         return table
 
     def _adapted_tokens(self, count: int) -> Tensor:
