@@ -228,7 +228,7 @@ def joint_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
 
 def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
     """y and dx of the whole layer where the kernels multiply by W too: in fp32 merged, in bf16 in the adapter's pass."""
-    if not backend._own(t.x.dtype):
+    if not backend.own_gemm(t.x.dtype):
         return
     base, (with_A, with_B) = 2 * t.T * t.O * t.I, t.rank_flops
     moved = t.x_bytes + t.y_bytes + t.weight_bytes + t.factor_bytes + s.bytes

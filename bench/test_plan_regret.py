@@ -77,8 +77,8 @@ def passes(layer: Layer, with_sparse: bool) -> dict:
          lambda: _ops.rosa_linear_backward(
              dy, x, W, A, B, scaling, values, crow, col, *transposed, structure, 0.0, None, needs)),
     ):  # fmt: skip
-        legal = plan.legal_ways(of, W, A, B, values, None, widened, cpu._own(of.dtype))
-        choice = choose(of, W, A, B, values, structure, None, widened, cpu._own(of.dtype))
+        legal = plan.legal_ways(of, W, A, B, values, None, widened, cpu.own_gemm(of.dtype))
+        choice = choose(of, W, A, B, values, structure, None, widened, cpu.own_gemm(of.dtype))
         found[name] = legal, choice, function
     return found
 

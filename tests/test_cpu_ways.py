@@ -93,7 +93,7 @@ def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_
 )
 def test_linear_by_the_kernels_own_gemm(monkeypatch, force, case, way):
     """On any processor, whichever GEMM its plan prefers."""
-    monkeypatch.setattr(cpu, "_own", lambda dtype: dtype == FP32)
+    monkeypatch.setattr(cpu, "own_gemm", lambda dtype: dtype == FP32)
     monkeypatch.setattr(cpu, "_few_tokens", lambda dtype, with_weight: 0)
     monkeypatch.setattr(plan, "STRIP_ELEMENTS", 40_000)
     force(way)
@@ -113,7 +113,7 @@ def test_linear_as_few_tokens(monkeypatch, case, dtype):
 @pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
 def test_each_way_is_legal_somewhere(force, way):
     dtype = BF16 if way is Way.FUSED else FP32
-    if way is Way.FUSED and not cpu._own(dtype):
+    if way is Way.FUSED and not cpu.own_gemm(dtype):
         pytest.skip(f"kernels for {cpu.instruction_set()} do not multiply the base layer's weight")
     taken = force(way)
     with rk.use_backend("cpu"):

@@ -45,7 +45,7 @@ def _fast_bfloat16() -> bool:
 
 
 @functools.cache
-def _own(dtype: torch.dtype) -> bool:
+def own_gemm(dtype: torch.dtype) -> bool:
     """Whether the kernels' own dense products are faster than the library's: in bf16 those by vectors (those by AMX have not been
     measured), in fp32 where MKL, at 41 % of the peak with AVX-512 and 80 % with AVX2, is on another processor than Intel's."""
     if dtype == torch.bfloat16:
@@ -56,7 +56,7 @@ def _own(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _few_tokens(dtype: torch.dtype, with_weight: bool) -> int:
-    return plan.few_tokens(dtype, with_weight, instruction_set(), _fast_bfloat16(), _own(dtype))
+    return plan.few_tokens(dtype, with_weight, instruction_set(), _fast_bfloat16(), own_gemm(dtype))
 
 
 def _is_few(x, weight) -> bool:
@@ -79,8 +79,8 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
         )
     widened = plan.widens(x, _fast_bfloat16())
-    own_fp32 = x.dtype == torch.float32 and _own(x.dtype)
-    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, _own(x.dtype))
+    own_fp32 = x.dtype == torch.float32 and own_gemm(x.dtype)
+    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, own_gemm(x.dtype))
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
@@ -107,8 +107,8 @@ def rosa_linear_backward(
     dy2, x2 = _matrix(dy), _matrix(x)
     widened = dy.dtype == torch.bfloat16 and not _fast_bfloat16()
     delta = _delta(lora_A, lora_B, scaling, values, crow, col)
-    own_fp32 = dy.dtype == torch.float32 and _own(dy.dtype)
-    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, _own(dy.dtype))
+    own_fp32 = dy.dtype == torch.float32 and own_gemm(dy.dtype)
+    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, own_gemm(dy.dtype))
     dx2 = None
     if need_dx and weight is None:
         dx2 = torch.zeros_like(x2)
