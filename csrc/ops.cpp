@@ -62,7 +62,7 @@ Dtype dtype_of(const Tensor& t) {
 }
 
 Matrix matrix_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), "a matrix of unit column stride");
+  STD_TORCH_CHECK(t.dim() == 2 && (t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1), "a matrix of unit column stride");
   return {t.data_ptr(), t.stride(0)};
 }
 
@@ -144,7 +144,10 @@ Tensor few_tokens(const Tensor x, const OptionalTensor weight, const OptionalTen
   }
   if (values) f.sparse = csr_of(kept[4] = packed(*values, ScalarType::Float), crow, col, 0);
   f.dropout = dropout_of(seed, threshold, scale);
-  STD_TORCH_CHECK(!f.sparse.values || f.tokens <= TOKENS, "S meets one block of tokens");
+  STD_TORCH_CHECK(f.tokens <= TOKENS && (!weight || (weight->size(0) == out_features && weight->size(1) == f.in_features)) &&
+                      (!bias || bias->numel() == out_features) && (!A || A->size(1) == f.in_features) &&
+                      (!A || (B->size(0) == out_features && B->size(1) == f.r)) && (!crow || crow->numel() == out_features + 1),
+                  "one block of tokens and factors of fitting sizes");
   kernels().few_tokens(f);
   return y;
 }

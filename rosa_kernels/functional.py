@@ -217,6 +217,8 @@ def _checked(x, weight, bias, lora_A, lora_B, values, pattern) -> tuple[Tensor, 
         raise ValueError("lora_A and lora_B: expected both or neither")
     if (values is None) != (pattern is None):
         raise ValueError("values and pattern: expected both or neither")
+    if lora_A is None and pattern is None:
+        raise ValueError("expected lora_A and lora_B, or values and pattern, or both")
     if lora_A is not None:
         _check_lora(lora_A, lora_B, in_features, out_features, x.device)
     if pattern is not None:

@@ -201,6 +201,18 @@ class Layer(torch.nn.Module):
         return rk.rosa_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, 0.5, self.values, self.pattern)
 
 
+def test_export_of_an_embedding_with_dynamic_tokens():
+    """From fewer tokens than rows to more, where an eager call adapts the rows."""
+    pattern = rk.CSRPattern.from_rows(torch.tensor([3, 7]), (10, 8))
+    layer = rk.nn.RoSAEmbedding(torch.nn.Embedding(10, 8), 2, 4, pattern=pattern)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    exported = torch.export.export(layer, (torch.arange(4),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    for tokens in (4, 40):
+        ids = torch.arange(tokens) % 10
+        torch.testing.assert_close(exported.module()(ids), layer(ids))
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_export_with_dynamic_tokens(backend, grad):
     inputs = make_inputs(LinearCase((12,), 18, 13, 4), torch.float32)

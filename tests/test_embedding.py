@@ -69,6 +69,14 @@ def test_many_tokens_are_adapted_as_few_are(r, dtype):
     assert r == 0 or of_name["lora_embedding_A.default"][:, PADDING].abs().sum() == 0
 
 
+def test_many_tokens_meet_the_hooks_of_the_base():
+    layer = randomise(make_layer())
+    ids = torch.arange(2 * VOCABULARY) % VOCABULARY
+    y, base = layer(ids), layer.base_layer(ids)
+    layer.base_layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    torch.testing.assert_close(layer(ids), y + base)
+
+
 def test_autocast_leaves_many_tokens_as_they_are():
     layer = randomise(make_layer())
     ids = torch.arange(2 * VOCABULARY) % VOCABULARY

@@ -25,6 +25,7 @@ def good(**changes):
 
 
 LINEAR_FAULTS = {
+    "no adapter": ("lora_A", {"lora_A": None, "lora_B": None, "values": None, "pattern": None}),
     "x 0-D": ("x", {"x": torch.tensor(1.0)}),
     "x features": ("x", {"x": torch.randn(T, I + 1)}),
     "x integer": ("x", {"x": torch.ones(T, I, dtype=torch.int64)}),

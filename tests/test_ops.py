@@ -192,6 +192,16 @@ def test_csr_add(backend, dtype, device, case):
     assert torch.equal(dvalues.cpu(), upstream.cpu()[rows, cols].to(dvalues.dtype))
 
 
+def test_no_tokens_with_strides_of_their_own(backend, dtype, device):
+    """As a mixture's expert without tokens may get them: an empty tensor keeps strides that no element has."""
+    x = torch.randn(0, 70, dtype=dtype, device=device)[:, ::2].requires_grad_()
+    A, B = torch.randn(3, 35, dtype=dtype, device=device), torch.randn(66, 3, dtype=dtype, device=device)
+    y = rk.lora_linear(x, torch.randn(66, 35, dtype=dtype, device=device), None, A.requires_grad_(), B, 1.0)
+    y.backward(torch.randn(0, 132, dtype=dtype, device=device)[:, ::2])
+    assert y.shape == (0, 66) and x.grad.shape == (0, 35) and A.grad.count_nonzero() == 0
+
+
+
 @pytest.mark.parametrize("tokens", [6, 66])
 def test_a_fresh_adapter_changes_nothing(backend, dtype, device, tokens):
     """lora_B = 0 and values = 0, as at injection: y is F.linear's; bit for bit where that computes the base.

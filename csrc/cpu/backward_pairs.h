@@ -54,7 +54,8 @@ class BackwardPairs {
     static thread_local Arena arena;
     float* piece[12];
     arena.cut({packs_x_ ? packed_size(b_.in_features) : 0, packs_dy_ ? packed_size(b_.out_features) : 0,
-               copied_rows(b_.in_features), b_.dropout.on ? copied_rows(b_.in_features) : 0, copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::values_size(r_),
+               copied_rows(b_.in_features), b_.dropout.on ? copied_rows(b_.in_features) : 0,
+               copied_rows(b_.out_features), RankBlock::values_size(r_), RankBlock::values_size(r_),
                RankBlock::rounded_size(r_), words_.exact * BLOCK_PAIRS * padded_r_, dS_.scratch_size(),
                dx_update_.scratch_size(), b_.dropout.on ? 2 * bit_words(b_.in_features) : 0},
               piece);
@@ -86,7 +87,7 @@ class BackwardPairs {
                    sums_.dS(slot));
     } else if (b_.dvalues) {
       const Block<uint16_t> x_block = {x_data, b_.x.stride, tokens}, dy_block = {dy_data, b_.dy.stride, tokens};
-      dS_.add(slot, x_block, dy_block, s.x, s.dy, s.gathered);
+      dS_.add(slot, x_block, dy_block, s.x, s.dy, s.gathered, first + 2 * TOKENS <= b_.tokens);
     }
     const TokenBits kept = block_bits(b_.dropout, first, b_.in_features, s.bits);
     const Rows kept_x = kept.bits && (b_.dA || b_.dB)

@@ -161,11 +161,10 @@ class FewTokensPass {
 
   void drop() {
     std::memcpy(kept_x_, x_, sizeof(float) * f_.tokens * x_stride_);
-    for (int64_t t = 0; t < f_.tokens; ++t) {
-      keep_bits(f_.dropout, t, f_.in_features, bits_);
+    keep_bits(f_.dropout, 0, f_.in_features, bits_);  // a bit of each for every token of a block
+    for (int64_t t = 0; t < f_.tokens; ++t)
       for (int64_t i = 0; i < f_.in_features; ++i)
-        if (!(bits_[i] & 1)) kept_x_[t * x_stride_ + i] = 0;
-    }
+        if (!(bits_[i] >> t & 1)) kept_x_[t * x_stride_ + i] = 0;
   }
 
   // Output features [begin, end) of y.

@@ -12,7 +12,8 @@
 
 namespace rosa {
 static constexpr Kernels table = {
-    "amx", amx::few_tokens, amx::forward, amx::backward, amx::merge, amx::product, amx::SERVES_BASE};
+    "amx", amx::few_tokens, amx::forward, amx::backward, amx::merge, amx::product,
+    amx::SERVES_BASE};
 extern const Kernels* const kernels_amx;
 const Kernels* const kernels_amx = &table;
 }  // namespace rosa

@@ -10,7 +10,8 @@
 
 namespace rosa {
 static constexpr Kernels table = {
-    "avx512bf16", avx512bf16::few_tokens, avx512bf16::forward, avx512bf16::backward, avx512bf16::merge, avx512bf16::product, avx512bf16::SERVES_BASE};
+    "avx512bf16", avx512bf16::few_tokens, avx512bf16::forward, avx512bf16::backward, avx512bf16::merge, avx512bf16::product,
+    avx512bf16::SERVES_BASE};
 extern const Kernels* const kernels_avx512bf16;
 const Kernels* const kernels_avx512bf16 = &table;
 }  // namespace rosa

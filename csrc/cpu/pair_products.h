@@ -65,7 +65,7 @@ inline void set_zero(Vec (&sums)[Tokens][Width]) {
     for (int v = 0; v < Width; ++v) sums[t][v] = zero();
 }
 
-// out[t][q] = the sum over the lanes of row q, for 8 tokens.
+// out[t][q] = the sum over the lanes of row q, for 8 tokens; what lies beyond LANES / Lanes rows is left alone, and not used.
 template <int Lanes>
 inline void store_ranks(const Vec (&sums)[8], float* out, int64_t stride) {
   Vec joined[8];

@@ -156,8 +156,8 @@ struct Base {
   const uint16_t* bias;  // null for none
 };
 
-// Rows of y or dx, and `count` of their features from `first` on: they get alpha · a product masked by dropout, `extra`, and what
-// else is added to the sums of both before they are stored.
+// Rows of y or dx, and `count` of their features from `first` on: they get alpha · a product masked by dropout, `extra`, and the
+// base, whose product add_products adds to the sums of both.
 struct Target {
   uint16_t* rows;
   int64_t stride, tokens, first, count;

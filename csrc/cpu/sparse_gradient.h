@@ -56,7 +56,7 @@ class SparseGradient {
 
   // more: as many tokens follow those of x and dy, to be fetched early.
   void add(int64_t slot, const Block<T>& x, const Block<T>& dy, const float* packed_x, const float* packed_dy,
-           float* scratch, bool more = false) const {
+           float* scratch, bool more) const {
     if (reads_packed(b_)) return sample(b_.sparse, b_.out_features, packed_dy, packed_x, sums_.dS(slot));
     if (!blocks_) return rows_ ? add_outer(slot, dy, x, b_.in_features, scratch)
                                : add_outer(slot, x, dy, b_.out_features, scratch);

@@ -60,7 +60,13 @@ def _few_tokens(dtype: torch.dtype, with_weight: bool) -> int:
 
 
 def _is_few(x, weight) -> bool:
-    return x.numel() <= _few_tokens(x.dtype, weight is not None) * x.shape[-1]
+    in_features = x.shape[-1]
+    return in_features > 0 and x.numel() <= _few_tokens(x.dtype, weight is not None) * in_features and _by_rows(weight)
+
+
+def _by_rows(weight) -> bool:
+    """Whether the kernels read the weight as it lies; by columns they would copy it, which the library does not."""
+    return weight is None or weight.stride(1) == 1
 
 
 def instruction_set() -> str:
@@ -79,8 +85,9 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
         )
     widened = plan.widens(x, _fast_bfloat16())
-    own_fp32 = x.dtype == torch.float32 and own_gemm(x.dtype)
-    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, own_gemm(x.dtype))
+    own = own_gemm(x.dtype) and _by_rows(weight)
+    own_fp32 = own and x.dtype == torch.float32
+    way = plan.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, own)
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
@@ -107,8 +114,9 @@ def rosa_linear_backward(
     dy2, x2 = _matrix(dy), _matrix(x)
     widened = dy.dtype == torch.bfloat16 and not _fast_bfloat16()
     delta = _delta(lora_A, lora_B, scaling, values, crow, col)
-    own_fp32 = dy.dtype == torch.float32 and own_gemm(dy.dtype)
-    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, own_gemm(dy.dtype))
+    own = own_gemm(dy.dtype) and _by_rows(weight)
+    own_fp32 = own and dy.dtype == torch.float32
+    way = plan.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, own)
     dx2 = None
     if need_dx and weight is None:
         dx2 = torch.zeros_like(x2)

@@ -74,13 +74,19 @@ class RoSAEmbedding(AdapterLayer):
         """Integer ids (...) -> (..., embedding_dim) in the base weight's dtype."""
         if self.merged or not self.adapter_enabled:
             return self.base_layer(ids)
-        if ids.numel() > self.num_embeddings:  # fewer rows to adapt than tokens to look up
+        if self._adapts_rows(ids):
             return F.embedding(ids, self._adapted_weight(), self.padding_idx).to(self.weight.dtype)
         y = self.base_layer(ids)
         total = y + self._low_rank(ids) if self.r else y
         if self.masks_selected and self.sparse_values.shape[0]:
             total = total + self._token_rows(ids)
         return total.to(y.dtype)
+
+    def _adapts_rows(self, ids: Tensor) -> bool:
+        """Whether there are fewer rows to adapt than tokens to look up. Not where a base is watched, or the tokens are
+        traced, whose number may change."""
+        adapted = self.r or (self.masks_selected and self.sparse_values.shape[0])
+        return bool(adapted) and not torch.compiler.is_compiling() and self.base_is_plain and ids.numel() > self.num_embeddings
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling · (B A)ᵀ + S (num_embeddings, embedding_dim) in float32, or in float64 over a float64 base."""

@@ -54,7 +54,7 @@ def widens(x: Tensor, fast_bfloat16: bool) -> bool:
 
 
 def few_tokens(dtype: torch.dtype, with_weight: bool, instruction_set: str, fast_bfloat16: bool, own: bool) -> int:
-    """Up to how many tokens the C++ kernels multiply by W too, faster than libraries, which pack it for their GEMMs.
+    """Up to how many tokens one pass over W as it lies, or without a weight over S token by token, is the fastest.
 
     Their time over F.linear and two more products: in fp32, where the library has vectors as long, 0.4 for 4 tokens, 0.8 for
     16, 0.94 for 32 and 1.03 for 64; half of these where it uses AVX2 and they AVX-512. Without vectors of their own 0.9 for one.
