@@ -15,24 +15,26 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 TORCH = "torch>=2.10"
-SOURCES = ["csrc/ops.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/cpu_features.cpp"]
+KERNELS = "csrc/cpu/kernels.cpp"
 COMMON_FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {
-    "kernels_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-    "kernels_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "kernels_avx512.cpp": AVX512,
-    "kernels_avx2.cpp": ["-mavx2", "-mfma"],
+INSTRUCTION_SETS = {  # KERNELS is compiled once for each
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
+    "avx2": ["-mavx2", "-mfma"],
+    "portable": [],
 }
-CUDA_SOURCES = ["csrc/ops_cuda.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
 CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 # The static runtime needs no libcudart of one version, so that the binary outlives torch's change of CUDA as it outlives
 # torch's own; both runtimes work in the driver's primary context, so torch's current device is the kernels' too.
@@ -152,7 +154,7 @@ class CudaExtension(Extension):
 
 def torch_options(torch: Path, *libraries: str) -> dict:
     return {
-        "include_dirs": [str(torch / "include")],
+        "include_dirs": [str(torch / "include"), "csrc"],
         "library_dirs": [str(torch / "lib")],
         "libraries": list(libraries),
         "depends": [str(path) for path in Path("csrc").rglob("*.h")],
@@ -179,66 +181,55 @@ class BuildKernels(build_ext):
 
     def build_extensions(self):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            self.cuda_objects = [
-                pool.submit(self.compile_cuda, extension, source)
-                for extension in self.extensions
-                if isinstance(extension, CudaExtension)
-                for source in extension.sources
-            ]
-            self.compile_side_by_side(pool)
-            super().build_extensions()
+            jobs = [(extension, self.start(extension, pool)) for extension in self.extensions]
+            for extension, running in jobs:
+                self.link(extension, [path for job in running for path in job.result()])
 
-    def compile_side_by_side(self, pool: ThreadPoolExecutor):
-        """Of what setuptools compiles."""
-        compile_one = self.compiler._compile
-        known = self.known_instruction_sets()
-        link = self.compiler.link_shared_object
-        running = []
-
-        def compile_soon(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            flags = known.get(Path(src).name, [])
-            running.append(pool.submit(compile_one, obj, src, ext, cc_args, extra_postargs + flags, pp_opts))
-
-        def link_when_compiled(*args, **kwargs):
-            for job in running:
-                job.result()
-            link(*args, **kwargs)
-
-        self.compiler._compile = compile_soon
-        self.compiler.link_shared_object = link_when_compiled
-
-    def known_instruction_sets(self) -> dict[str, list[str]]:
-        """INSTRUCTION_SETS whose options the compiler knows; a file without its options leaves its kernels out."""
-        if platform.machine() not in ("x86_64", "AMD64"):
-            return {}
-        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)  # older: one for all
-        known = {}
+    def start(self, extension: Extension, pool: ThreadPoolExecutor) -> list[Future]:
+        """Starts the compiler on each file; every job gives its object files."""
+        if isinstance(extension, CudaExtension):
+            return [pool.submit(self.compile_cuda, extension, source) for source in extension.sources]
+        files = [(source, self.build_temp, [], []) for source in extension.sources]
         for name, flags in INSTRUCTION_SETS.items():
-            probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-            if subprocess.run(probe, check=False, capture_output=True).returncode == 0:
-                known[name] = flags
-            else:
-                print(f"rosa_kernels: the compiler does not know {' '.join(flags)}: no {name}", file=sys.stderr)
-        return known
+            macros = [("ROSA_ISA", name)]
+            if not self.knows(flags):
+                print(f"rosa_kernels: the compiler does not know {' '.join(flags)}: no kernels for {name}", file=sys.stderr)
+                macros, flags = [*macros, ("ROSA_ISA_UNKNOWN", "1")], []
+            files.append((KERNELS, f"{self.build_temp}/{name}", macros, flags))
+        return [pool.submit(self.compile_cpp, extension, *file) for file in files]
 
-    def build_extension(self, extension):
+    def knows(self, flags: list[str]) -> bool:
+        """Whether the compiler compiles for this machine with the flags of an instruction set."""
+        if flags and platform.machine() not in ("x86_64", "AMD64"):
+            return False
+        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)  # older: one for all
+        probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(probe, check=False, capture_output=True).returncode == 0
+
+    def compile_cpp(self, extension: Extension, source: str, directory: str, macros: list, flags: list) -> list[str]:
+        return self.compiler.compile(
+            [source], output_dir=directory, macros=[*extension.define_macros, *macros], include_dirs=extension.include_dirs,
+            extra_postargs=[*extension.extra_compile_args, *flags], depends=extension.depends,
+        )  # fmt: skip
+
+    def link(self, extension: Extension, objects: list[str]) -> None:
         if not isinstance(extension, CudaExtension):
+            extension.sources, extension.extra_objects = [], objects
             super().build_extension(extension)
             return
         library = Path(self.get_ext_fullpath(extension.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        objects = [job.result() for job in self.cuda_objects]
         directories = [f"-L{directory}" for directory in extension.library_dirs]
         libraries = [f"-l{name}" for name in extension.libraries]
         self.spawn([*self.nvcc, *CUDA_LINK_FLAGS, *objects, *directories, *libraries, "-o", str(library)])
 
-    def compile_cuda(self, extension: CudaExtension, source: str) -> str:
-        """The object file. nvcc passes C++ sources on to the host's compiler, with CUDA's headers."""
+    def compile_cuda(self, extension: CudaExtension, source: str) -> list[str]:
+        """nvcc passes C++ sources on to the host's compiler, with CUDA's headers."""
         target = Path(self.build_temp, source).with_suffix(".o")
         target.parent.mkdir(parents=True, exist_ok=True)
         directories = [f"-I{directory}" for directory in extension.include_dirs]
         self.spawn([*self.nvcc, *CUDA_FLAGS, *directories, "-c", source, "-o", str(target)])
-        return str(target)
+        return [str(target)]
 
 
 def extensions(torch: Path) -> list[Extension]:

@@ -10,17 +10,16 @@ this package is slower than the best naive way, or slower than it was in FILE: r
 bench/results/<device>-<backend>.json (gpu_results.py).
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_results
 import pytest
 import torch
-from gpu_timing import MODES, DryRun
-from interleaved import Race, table
 
+import gpu_results
 import rosa_kernels as rk
+from gpu_timing import MODES, DryRun
+from interleaved import Race, earlier_ratios_of, table
 from rosa_kernels import dispatch
 
 _CPU_RACES = pytest.StashKey[list[Race]]()
@@ -115,16 +114,9 @@ def serving_backend(device: str, dtype: torch.dtype) -> str:
     return next(name for name, candidate in dispatch.BACKENDS.items() if candidate is module)
 
 
-def _earlier_ratios(path: Path | None) -> dict[str, float]:
-    if path is None:
-        return {}
-    races = json.loads(path.read_text())["benchmarks"]
-    return {race["fullname"]: race["extra_info"]["ratio"] for race in races}
-
-
 @pytest.fixture(scope="session")
 def earlier_ratios(request):
-    return _earlier_ratios(request.config.getoption("--against"))
+    return earlier_ratios_of(request.config.getoption("--against"))
 
 
 @pytest.fixture

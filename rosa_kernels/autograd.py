@@ -8,13 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rosa_kernels import ops
-from rosa_kernels.pattern import COLUMN, ROW
-
-_TRANSPOSED = {ROW: COLUMN, COLUMN: ROW}
-
-
-def transposed_structure(structure: int) -> int:
-    return _TRANSPOSED.get(structure, structure)
+from rosa_kernels.pattern import transposed_structure
 
 
 class RoSALinearFunction(Function):

@@ -8,7 +8,7 @@ from torch import Tensor
 UNSTRUCTURED, ROW, COLUMN, BLOCK, BLOCK16 = range(5)
 """BLOCK16: blocks whose size is a multiple of 16, the smallest side of a tensor core's tile."""
 STRUCTURES = ("unstructured", "row", "column", "block")
-
+_TRANSPOSED = {ROW: COLUMN, COLUMN: ROW}
 
 MOST_ENTRIES = 2**31 - 2**20
 """A kernel's last step past the end must not wrap an int32."""
@@ -183,6 +183,11 @@ class CSRPattern:
             f"CSRPattern(shape={self.shape}, nnz={self.nnz}, density={self.density:.4g}, "
             f"structure={self.structure_name!r}, device={str(self.device)!r})"
         )
+
+
+def transposed_structure(structure: int) -> int:
+    """The structure of Sᵀ, from that of S."""
+    return _TRANSPOSED.get(structure, structure)
 
 
 def block_structure(block_size: int) -> int:

@@ -1,6 +1,6 @@
 """python -m rosa_kernels.tune: measures this GPU for the Triton backend, in a few minutes, and remembers it.
 
-What it writes: the rates that the cost model plans with (rosa_kernels/plan/gpu.py), and for each kernel, operand
+What it writes: the rates that the cost model plans with (rosa_kernels/plan/cost_model.py), and for each kernel, operand
 size and bucket of tokens which of its listed block sizes is the fastest. Later processes read the file; delete it to
 plan from data sheets again. Nothing is tuned during training: see rosa_kernels/backends/triton/configs.py.
 """
@@ -15,14 +15,13 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from rosa_kernels.backends import hardware
-from rosa_kernels.backends.problem import Linear, Sparse
+from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.gpu.operands import Linear, Sparse
 from rosa_kernels.backends.triton import configs
 from rosa_kernels.backends.triton.linear import take
-from rosa_kernels.backends.triton.low_rank import outer, shrink
+from rosa_kernels.backends.triton.lora import outer, shrink
 from rosa_kernels.backends.triton.sddmm import take as take_sddmm
 from rosa_kernels.pattern import CSRPattern
-from rosa_kernels.plan import gpu, gpu_table
 
 FEATURES, RANK, DENSITY = 4096, 16, 0.01
 TOKENS = (8, 32, 64, 512, 4096)
@@ -42,12 +41,12 @@ class Measure:
         return torch.randn(*size, device=self.device).to(dtype)
 
     def rates(self) -> dict[str, float]:
-        """The fields of gpu_table.Rates."""
+        """The fields of device_rates.Rates."""
         n, T = self.features, TOKENS[-1]
         flops = 2 * T * n * n
         x, weight = self.normal(T, n), self.normal(n, n)
         library = self.seconds(lambda: F.linear(x, weight))
-        ours = self.seconds(lambda: take(Linear(x, n, weight), gpu.LinearWay("kernel")))
+        ours = self.seconds(lambda: take(Linear(x, n, weight), cost_model.LinearWay("kernel")))
         x32, weight32 = x.float(), weight.float()
         by_precision = {}
         before = torch.backends.cuda.matmul.fp32_precision
@@ -81,7 +80,7 @@ class Measure:
             self.pattern.nnz
             * T
             * x.element_size()
-            / self.seconds(lambda: take(problem, gpu.LinearWay("", "", "gather")))
+            / self.seconds(lambda: take(problem, cost_model.LinearWay("", "", "gather")))
         )
 
     def config_calls(self, element_size: int, tokens: int) -> dict[str, Callable]:
@@ -99,7 +98,7 @@ class Measure:
         blocks = CSRPattern.from_blocks(chosen, 16, (n, n)).to(self.device)
         in_kernel = Linear(x, n, weight, None, A, B, 2.0)
         return {
-            configs.LINEAR: lambda: take(in_kernel, gpu.LinearWay("kernel", "before")),
+            configs.LINEAR: lambda: take(in_kernel, cost_model.LinearWay("kernel", "before")),
             configs.SHRINK: lambda: shrink(x, A),
             configs.OUTER: lambda: outer(dy, parts, B, 2.0, features_first=True, Q=B),
             configs.SDDMM_TILED: lambda: take_sddmm("tiled", dy, x, crow, col, 0, dtype),
@@ -115,14 +114,14 @@ class Measure:
         for size, bucket, tokens in tqdm(cases, desc="block sizes", unit="bucket"):
             for kernel, call in self.config_calls(size, tokens).items():
                 listed = configs.configs(kernel, hardware.target(self.device), size, bucket)
-                key = gpu_table.config_key(kernel, size, bucket)
+                key = device_rates.config_key(kernel, size, bucket)
                 took = {config.label: self._seconds_with(key, config.label, call) for config in listed}
                 best = min(took, key=took.get)
                 fastest[key] = best if took[best] < NOISE * took[listed[0].label] else listed[0].label
         return fastest
 
     def _seconds_with(self, key: str, label: str, call: Callable) -> float:
-        gpu_table.use_table(self.device, {"rates": {}, "configs": {key: label}})
+        device_rates.use_table(self.device, {"rates": {}, "configs": {key: label}})
         return self.seconds(call)
 
 
@@ -149,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.cuda.device(device):
         measure = Measure(device, median_seconds)
         chosen = measure.configs()
-        gpu_table.use_table(device, {"rates": {}, "configs": chosen})
+        device_rates.use_table(device, {"rates": {}, "configs": chosen})
         table = {
             "device": name,
             "triton": triton.__version__,
@@ -158,8 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
             "rates": measure.rates(),
         }
     table["date"] = datetime.date.today().isoformat()
-    path = gpu_table.table_file(name)
-    gpu_table.write_table(path, table)
+    path = device_rates.table_file(name)
+    device_rates.write_table(path, table)
     for rate, value in table["rates"].items():
         print(f"{rate:<18} {value:.3g}")
     print(f"wrote {path}")

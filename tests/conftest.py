@@ -11,14 +11,14 @@ import os
 # Before torch loads OpenMP: workers that spin between two small ops starve each other where cores are shared (20x here).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import interpreter_selection
 import pytest
 import torch
 from hypothesis import settings
 
+import interpreter_subset
 import rosa_kernels as rk
+from rosa_kernels.backends.gpu import cost_model
 from rosa_kernels.dispatch import refusal
-from rosa_kernels.plan import gpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CPU = torch.device("cpu")
@@ -65,9 +65,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    dropped = {item for item in on_gpu if not interpreter_selection.takes_on_gpu(item)}
+    dropped = {item for item in on_gpu if not interpreter_subset.takes_on_gpu(item)}
     if INTERPRETED:
-        taken = [item for item in items if interpreter_selection.takes(item)]
+        taken = [item for item in items if interpreter_subset.takes(item)]
     elif EMULATED:
         taken = [item for item in items if cuda_emulation.takes(item)]
     elif CPU_EMULATED:
@@ -124,7 +124,7 @@ if INTERPRETED or EMULATED:
     @pytest.fixture(autouse=True)
     def _low_rank_gradients_by_the_kernels(monkeypatch):
         """For such small calls the plan would leave them to the library; test_triton_ways.py tests that too."""
-        monkeypatch.setattr(gpu, "low_rank_gradients_by_library", lambda *sizes: False)
+        monkeypatch.setattr(cost_model, "low_rank_gradients_by_library", lambda *sizes: False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "cuda/kernels.h"
 
 #define ROSA_TEXT_OF(...) #__VA_ARGS__
 #define ROSA_TEXT(...) ROSA_TEXT_OF(__VA_ARGS__)

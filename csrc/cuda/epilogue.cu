@@ -1,4 +1,4 @@
-#include "epilogue.h"
+#include "cuda/epilogue.h"
 
 #include <algorithm>
 #include <atomic>

@@ -11,7 +11,7 @@
 // that one long row does not hold up the rest. For few tokens the rows of S are all the parallelism there is: eight
 // warps then share 32 features, a row for each lane.
 #pragma once
-#include "shrink.h"
+#include "cuda/shrink.h"
 
 namespace rosa {
 

@@ -1,7 +1,7 @@
 // What every launch needs: the kernel for a dtype, a grid, the last error.
 #pragma once
-#include "kernels.h"
-#include "platform.h"
+#include "cuda/kernels.h"
+#include "cuda/platform.h"
 
 namespace rosa {
 

@@ -1,4 +1,4 @@
-#include "outer.h"
+#include "cuda/outer.h"
 
 namespace rosa {
 namespace {

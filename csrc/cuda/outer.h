@@ -4,7 +4,7 @@
 // the tensor cores P is the (16, 16) operand, ranks down and tokens across, and z the (16, 8) one, features across. A lane
 // loads 8 features that lie next to each other of each of its four tokens: one for each of 8 fragments.
 #pragma once
-#include "shrink.h"
+#include "cuda/shrink.h"
 
 namespace rosa {
 

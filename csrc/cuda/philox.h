@@ -1,7 +1,7 @@
 // Dropout bits: Philox4x32-10 with counter (feature / 4, token, 0, 0), word feature % 4; see rosa_kernels/dropout.py.
 #pragma once
-#include "kernels.h"
-#include "platform.h"
+#include "cuda/kernels.h"
+#include "cuda/platform.h"
 
 namespace rosa {
 

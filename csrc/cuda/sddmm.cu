@@ -1,6 +1,6 @@
-#include "sddmm.h"
+#include "cuda/sddmm.h"
 
-#include "sum_parts.h"
+#include "cuda/split_k.h"
 
 namespace rosa {
 namespace {

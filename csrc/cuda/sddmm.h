@@ -3,9 +3,9 @@
 // A warp takes 8 neighbouring entries, so that a long row holds nobody up, and a lane 16 bytes of tokens at a time. The
 // cost is reading x from L2 once an entry, nnz · tokens numbers; dy is read once a row of the 8 entries.
 #pragma once
-#include "arithmetic.h"
-#include "kernels.h"
-#include "search.h"
+#include "cuda/device_functions.h"
+#include "cuda/kernels.h"
+#include "cuda/binary_search.h"
 
 namespace rosa {
 

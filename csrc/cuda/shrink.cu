@@ -1,4 +1,4 @@
-#include "shrink.h"
+#include "cuda/shrink.h"
 
 namespace rosa {
 namespace {

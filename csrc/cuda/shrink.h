@@ -4,10 +4,10 @@
 // Sums over features may take them in any order, so a lane of the mma fragment owns 8 features that lie next to each
 // other: 16-byte loads of x and A straight into fragments, no shared memory on the way.
 #pragma once
-#include "arithmetic.h"
-#include "kernels.h"
-#include "philox.h"
-#include "sum_parts.h"
+#include "cuda/device_functions.h"
+#include "cuda/kernels.h"
+#include "cuda/philox.h"
+#include "cuda/split_k.h"
 
 namespace rosa {
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from rosa_kernels.backends import gpu_ops, hardware
+from rosa_kernels.backends.cuda.densify import add_in_place, dense, sum_with
 from rosa_kernels.backends.cuda.gradients import low_rank_gradients
 from rosa_kernels.backends.cuda.gradients import sddmm as _sddmm
 from rosa_kernels.backends.cuda.linear import linear
-from rosa_kernels.backends.cuda.scatter import add_in_place, dense, sum_with
+from rosa_kernels.backends.gpu import hardware
+from rosa_kernels.backends.gpu.ops import Kernels, Ops
 
-_ops = gpu_ops.Ops(gpu_ops.Kernels(linear, low_rank_gradients, _sddmm, sum_with, add_in_place, dense))
+_ops = Ops(Kernels(linear, low_rank_gradients, _sddmm, sum_with, add_in_place, dense))
 rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
 spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 

@@ -4,22 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rosa_kernels.backends import hardware
-from rosa_kernels.backends.cuda import kernels
-from rosa_kernels.backends.mixed import adapters, add_few_columns_product, few_rows_product, plus_product
-from rosa_kernels.backends.problem import NO_DROPOUT, Linear
-from rosa_kernels.plan import cuda as plan
-from rosa_kernels.plan import gpu_table
+from rosa_kernels.backends.cuda import bindings, heuristics
+from rosa_kernels.backends.gpu import device_rates, hardware
+from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Linear
+from rosa_kernels.backends.gpu.split_bf16_gemm import adapters, add_few_columns_product, few_rows_product, plus_product
 
 
 def linear(problem: Linear) -> Tensor:
-    """(T, N) in x's dtype, contiguous. H, where known: (T, r rounded up to 16) as kernels.shrink gives it."""
+    """(T, N) in x's dtype, contiguous. H, where known: (T, r rounded up to 16) as bindings.shrink gives it."""
     device = problem.x.device
-    rates = gpu_table.rates(device, hardware.target(device))
-    return take(problem, plan.choose_linear(problem.call(), hardware.shared_memory(device), rates))
+    rates = device_rates.rates(device, hardware.target(device))
+    return take(problem, heuristics.choose_linear(problem.call(), hardware.shared_memory(device), rates))
 
 
-def take(problem: Linear, way: plan.CudaWay) -> Tensor:
+def take(problem: Linear, way: heuristics.CudaWay) -> Tensor:
     x, S = problem.x, problem.S
     if way.base == "merged":
         return F.linear(x, problem.merged(), problem.bias).contiguous()
@@ -28,7 +26,7 @@ def take(problem: Linear, way: plan.CudaWay) -> Tensor:
         y = plus_product(y, x, problem.delta().T)
     if way.S == "columns":
         columns = problem.operand(S.whole_columns())
-        y = add_few_columns_product(y, kernels.gather_columns(x, S.col[: columns.shape[1]]), columns)
+        y = add_few_columns_product(y, bindings.gather_columns(x, S.col[: columns.shape[1]]), columns)
     if way.H == "library":
         H = x @ problem.A.T if problem.H is None else problem.H[:, : problem.B.shape[1]]
         y = plus_product(y, H, problem.B.T, problem.scaling)
@@ -37,7 +35,7 @@ def take(problem: Linear, way: plan.CudaWay) -> Tensor:
     return torch.zeros(x.shape[0], problem.N, dtype=x.dtype, device=x.device) if y is None else y
 
 
-def _epilogue(y: Tensor | None, problem: Linear, way: plan.CudaWay) -> Tensor:
+def _epilogue(y: Tensor | None, problem: Linear, way: heuristics.CudaWay) -> Tensor:
     """y + scaling · H Bᵀ + x Sᵀ for an H and an S that no library call has served."""
     x, S, accumulate = problem.x, problem.S, y is not None
     if y is None:
@@ -47,14 +45,14 @@ def _epilogue(y: Tensor | None, problem: Linear, way: plan.CudaWay) -> Tensor:
         A, B = adapters(problem.A, problem.B, x.dtype)
         H = problem.H
         if H is None:
-            H = kernels.shrink(x, A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
+            H = bindings.shrink(x, A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
     if way.S in ("shared", "global"):
-        crow, entries = S.crow, kernels.pack_entries(S)
-        shared_x = kernels.unit_stride(x) if way.S == "shared" else None
-        columns = kernels.by_columns(x) if way.S == "global" else None
+        crow, entries = S.crow, bindings.pack_entries(S)
+        shared_x = bindings.unit_stride(x) if way.S == "shared" else None
+        columns = bindings.by_columns(x) if way.S == "global" else None
     elif way.S == "rows":
         crow, D = S.crow, few_rows_product(x, problem.operand(S.whole_rows())).contiguous()
-    kernels.epilogue(
+    bindings.epilogue(
         y, accumulate, H, B, problem.scaling, problem.dropout if problem.drop_at == "out" else NO_DROPOUT,
         crow, entries, shared_x, columns, D, x.shape[1],
     )  # fmt: skip

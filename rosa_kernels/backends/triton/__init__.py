@@ -5,19 +5,20 @@ import sys
 
 import torch
 
-from rosa_kernels.backends import gpu_ops, hardware
+from rosa_kernels.backends.gpu import hardware
+from rosa_kernels.backends.gpu.ops import Kernels, Ops
 
 try:
     import triton
 except ModuleNotFoundError:
     triton = None
 else:
+    from rosa_kernels.backends.triton.densify import add_in_place, dense, sum_with
     from rosa_kernels.backends.triton.gradients import low_rank_gradients
     from rosa_kernels.backends.triton.linear import linear
-    from rosa_kernels.backends.triton.scatter import add_in_place, dense, sum_with
     from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
 
-    _ops = gpu_ops.Ops(gpu_ops.Kernels(linear, low_rank_gradients, _sddmm, sum_with, add_in_place, dense))
+    _ops = Ops(Kernels(linear, low_rank_gradients, _sddmm, sum_with, add_in_place, dense))
     rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
     spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 

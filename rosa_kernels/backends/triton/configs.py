@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rosa_kernels.backends import hardware
-from rosa_kernels.plan import gpu_table
+from rosa_kernels.backends.gpu import device_rates, hardware
 
 LINEAR, SHRINK, OUTER, SDDMM_TILED, SDDMM_BLOCKS = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_blocks"
 TOKEN_BUCKETS = (16, 32, 64, 512, 2**31)
@@ -124,5 +123,5 @@ def choose(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int) -
     """The tuned configuration of the list where this GPU was tuned, else the first."""
     bucket = token_bucket(tokens)
     listed = configs(kernel, hardware.target(device), dtype.itemsize, bucket)
-    label = gpu_table.tuned_label(device, kernel, dtype.itemsize, bucket)
+    label = device_rates.tuned_label(device, kernel, dtype.itemsize, bucket)
     return next((config for config in listed if config.label == label), listed[0])

@@ -4,19 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rosa_kernels.backends import hardware
-from rosa_kernels.backends.mixed import add_few_columns_product, few_rows_product, plus_product
-from rosa_kernels.backends.problem import NO_DROPOUT, Linear, Sparse
+from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Linear, Sparse
+from rosa_kernels.backends.gpu.split_bf16_gemm import add_few_columns_product, few_rows_product, plus_product
 from rosa_kernels.backends.shapes import cdiv
-from rosa_kernels.backends.triton import configs, runtime
-from rosa_kernels.backends.triton.arithmetic import int32_threshold
-from rosa_kernels.backends.triton.columns import add_at_rows, by_columns, gather_columns
+from rosa_kernels.backends.triton import configs, launcher
 from rosa_kernels.backends.triton.configs import Config
+from rosa_kernels.backends.triton.densify import dense
+from rosa_kernels.backends.triton.device_functions import int32_threshold
 from rosa_kernels.backends.triton.linear_kernel import linear_kernel
-from rosa_kernels.backends.triton.low_rank import block_r, shrink
-from rosa_kernels.backends.triton.parts import for_readers
-from rosa_kernels.backends.triton.scatter import dense
-from rosa_kernels.plan import gpu, gpu_table
+from rosa_kernels.backends.triton.lora import block_r, shrink
+from rosa_kernels.backends.triton.split_k import for_readers
+from rosa_kernels.backends.triton.transpose import add_at_rows, by_columns, gather_columns
 
 _GROUP_M = 8
 _SMALL_TILE = 32
@@ -25,10 +24,10 @@ _SMALL_TILE = 32
 def linear(problem: Linear) -> Tensor:
     """(T, N) in x's dtype, contiguous. H, where known: parts (parts, T, r)."""
     device = problem.x.device
-    return take(problem, gpu.choose_linear(problem.call(), gpu_table.rates(device, hardware.target(device))))
+    return take(problem, cost_model.choose_linear(problem.call(), device_rates.rates(device, hardware.target(device))))
 
 
-def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
+def take(problem: Linear, way: cost_model.LinearWay) -> Tensor:
     x, S = problem.x, problem.S
     if way.base == "merged":
         return F.linear(x, problem.merged(), problem.bias).contiguous()
@@ -52,7 +51,7 @@ def take(problem: Linear, way: gpu.LinearWay) -> Tensor:
     return out
 
 
-def _run_kernel(out: Tensor | None, problem: Linear, way: gpu.LinearWay) -> Tensor:
+def _run_kernel(out: Tensor | None, problem: Linear, way: cost_model.LinearWay) -> Tensor:
     x, S, accumulate = problem.x, problem.S, out is not None
     if out is None:
         out = torch.empty(x.shape[0], problem.N, dtype=x.dtype, device=x.device)
@@ -95,7 +94,7 @@ def _launch(
         config = Config(tile | {"BLOCK_K": 32}, num_warps=4, num_stages=2)
     in_csr_form = (None,) * 4 if S is None else (S.values, S.crow, S.col, S.permutation)
     bias = None if bias is None else bias.contiguous()
-    runtime.launch(
+    launcher.launch(
         linear_kernel, (cdiv(T, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),),
         out, x, x_columns, weight, bias, H, A, B, dropout.seed, dense_S, *in_csr_form,
         T, N, K, R, 0 if H is None else H.shape[0],

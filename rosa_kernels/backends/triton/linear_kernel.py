@@ -6,7 +6,7 @@ Every part may be missing, so the same kernel adds an adapter to a y that a libr
 import triton
 import triton.language as tl
 
-from rosa_kernels.backends.triton.arithmetic import (
+from rosa_kernels.backends.triton.device_functions import (
     dot_mixed,
     keep_tile,
     narrow,

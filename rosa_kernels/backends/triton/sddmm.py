@@ -11,16 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.backends import hardware
-from rosa_kernels.backends.mixed import matmul
+from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.gpu.split_bf16_gemm import matmul
 from rosa_kernels.backends.shapes import cdiv
-from rosa_kernels.backends.triton import configs, runtime
-from rosa_kernels.backends.triton.arithmetic import dot, first_entry_at, narrow, row_of_entry, tile_position
-from rosa_kernels.backends.triton.columns import by_columns, gather_columns
+from rosa_kernels.backends.triton import configs, launcher
 from rosa_kernels.backends.triton.configs import Config
-from rosa_kernels.backends.triton.parts import add_parts
+from rosa_kernels.backends.triton.device_functions import dot, first_entry_at, narrow, row_of_entry, tile_position
+from rosa_kernels.backends.triton.split_k import add_parts
+from rosa_kernels.backends.triton.transpose import by_columns, gather_columns
 from rosa_kernels.pattern import ROW
-from rosa_kernels.plan import gpu, gpu_table
 
 _ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
 _PICK = Config({"BLOCK": 128}, num_warps=4, num_stages=1)
@@ -152,8 +151,8 @@ def sddmm(
     if nnz == 0:
         return torch.empty(0, dtype=dtype, device=x.device)
     tf32 = hardware.precision(x) == "tf32"
-    call = gpu.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype)
-    way = gpu.choose_sddmm(call, gpu_table.rates(x.device, hardware.target(x.device)))
+    call = cost_model.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype)
+    way = cost_model.choose_sddmm(call, device_rates.rates(x.device, hardware.target(x.device)))
     return take(way, dy, x, crow, col, structure, dtype, rows)
 
 
@@ -167,7 +166,7 @@ def take(
     dtype: torch.dtype,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """sddmm by one of gpu.sddmm_ways; nnz > 0."""
+    """sddmm by one of cost_model.sddmm_ways; nnz > 0."""
     if way == "packed":
         return _packed(dy, x, crow, col, structure, dtype, rows).to(dtype)
     out = torch.empty(col.shape, dtype=dtype, device=x.device)
@@ -177,7 +176,7 @@ def take(
         _entries(out, dy, x, crow, col, BY_COLUMNS=way == "entries_columns")
     elif way == "library":
         dW = matmul(dy.T, x, dtype)
-        runtime.launch(pick_kernel, (dW.shape[0],), out, dW, crow, col, *dW.stride(), config=_PICK)
+        launcher.launch(pick_kernel, (dW.shape[0],), out, dW, crow, col, *dW.stride(), config=_PICK)
     elif way == "tiled":
         _tiled(out, dy, x, crow, col)
     else:
@@ -215,7 +214,7 @@ def _tiled(out, dy, x, crow, col) -> None:
         config = Config(config.blocks | smaller, 4, 2)
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
-    _with_parts(out, splits, lambda target: runtime.launch(
+    _with_parts(out, splits, lambda target: launcher.launch(
         sddmm_tiled_kernel, (tiles, splits),
         target, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
         PRECISION=hardware.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
@@ -227,7 +226,7 @@ def _blocks(out, dy, x, crow, col) -> None:
     config = configs.choose(configs.SDDMM_BLOCKS, x.device, x.dtype, T)
     tiles = cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
-    _with_parts(out, splits, lambda target: runtime.launch(
+    _with_parts(out, splits, lambda target: launcher.launch(
         sddmm_blocks_kernel, (*tiles, splits),
         target, dy, x, crow, col, T, M, nnz, blocks, *dy.stride(), *x.stride(),
         PRECISION=hardware.precision(x), config=config,
@@ -238,7 +237,7 @@ def _entries(out, dy, x, crow, col, BY_COLUMNS) -> None:
     (T, M), nnz = dy.shape, col.shape[0]
     tiles = cdiv(nnz, _ENTRIES["BLOCK_E"])
     splits, blocks = hardware.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
-    _with_parts(out, splits, lambda target: runtime.launch(
+    _with_parts(out, splits, lambda target: launcher.launch(
         sddmm_entries_kernel, (tiles, splits),
         target, dy, x, crow, col, T, M, nnz, blocks, M.bit_length(), *dy.stride(), *x.stride(),
         BY_COLUMNS=BY_COLUMNS, config=_ENTRIES,

@@ -1,0 +1,214 @@
+"""On a GPU: every operation and whole steps against the library calls and what a competent user writes by hand.
+
+A case is out_features x in_features x tokens, dtypes (bf16-fp32: fp32 adapters over a bf16 base), density of S if there
+is an S, and mode (eager or graphed: gpu_timing.py). Candidates beside "ours":
+
+frozen   the library call on the frozen weight alone: F.linear, and dy @ W in a step; dyᵀ x for sddmm, W.clone() for
+         csr_add
+addmm    LoRA by F.linear and addmm_, the backward by hand
+peft     LoRA by three matmuls through autograd
+csr      S by torch.sparse, eagerly and where this PyTorch serves the dtype
+apart    S scattered into zeros and multiplied on its own
+dense    S scattered into a copy of W. In 16 bits the copy rounds away deltas small beside W, so it is not judged in a
+         layer; the dense dW of sddmm loses nothing
+rows     whole rows of S by three small GEMMs
+"""
+
+import torch
+import torch.nn.functional as F
+
+import rosa_kernels as rk
+from gpu_results import Case
+from gpu_timing import MODES
+from interleaved import gradients
+from layers import Shape
+from naive import CSR, Dense, DenseApart, HandWritten, NoSparse, Rows, forward_by_hand, lora_as_peft
+
+MANY_TOKENS = [Shape(768, 768, 4096), Shape(3072, 768, 4096), Shape(4096, 4096, 2048), Shape(4096, 4096, 8192)]
+FEW_TOKENS = [Shape(4096, 4096, tokens) for tokens in (1, 16, 64)]
+DTYPES = ["bf16", "bf16-fp32", "fp16"]
+DENSITIES, NO_S = (0.01, 0.001), (None,)
+IN_FP32_TOO = MANY_TOKENS[0]
+LAUNCH_SECONDS = 5e-6
+"""What ours may lose to the best naive way for few tokens, eagerly: Python, not the kernels."""
+
+
+def over(shapes, dtypes=DTYPES, densities=DENSITIES[:1]):
+    """The cases of a test: all combinations, in both modes, and one shape in fp32 too."""
+
+    def choose(test):
+        test.cases = [
+            (shape, name, density)
+            for shape in shapes
+            for density in densities
+            for name in (*dtypes, *(["fp32"] if shape == IN_FP32_TOO else []))
+        ]
+        return test
+
+    return choose
+
+
+def tiny(shape: Shape) -> Shape:
+    return Shape(48, 32, min(20, shape.tokens))
+
+
+def pytest_generate_tests(metafunc):
+    cases, device = metafunc.function.cases, "cuda"
+    if metafunc.config.getoption("--shapes") == "quick":
+        cases = [case for case in cases if case[0] == cases[0][0]]
+    if metafunc.config.getoption("--gpu-dry-run"):
+        cases, device = dict.fromkeys((tiny(shape), *rest) for shape, *rest in cases), "cpu"
+    modes = [Case(shape, dtypes, mode, density, device) for shape, dtypes, density in cases for mode in MODES]
+    metafunc.parametrize("case", modes, ids=str)
+
+
+def unless_exact(case, *names):
+    """The candidates to show without judging, where the dtype is not fp32."""
+    return () if case.dtypes == "fp32" else names
+
+
+@over(MANY_TOKENS + FEW_TOKENS, densities=NO_S)
+def test_gpu_lora_forward(gpu_race, case):
+    layer = case.layer()
+    arguments = (*layer.base, *layer.lora)
+    with torch.no_grad():
+        gpu_race(
+            {
+                "frozen": lambda: (F.linear(*layer.base),),
+                "ours": lambda: (rk.lora_linear(*arguments),),
+                "addmm": lambda: forward_by_hand(*arguments, None, NoSparse())[:1],
+                "peft": lambda: (lora_as_peft(*arguments),),
+            },
+            allowance=_launches(case),
+        )
+
+
+@over(FEW_TOKENS)
+def test_gpu_rosa_forward(gpu_race, case):
+    layer = case.layer()
+    arguments = (*layer.base, *layer.lora, layer.values)
+    csr, apart, dense = CSR(layer.pattern, layer.dtype), DenseApart(layer.pattern), Dense(layer.pattern)
+    with torch.no_grad():
+        gpu_race(
+            {
+                "frozen": lambda: (F.linear(*layer.base),),
+                "ours": lambda: (rk.rosa_linear(*arguments, layer.pattern),),
+                "csr": lambda: forward_by_hand(*arguments, csr)[:1],
+                "apart": lambda: forward_by_hand(*arguments, apart)[:1],
+                "dense": lambda: forward_by_hand(*arguments, dense)[:1],
+            },
+            allowance=_launches(case),
+            unjudged=unless_exact(case, "dense"),
+        )
+
+
+@over(MANY_TOKENS, densities=NO_S)
+def test_gpu_lora_step(gpu_race, case):
+    layer = case.layer()
+    arguments, leaves = (*layer.base, *layer.lora), [layer.x, layer.lora_A, layer.lora_B]
+    gpu_race(
+        {
+            "frozen": layer.frozen_step(),
+            "ours": gradients(lambda: rk.lora_linear(*arguments), leaves, layer.dy),
+            "addmm": gradients(lambda: HandWritten.apply(*arguments, None, NoSparse()), leaves, layer.dy),
+            "peft": gradients(lambda: lora_as_peft(*arguments), leaves, layer.dy),
+        }
+    )
+
+
+@over(MANY_TOKENS, densities=DENSITIES)
+def test_gpu_rosa_step(gpu_race, case):
+    layer = case.layer()
+    gpu_race(
+        {
+            **_rosa_step(layer),
+            "csr": _by_hand(layer, CSR(layer.pattern, layer.dtype)),
+            "apart": _by_hand(layer, DenseApart(layer.pattern)),
+            "dense": _by_hand(layer, Dense(layer.pattern)),
+        },
+        unjudged=unless_exact(case, "dense"),
+    )
+
+
+@over(MANY_TOKENS)
+def test_gpu_row_step(gpu_race, case):
+    layer = case.layer("row")
+    gpu_race(
+        {
+            **_rosa_step(layer),
+            "rows": _by_hand(layer, Rows(layer.rows, case.shape.in_features)),
+            "dense": _by_hand(layer, Dense(layer.pattern)),
+        },
+        unjudged=unless_exact(case, "dense"),
+    )
+
+
+@over(MANY_TOKENS, densities=DENSITIES)
+def test_gpu_spmm(gpu_race, case):
+    layer = case.layer()
+    csr, apart = CSR(layer.pattern, layer.dtype), DenseApart(layer.pattern)
+
+    def by_hand(sparse):
+        y = layer.x.new_zeros(case.shape.tokens, case.shape.out_features)
+        sparse.add_to_y(y, layer.x, layer.values)
+        return (y,)
+
+    with torch.no_grad():
+        gpu_race(
+            {
+                "frozen": lambda: (F.linear(layer.x, layer.weight),),
+                "ours": lambda: (rk.spmm(layer.x, layer.values, layer.pattern),),
+                "csr": lambda: by_hand(csr),
+                "apart": lambda: by_hand(apart),
+            }
+        )
+
+
+@over(MANY_TOKENS, dtypes=["bf16", "fp16"], densities=DENSITIES)
+def test_gpu_sddmm(gpu_race, case):
+    layer = case.layer()
+    csr, dense = CSR(layer.pattern), Dense(layer.pattern)
+    with torch.no_grad():
+        gpu_race(
+            {
+                "frozen": lambda: (layer.dy.T @ layer.x,),
+                "ours": lambda: (rk.sddmm(layer.dy, layer.x, layer.pattern),),
+                "csr": lambda: (csr.gradient(layer.dy, layer.x).to(layer.dtype),),
+                "dense": lambda: (dense.gradient(layer.dy, layer.x),),
+            }
+        )
+
+
+@over(MANY_TOKENS[:3])
+def test_gpu_csr_add(gpu_race, case):
+    layer = case.layer()
+    dense = Dense(layer.pattern)
+    with torch.no_grad():
+        gpu_race(
+            {
+                "frozen": lambda: (layer.weight.clone(),),
+                "ours": lambda: (rk.csr_add(layer.weight, layer.values, layer.pattern),),
+                "index_add": lambda: (dense.weight(layer.weight, layer.values),),
+            }
+        )
+
+
+def _launches(case) -> float:
+    return LAUNCH_SECONDS if case.mode == "eager" and case.shape in FEW_TOKENS else 0.0
+
+
+def _rosa_step(layer):
+    arguments = (*layer.base, *layer.lora, layer.values, layer.pattern)
+    return {
+        "frozen": layer.frozen_step(),
+        "ours": gradients(lambda: rk.rosa_linear(*arguments), _leaves(layer), layer.dy),
+    }
+
+
+def _by_hand(layer, sparse):
+    arguments = (*layer.base, *layer.lora, layer.values, sparse)
+    return gradients(lambda: HandWritten.apply(*arguments), _leaves(layer), layer.dy)
+
+
+def _leaves(layer):
+    return [layer.x, layer.lora_A, layer.lora_B, layer.values]

@@ -1,0 +1,98 @@
+"""What the CPU's plan loses by choosing from a static model: its way of y and of the gradients raced against every
+other legal way, over shapes, tokens and densities. More than NOISE (interleaved.py) above the best is a failure."""
+
+import statistics
+
+import pytest
+import torch
+
+import rosa_kernels as rk
+from layers import DTYPES, Layer, Shape
+from rosa_kernels.backends.cpu import heuristics
+from rosa_kernels.backends.cpu import ops as cpu_ops
+
+TOKENS = (16, 128, 512, 2048)
+SHAPES = [Shape(out, into, t) for out, into in ((768, 768), (3072, 768), (2048, 2048)) for t in TOKENS]
+SECONDS = 0.4  # a race
+_ops = torch.ops.rosa_kernels
+
+pytestmark = pytest.mark.skipif(
+    rk.available_backends()["cpu"] is not None, reason=f"backend cpu: {rk.available_backends()['cpu']}"
+)
+
+
+class RegretSummary:
+    """Prints one line when the session ends."""
+
+    def __init__(self):
+        self.regrets = {}
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section("regret of the CPU's plan")
+        if self.regrets:
+            worst = max(self.regrets, key=self.regrets.get)
+            terminalreporter.write_line(
+                f"{len(self.regrets)} choices: mean {statistics.mean(self.regrets.values()):.3f} of the best way's time, worst "
+                f"{self.regrets[worst]:.3f}: {worst}"
+            )
+
+
+@pytest.fixture(scope="session")
+def regret_summary(request):
+    summary = RegretSummary()
+    request.config.pluginmanager.register(summary)
+    return summary
+
+
+def forced(way, function):
+    """The function with every choice of the plan replaced by one way."""
+
+    def run():
+        planned = heuristics.forward_way, heuristics.dx_way
+        heuristics.forward_way = heuristics.dx_way = lambda *call: way
+        try:
+            return function()
+        finally:
+            heuristics.forward_way, heuristics.dx_way = planned
+
+    return run
+
+
+def passes(layer: Layer, with_sparse: bool) -> dict:
+    """{name: (legal ways, the plan's choice, function)} of y and of the gradients."""
+    pattern = layer.pattern if with_sparse else None
+    values = layer.values.detach() if with_sparse else None
+    crow, col = (pattern.crow_indices, pattern.col_indices) if with_sparse else (None, None)
+    transposed = pattern.transpose() if with_sparse else (None, None, None)
+    x, W, b, dy = layer.x.detach(), layer.weight, layer.bias, layer.dy
+    A, B, scaling = layer.lora_A.detach(), layer.lora_B.detach(), layer.lora[2]
+    structure = pattern.structure if with_sparse else 0
+    needs = [True, False, False, True, True, with_sparse]
+    slow_bf16 = layer.dtype == torch.bfloat16 and not cpu_ops.fast_bfloat16()
+    found = {}
+    for name, of, widened, choose, function in (
+        ("y", x, heuristics.widens(x, cpu_ops.fast_bfloat16()), heuristics.forward_way,
+         lambda: (_ops.rosa_linear(x, W, b, A, B, scaling, values, crow, col, structure, 0.0, None),)),
+        ("gradients", dy, slow_bf16, heuristics.dx_way,
+         lambda: _ops.rosa_linear_backward(
+             dy, x, W, A, B, scaling, values, crow, col, *transposed, structure, 0.0, None, needs)),
+    ):  # fmt: skip
+        legal = heuristics.legal_ways(of, W, A, B, values, None, widened, cpu_ops.own_gemm(of.dtype))
+        choice = choose(of, W, A, B, values, structure, None, widened, cpu_ops.own_gemm(of.dtype))
+        found[name] = legal, choice, function
+    return found
+
+
+@pytest.mark.parametrize("result", ["y", "gradients"])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_plan_regret(request, race, benchmark, regret_summary, shape, dtypes, density, result):
+    layer = Layer(shape, dtypes, density=density or 0.01)
+    legal, choice, function = passes(layer, density > 0)[result]
+    others = {way.name.lower(): forced(way, function) for way in legal if way is not choice}
+    if not others:
+        pytest.skip(f"{choice.name} is the only legal way of {DTYPES[dtypes][0]} here")
+    try:
+        race({"ours": function, **others}, layer.dtype, seconds=SECONDS)
+    finally:
+        regret_summary.regrets[request.node.name] = max(1.0, benchmark.extra_info.get("ratio", 1.0))

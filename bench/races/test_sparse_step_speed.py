@@ -1,0 +1,40 @@
+"""The layer step with whole rows in S, and with S alone, over the frozen layer's own two GEMMs."""
+
+import pytest
+
+import rosa_kernels as rk
+from interleaved import gradients
+from layers import STEP_SHAPES, Layer
+from naive import CSR, Dense, HandWritten, Rows
+from rosa_step import rosa_step
+
+SHAPES = STEP_SHAPES[:2]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_row_step(race, shape, dtypes):
+    layer = Layer(shape, dtypes, structure="row")
+    race(rosa_step(layer, rows=Rows(layer.rows, shape.in_features), dense=Dense(layer.pattern)), layer.dtype)
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_sparse_step(race, shape, dtypes):
+    layer = Layer(shape, dtypes)
+    leaves = [layer.x, layer.values]
+
+    def by_hand(sparse):
+        return gradients(
+            lambda: HandWritten.apply(*layer.base, None, None, 1.0, layer.values, sparse), leaves, layer.dy
+        )
+
+    race(
+        {
+            "frozen": layer.frozen_step(),
+            "ours": gradients(lambda: rk.sparse_linear(*layer.base, layer.values, layer.pattern), leaves, layer.dy),
+            "csr": by_hand(CSR(layer.pattern)),
+            "dense": by_hand(Dense(layer.pattern)),
+        },
+        layer.dtype,
+    )

@@ -1,0 +1,45 @@
+// Included by kernels.cpp, after the header of an instruction set: the kernels compiled for that set.
+#pragma once
+#include "cpu/adapter/backward.h"
+#include "cpu/adapter/decode.h"
+#include "cpu/dense/gemm.h"
+#include "cpu/adapter/merge.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+constexpr bool SERVES_BASE = false;
+
+template <class T>
+void forward_typed(const Forward& f) {
+  if (!f.low_rank.r && AlikeRows::serves(f.sparse))
+    forward_alike<T>(f);
+  else
+    forward_blocks<T>(f);
+}
+
+template <class T>
+void few_tokens_typed(const FewTokens& f) {
+  f.adapter_dtype == Dtype::float32 ? FewTokensPass<T, float>(f).run() : FewTokensPass<T, uint16_t>(f).run();
+}
+
+inline void few_tokens(const FewTokens& f) {
+  f.dtype == Dtype::float32 ? few_tokens_typed<float>(f) : few_tokens_typed<uint16_t>(f);
+}
+inline void forward(const Forward& f) {
+  f.dtype == Dtype::float32 ? forward_typed<float>(f) : forward_typed<uint16_t>(f);
+}
+inline void backward(const Backward& b) {
+  b.dtype == Dtype::float32 ? BackwardSweep<float>(b).run() : BackwardSweep<uint16_t>(b).run();
+}
+inline void merge(const Merge& m) {
+  if (m.weight_dtype == Dtype::float32)
+    merge_rows<float, float>(m);
+  else if (m.out_dtype == Dtype::float32)
+    merge_rows<uint16_t, float>(m);
+  else
+    merge_rows<uint16_t, uint16_t>(m);
+}
+
+}  // namespace ROSA_ISA
+}  // namespace rosa

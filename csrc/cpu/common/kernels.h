@@ -1,0 +1,139 @@
+// The CPU kernels' interface: plain structs in, one table of functions per instruction set. No torch types here.
+#pragma once
+#include <cstdint>
+
+namespace rosa {
+
+constexpr int64_t TOKENS = 64;  // tokens a block: 64 tokens of one feature fill four AVX-512 registers
+
+enum class Dtype { float32, bfloat16 };
+
+// Row-major, unit column stride; stride counts elements.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// scaling · B A; A (r, in_features) and B (out_features, r) contiguous. r = 0: none.
+struct LowRank {
+  int64_t r = 0;
+  const float* A = nullptr;
+  const float* B = nullptr;
+  float scaling = 0;
+  bool bfloat16 = false;  // both are bfloat16, widened
+};
+
+// Philox dropout on the low-rank path's input; see rosa_kernels/dropout.py.
+struct Dropout {
+  bool on = false;
+  uint64_t seed = 0;
+  uint64_t threshold = 0;  // random words below it are dropped; 2^32 drops all
+  float scale = 1;         // 1 / (1 - p), and 0 for p = 1
+};
+
+enum class Structure { unstructured, row, column, block, block16 };  // as in rosa_kernels/pattern.py
+
+// S (out_features, in_features) in CSR form; values null: none.
+struct Csr {
+  const int32_t* crow = nullptr;
+  const int32_t* col = nullptr;
+  const float* values = nullptr;
+  int64_t nnz = 0;
+  Structure structure = Structure::unstructured;
+};
+
+// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; with fresh_y, which S alone may come with, y holds nothing before.
+// A weight (out_features, in_features), where serves_base and x is bfloat16, adds x weightᵀ + bias and makes y fresh too.
+struct Forward {
+  Dtype dtype;
+  int64_t tokens, in_features, out_features;
+  Matrix y, x, weight;
+  const void* bias;
+  bool fresh_y;
+  LowRank low_rank;
+  Dropout dropout;
+  Csr sparse;
+};
+
+// y (tokens, out_features) = x weightᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ, any of which may be missing, but not all. weight
+// (out_features, in_features) and bias are of dtype; A (r, in_features) and B (out_features, r) of adapter_dtype, contiguous.
+struct FewTokens {
+  Dtype dtype, adapter_dtype;
+  int64_t tokens, in_features, out_features, r;
+  Matrix y, x, weight;
+  const void *bias, *A, *B;
+  float scaling;
+  Dropout dropout;
+  Csr sparse;
+};
+
+// Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,). A weight, under the same
+// conditions as the forward's, adds dy weight to a dx that holds nothing before.
+struct Backward {
+  Dtype dtype;
+  int64_t tokens, in_features, out_features;
+  Matrix dx, dy, x, weight;
+  LowRank low_rank;
+  Dropout dropout;
+  Csr sparse;
+  const int32_t *ccol, *row, *permutation;  // the CSC view, for dx
+  float *dA, *dB, *dvalues;
+};
+
+// out (rows, columns) = (weight + scaling · B A + S)[first_row : first_row + rows, first_column : first_column + columns]; out
+// is float32, or of the weight's dtype where r = 0.
+struct Merge {
+  Dtype weight_dtype, out_dtype;
+  int64_t in_features;  // of the whole weight
+  int64_t first_row, rows, first_column, columns;
+  Matrix out, weight;
+  LowRank low_rank;
+  Csr sparse;
+};
+
+// y (tokens, rows) = x · stripᵀ + bias, or transposed y (tokens, columns) = x · strip + bias, for the strip that the weight says; all
+// float32. bias null: none.
+struct Product {
+  int64_t tokens;
+  Matrix y, x;
+  const float* bias;
+  bool transposed;
+  Merge weight;  // its `out` is not used
+};
+
+struct Kernels {
+  const char* instruction_set;
+  void (*few_tokens)(const FewTokens&);
+  void (*forward)(const Forward&);
+  void (*backward)(const Backward&);
+  void (*merge)(const Merge&);
+  void (*product)(const Product&);
+  bool serves_base = false;
+};
+
+// Null where the compiler did not know the instructions; see kernels.cpp.
+extern const Kernels* const kernels_portable;
+extern const Kernels* const kernels_avx2;
+extern const Kernels* const kernels_avx512;
+extern const Kernels* const kernels_avx512bf16;
+extern const Kernels* const kernels_amx;
+
+// Those that this processor and its system run, the best first; and what the compiler left out, for people.
+struct Supported {
+  const Kernels* kernels[8];
+  int count;
+  const char* left_out;
+};
+const Supported& supported_kernels();
+
+// Whose processor it is: MKL's GEMMs are made for Intel's, and take AVX-512 on no others.
+bool intel_processor();
+
+// Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.
+bool fast_bfloat16();
+
+// Runs body(context, slot) for every slot in [0, slots), on PyTorch's intra-op threads.
+void run_slots(int64_t slots, void (*body)(void*, int64_t), void* context);
+int64_t thread_count();
+
+}  // namespace rosa

@@ -1,0 +1,222 @@
+// Operands of bfloat16 products with fp32 sums. The instructions multiply pairs of neighbours along the summed index.
+//
+// bfloat16 adapters are exact operands, a word for a pair; their H and dH are rounded to bfloat16 once. A pair of fp32 adapters
+// takes several words: pair_products.h and tile_products.h each say what is in them. In the products that end in bfloat16,
+// y += H Bᵀ and dx += dH A, their H and dH too are rounded once.
+#pragma once
+#include "cpu/common/philox.h"
+#include "cpu/dense/microkernels.h"
+
+namespace rosa {
+namespace ROSA_ISA {
+
+constexpr int64_t ROW_MULTIPLE = 32;  // features that Rows are padded to
+constexpr int64_t BLOCK_PAIRS = TOKENS / 2;
+constexpr int64_t UPDATE_PANELS = 2;  // of features of y or dx finished together: whole cache lines
+static_assert(LANES == 16, "as many as a tile has rows");
+
+// Words that hold a pair of operands of fp32 results, and of bfloat16 results.
+struct WordCounts {
+  int exact, rounded;
+};
+
+// columns[k][n] = at[n][k] for `rows` and `count` of LANES, else zero. One of the strides is 1.
+template <class T>
+inline void load_columns(const T* at, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t count,
+                         Vec (&columns)[LANES]) {
+  const bool by_rows = column_stride == 1;
+  const int64_t lines = by_rows ? rows : count, width = by_rows ? count : rows;
+  for (int64_t i = 0; i < LANES; ++i) {
+    const T* line = at + i * (by_rows ? row_stride : column_stride);
+    T padded[LANES] = {};
+    if (i < lines && width < LANES) std::memcpy(padded, line, sizeof(T) * width);
+    columns[i] = load(i < lines && width == LANES ? line : padded);
+  }
+  if (by_rows) transpose(columns);
+}
+
+// words[j] of LANES pairs (even[i], odd[i]) at to + j · stride. Defined with the products.
+void store_words(int words, Vec even, Vec odd, uint32_t* to, int64_t stride);
+
+// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the ends. One of
+// its strides is 1. A matrix of a few rows may fill the lanes with several pairs of each: lane l of pair k then has row l / n and
+// its pair n · k + l % n, for n lanes a row.
+class PackedPairs {
+ public:
+  const int64_t panels, pairs;
+  const int words, lanes_a_row;
+
+  template <class T>
+  PackedPairs(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, int64_t padded_pairs,
+              int words, int lanes_a_row = 1)
+      : panels((rows + LANES - 1) / LANES),
+        pairs((padded_pairs + lanes_a_row - 1) / lanes_a_row),
+        words(words),
+        lanes_a_row(lanes_a_row),
+        packed_(panels * panel_size()) {
+    lanes_a_row == 1 ? pack_panels(matrix, row_stride, column_stride, rows, length)
+                     : pack_few(matrix, row_stride, column_stride, rows, length);
+  }
+
+  const uint32_t* panel(int64_t p) const { return packed_ + p * panel_size(); }
+  int64_t panel_size() const { return pairs * words * LANES; }
+
+ private:
+  template <class T>
+  void pack_panels(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length) {
+    constexpr int64_t WORTH_A_THREAD = 1 << 16;  // words
+    const int64_t slots = larger(1, smaller(smaller(thread_count(), panels), panels * panel_size() / WORTH_A_THREAD));
+    for_slots(slots, panels, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        pack_panel(matrix + p * LANES * row_stride, row_stride, column_stride, smaller(LANES, rows - p * LANES), length,
+                   packed_ + p * panel_size());
+    });
+  }
+
+  template <class T>
+  void pack_panel(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, uint32_t* to) const {
+    for (int64_t k = 0; k < pairs; k += LANES / 2) {
+      Vec columns[LANES];
+      load_columns(matrix + 2 * k * column_stride, row_stride, column_stride, rows,
+                   larger(0, smaller(LANES, length - 2 * k)), columns);
+      for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += words * LANES)
+        store_words(words, columns[2 * i], columns[2 * i + 1], to, LANES);
+    }
+  }
+
+  template <class T>
+  void pack_few(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length) {
+    for (int64_t k = 0; rows && k < pairs; ++k) {
+      float pair[2][LANES] = {};
+      for (int64_t lane = 0; lane < rows * lanes_a_row; ++lane)
+        for (int64_t i = 0; i < 2; ++i) {
+          const int64_t column = 2 * (k * lanes_a_row + lane % lanes_a_row) + i;
+          if (column < length) pair[i][lane] = as_float(matrix[lane / lanes_a_row * row_stride + column * column_stride]);
+        }
+      store_words(words, load(pair[0]), load(pair[1]), packed_ + k * words * LANES, LANES);
+    }
+  }
+
+  Buffer<uint32_t> packed_;
+};
+
+// TOKENS rows of bfloat16, zero past the last token and feature, up to a multiple of ROW_MULTIPLE features.
+struct Rows {
+  const uint16_t* data;
+  int64_t stride;
+};
+
+// out[t] bit f = in[f] bit t for 64 of each.
+inline void transpose_bits(const uint64_t* in, uint64_t* out) {
+  std::memcpy(out, in, 64 * sizeof(uint64_t));
+  uint64_t low = 0xffffffffu;
+  for (int width = 32; width; width >>= 1, low ^= low << width)
+    for (int i = 0; i < 64; i = ((i | width) + 1) & ~width) {
+      const uint64_t swapped = (out[i] >> width ^ out[i | width]) & low;
+      out[i] ^= swapped << width;
+      out[i | width] ^= swapped;
+    }
+}
+
+// Dropout's bits by token: bits of LANES features from f on, a multiple of LANES, in the low bits.
+struct TokenBits {
+  const uint64_t* bits;  // [feature / 64][token], null without dropout
+  uint64_t at(int64_t t, int64_t f) const { return bits[f / 64 * TOKENS + t] >> f % 64; }
+};
+
+// Words that block_bits fills: the bits by feature, then by token.
+inline int64_t bit_words(int64_t features) { return 2 * rounded_up(features, 64); }
+
+inline TokenBits block_bits(const Dropout& dropout, int64_t first_token, int64_t features, uint64_t* words) {
+  if (!dropout.on) return {nullptr};
+  const int64_t padded = rounded_up(features, 64);
+  std::memset(words, 0, sizeof(uint64_t) * padded);
+  keep_bits(dropout, first_token, features, words);
+  for (int64_t f = 0; f < padded; f += 64) transpose_bits(words + f, words + padded + f);
+  return {words + padded};
+}
+
+// The block's rows as they lie in memory where they are whole, else a copy of (TOKENS, features up to ROW_MULTIPLE).
+inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int64_t features, TokenBits kept,
+                       uint16_t* copy) {
+  if (!kept.bits && tokens == TOKENS && features % ROW_MULTIPLE == 0) return {rows, stride};
+  const int64_t width = rounded_up(features, ROW_MULTIPLE);
+  std::memset(copy, 0, sizeof(uint16_t) * TOKENS * width);
+  for (int64_t t = 0; t < tokens; ++t) {
+    uint16_t* to = copy + t * width;
+    std::memcpy(to, rows + t * stride, sizeof(uint16_t) * features);
+    for (int64_t f = 0; kept.bits && f < width; f += LANES) store(to + f, keep(kept.at(t, f), load(to + f)));
+  }
+  return {copy, width};
+}
+
+// The base layer's part of rows that hold nothing before: x · weightᵀ + bias. Null: the rows hold it.
+struct Base {
+  const PackedPairs* weight;
+  const uint16_t* bias;  // null for none
+};
+
+// Rows of y or dx, and `count` of their features from `first` on: they get alpha · a product masked by dropout, `extra`, and the
+// base, whose product add_products adds to the sums of both.
+struct Target {
+  uint16_t* rows;
+  int64_t stride, tokens, first, count;
+  float alpha;
+  TokenBits kept;
+  Base base;
+  const float* extra;  // (TOKENS, UPDATE_PANELS · LANES), null for none
+
+  // Sum v of row t, of LANES features from first + v · LANES on.
+  Vec sum(int64_t t, int64_t v, Vec product) const {
+    if (kept.bits) product = keep(kept.at(t, first + v * LANES), product);
+    const Vec scale = broadcast(alpha), before = base.weight ? bias(v) : old(t, v);
+    if (!extra) return fma(scale, product, before);
+    return add(before, fma(scale, product, load(extra + (t * UPDATE_PANELS + v) * LANES)));
+  }
+
+  // Rounds both sums of row t, once.
+  void store(int64_t t, Vec low, Vec high) const {
+    uint16_t *to = rows + t * stride + first, padded[2 * LANES];
+    if (count == 2 * LANES) return store_two(to, low, high);
+    store_two(padded, low, high);
+    std::memcpy(to, padded, sizeof(uint16_t) * count);
+  }
+
+ private:
+  Vec bias(int64_t v) const { return base.bias ? some_of(base.bias + first, v) : zero(); }
+  Vec old(int64_t t, int64_t v) const {
+    const uint16_t* row = rows + t * stride + first;
+    __builtin_prefetch(row + 8 * stride, 1, 2);  // rows are visited by 8: UPDATE_TOKENS of pair_products.h
+    return some_of(row, v);
+  }
+  Vec some_of(const uint16_t* features, int64_t v) const {
+    const int64_t left = count - v * LANES;
+    if (left >= LANES) return load(features + v * LANES);
+    uint16_t padded[LANES] = {};
+    if (left > 0) std::memcpy(padded, features + v * LANES, sizeof(uint16_t) * left);
+    return load(padded);
+  }
+};
+
+// rounded (TOKENS, stride) = ranks (TOKENS, padded_r), to nearest even, and zero from r up to padded_r, where an infinite x
+// has made NaN. What lies between padded_r and stride is left alone.
+inline Rows round_ranks(const float* ranks, int64_t r, int64_t padded_r, uint16_t* rounded, int64_t stride) {
+  for (int64_t t = 0; t < TOKENS; ++t)
+    for (int64_t q = 0; q < padded_r; q += LANES) {
+      const uint64_t real = r - q < LANES ? (1u << (r - q)) - 1 : 0xffff;
+      store(rounded + t * stride + q, keep(real, load(ranks + t * padded_r + q)));
+    }
+  return {rounded, stride};
+}
+
+// panel[t / 2][i] = (rows[t][f + i], rows[t + 1][f + i]) for `width` features, a multiple of LANES.
+inline void interleave_tokens(const Rows& rows, int64_t f, int64_t width, uint32_t* panel) {
+  for (int64_t t = 0; t < TOKENS; t += 2) {
+    const uint16_t* even = rows.data + t * rows.stride + f;
+    for (int64_t i = 0; i < width; i += LANES, panel += LANES)
+      store_pairs(panel, interleave(even + i, even + rows.stride + i));
+  }
+}
+
+}  // namespace ROSA_ISA
+}  // namespace rosa

@@ -1,0 +1,227 @@
+"""select_masks: score the entries of the base weights, keep the best, and let the sparse parts live there."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rosa_kernels.adapters.inject import adapted_root, adapter_layers, wrapped_for_data_parallel
+from rosa_kernels.config import RoSAConfig
+from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
+from rosa_kernels.pattern import CSRPattern
+
+_NEEDS_BATCHES = ("gradient", "fisher", "snip")
+
+
+def select_masks(
+    model: nn.Module,
+    batches: Iterable | None = None,
+    loss_fn: Callable[[nn.Module, object], Tensor] | None = None,
+    *,
+    config: RoSAConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, CSRPattern]:
+    """Choose where each sparse part lives, in the midst of training: the next forward uses it.
+
+    Scores come from the gradient of the loss to each whole base weight, summed in float32 over the batches (see
+    RoSAConfig.mask); each layer takes exactly the entries, rows, columns or blocks with the highest scores that its
+    density buys, the first ones among equals. No ``.grad`` changes and the base stays frozen; the values are the same
+    Parameters as before, at zero, so an optimiser that was built before goes on. Forward passes run in the model's
+    current mode, not under reentrant checkpointing, which torch.autograd.grad cannot enter. Takes one gradient and one
+    float32 sum of each adapted weight in memory.
+
+    Under torch.distributed every rank calls it, and all choose the same from the sum of their scores. Until then
+    DistributedDataParallel needs find_unused_parameters=True, as the values take no part.
+
+    Args:
+        model: with adapters, merged or FSDP-sharded nowhere.
+        batches: what loss_fn understands; the first config.mask_batches are read. Not needed for masks "magnitude" and
+            "random".
+        loss_fn: loss_fn(model, batch) -> scalar loss tensor.
+        config: in place of the one that add_adapters was given; for layers that were put in by hand RoSAConfig().
+        generator: a CPU generator for the mask "random", in place of PyTorch's default one.
+
+    Returns:
+        {layer's full name: its pattern} of the layers that got one; layers with a pattern already keep it.
+
+    Raises:
+        ValueError: nothing to choose, no batches, a loss that does not depend on an adapted layer, scores that are not
+            finite, a model whose values cannot be resized any more. No layer is then changed.
+    """
+    root, record = adapted_root(model)
+    layers = _layers_to_select(root)
+    config = config or (record.config if record else RoSAConfig())
+    if config.mask in _NEEDS_BATCHES:
+        if batches is None or loss_fn is None:
+            raise ValueError(f"batches and loss_fn: the mask {config.mask!r} needs both")
+        statistics = _gradient_statistics(model, layers, config, batches, loss_fn)
+    elif config.mask == "magnitude":
+        statistics = {name: layer.weight.detach().float() for name, layer in layers.items()}
+    else:
+        statistics = {name: torch.rand(layer.weight_shape, generator=generator) for name, layer in layers.items()}
+    scores = {name: _scores(layers[name], statistic) for name, statistic in statistics.items()}
+    for name, score in scores.items():
+        if not bool(torch.isfinite(score).all()):
+            raise ValueError(f"{name}: its scores are not finite; the loss or a gradient overflowed or is NaN")
+    patterns = _best(layers, scores, config.mask_scope)
+    _check_resizable(model, layers, patterns)
+    for name, pattern in patterns.items():
+        layers[name].place_pattern(pattern)
+    return patterns
+
+
+def _layers_to_select(model: nn.Module) -> dict[str, AdapterLayer]:
+    sparse = {name: layer for name, layer in adapter_layers(model).items() if layer.has_sparse}
+    layers = {name: layer for name, layer in sparse.items() if not layer.masks_selected}
+    if not layers:
+        reason = "every mask is chosen already" if sparse else "no layer has a sparse part"
+        raise ValueError(f"model: nothing to choose, {reason}")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name}: is merged; unmerge_adapters first")
+        if not layer.base_is_plain or tuple(layer.weight.shape) != layer.weight_shape:
+            raise ValueError(
+                f"{name}: expected a plain floating-point base weight to score, got {type(layer.base_layer).__name__} "
+                f"with {type(layer.weight).__name__} of {layer.weight.dtype}; give this layer a pattern by hand"
+            )
+    return layers
+
+
+def _gradient_statistics(model, layers, config, batches, loss_fn) -> dict[str, Tensor]:
+    """{name: (out_features, in_features) float32}: the sum of gradients, of their squares, or sum · weight."""
+    sums = {name: torch.zeros(layer.weight_shape, device=layer.weight.device) for name, layer in layers.items()}
+    reached = set()
+    count = 0
+    for batch in itertools.islice(batches, config.mask_batches):
+        for name, gradient in _base_gradients(model, layers, batch, loss_fn).items():
+            sums[name] += gradient.float().square() if config.mask == "fisher" else gradient
+            reached.add(name)
+        count += 1
+    if count == 0:
+        raise ValueError("batches: expected at least one batch, got none")
+    unreached = [name for name in layers if name not in reached]
+    if unreached:
+        raise ValueError(f"loss_fn: the loss does not depend on {', '.join(unreached)}, so no mask can be scored there")
+    if config.mask == "snip":
+        for name, layer in layers.items():
+            sums[name] *= layer.weight.detach().float()
+    return sums
+
+
+def _base_gradients(model, layers, batch, loss_fn) -> dict[str, Tensor]:
+    """{name: d loss / d base weight} of the layers that the loss depends on."""
+    with torch.enable_grad(), _weights_as_leaves(layers) as leaves:
+        loss = loss_fn(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn: expected a scalar tensor, got {shape}")
+        if not loss.requires_grad:
+            raise ValueError("loss_fn: expected a loss that depends on the model's adapted layers, got a constant")
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    found = {name: gradient for name, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+    return {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in found.items()}
+
+
+@contextlib.contextmanager
+def _weights_as_leaves(layers: dict[str, AdapterLayer]):
+    """Each base weight stands in as a Parameter of its own that requires gradients and shares the weight's memory.
+
+    So the frozen Parameters are never touched, and a weight that two modules share is scored for each on its own.
+    """
+    originals = {name: layer.base_layer.weight for name, layer in layers.items()}
+    leaves = {name: nn.Parameter(weight.detach()) for name, weight in originals.items()}
+    try:
+        for name, layer in layers.items():
+            layer.base_layer.weight = leaves[name]
+        yield leaves
+    finally:
+        for name, layer in layers.items():
+            layer.base_layer.weight = originals[name]
+
+
+def _scores(layer: AdapterLayer, statistic: Tensor) -> Tensor:
+    """(down, across) of layer.unit_grid: the sum of |statistic| over each entry, row, column or block."""
+    statistic = _sum_over_ranks(statistic.to(layer.weight.device)).abs_()
+    if layer.structure == "row":
+        return statistic.sum(1, keepdim=True)
+    if layer.structure == "column":
+        return statistic.sum(0, keepdim=True)
+    if layer.structure == "block":
+        (down, across), size = layer.unit_grid, layer.block_size
+        out_features, in_features = layer.weight_shape
+        padded = F.pad(statistic, (0, across * size - in_features, 0, down * size - out_features))
+        return padded.view(down, size, across, size).sum((1, 3))
+    return statistic
+
+
+def _sum_over_ranks(statistic: Tensor) -> Tensor:
+    """A tensor that may be written to: the sum over all ranks of torch.distributed, the same bits on each."""
+    statistic = statistic.clone()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(statistic)
+    return statistic
+
+
+def _best(layers: dict[str, AdapterLayer], scores: dict[str, Tensor], scope: str) -> dict[str, CSRPattern]:
+    patterns = {}
+    competing = {name: layer for name, layer in layers.items() if layer.structure == "unstructured"}
+    if scope == "global" and competing:
+        budget = sum(layer.unit_budget for layer in competing.values())
+        device = scores[next(iter(competing))].device
+        chosen = top_k(torch.cat([scores[name].flatten().to(device) for name in competing]), budget)
+        parts = chosen.split([scores[name].numel() for name in competing])
+        for name, part in zip(competing, parts, strict=True):
+            patterns[name] = _pattern(layers[name], part.view_as(scores[name]).to(scores[name].device))
+    for name, layer in layers.items():
+        if name not in patterns:
+            patterns[name] = _pattern(layer, _top_units(layer, scores[name]))
+    return patterns
+
+
+def _top_units(layer: AdapterLayer, score: Tensor) -> Tensor:
+    """(down, across) bools; an embedding's padding row has no gradient and is no candidate."""
+    flat = score.flatten()
+    if isinstance(layer, RoSAEmbedding) and layer.padding_idx is not None:
+        flat[layer.padding_idx] = -1.0
+        return top_k(flat, min(layer.unit_budget, flat.shape[0] - 1)).view_as(score)
+    return top_k(flat, layer.unit_budget).view_as(score)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """(n,) bools, true at exactly k of the highest of n scores; among equal ones the first are taken."""
+    if k == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.topk(k, sorted=False).values.min()
+    chosen = scores > threshold
+    ties = (scores == threshold).nonzero()[:, 0]
+    chosen[ties[: k - int(chosen.sum())]] = True
+    return chosen
+
+
+def _pattern(layer: AdapterLayer, units: Tensor) -> CSRPattern:
+    """units: (down, across) bools over layer.unit_grid."""
+    if layer.structure == "row":
+        return CSRPattern.from_rows(units.flatten().nonzero()[:, 0], layer.weight_shape)
+    if layer.structure == "column":
+        return CSRPattern.from_columns(units.flatten().nonzero()[:, 0], layer.weight_shape)
+    if layer.structure == "block":
+        return CSRPattern.from_blocks(units, layer.block_size, layer.weight_shape)
+    return CSRPattern.from_mask(units)
+
+
+def _check_resizable(model: nn.Module, layers: dict[str, AdapterLayer], patterns: dict[str, CSRPattern]) -> None:
+    """Values change their number under the global scope, and where blocks are cut at an edge."""
+    resized = [name for name, layer in layers.items() if layer.sparse_values.shape[0] != patterns[name].nnz]
+    if not resized:
+        return
+    if wrapped_for_data_parallel(model):
+        raise ValueError(
+            f"model: is wrapped in DDP or FSDP, and the values of {', '.join(resized)} would change their number; "
+            "choose masks before wrapping, or use mask_scope='layer' (and a block_size that divides the weights)"
+        )
+    with_gradients = [name for name in resized if layers[name].sparse_values.grad is not None]
+    if with_gradients:
+        raise ValueError(f"model: values of {', '.join(with_gradients)} have a gradient and cannot be resized")

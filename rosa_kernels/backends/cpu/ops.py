@@ -1,0 +1,170 @@
+"""The C++ kernels of csrc/, around PyTorch's own GEMMs for the base layer where the kernels do not multiply it too; fp32 and
+bf16, accumulated in fp32."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from rosa_kernels.backends.cpu import base_gemm, heuristics
+from rosa_kernels.backends.cpu.base_gemm import Delta
+from rosa_kernels.backends.cpu.heuristics import Way
+from rosa_kernels.backends.cpu.library import fast_bfloat16, instruction_set, own_gemm
+from rosa_kernels.backends.cpu.library import kernels as _kernels
+from rosa_kernels.backends.lora_gemm import low_rank_gradients
+from rosa_kernels.backends.shapes import as_matrix
+from rosa_kernels.dropout import drop_threshold, keep_scale
+
+
+@functools.cache
+def _few_tokens(dtype: torch.dtype, with_weight: bool) -> int:
+    return heuristics.few_tokens(dtype, with_weight, instruction_set(), fast_bfloat16(), own_gemm(dtype))
+
+
+def _is_few(x, weight) -> bool:
+    in_features = x.shape[-1]
+    return in_features > 0 and x.numel() <= _few_tokens(x.dtype, weight is not None) * in_features and _by_rows(weight)
+
+
+def _by_rows(weight) -> bool:
+    """Whether the kernels read the weight as it lies; by columns they would copy it, which the library does not."""
+    return weight is None or weight.stride(1) == 1
+
+
+def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    if _is_few(x, weight):
+        out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
+        return _kernels.few_tokens(
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
+        )
+    widened = heuristics.widens(x, fast_bfloat16())
+    own = own_gemm(x.dtype) and _by_rows(weight)
+    own_fp32 = own and x.dtype == torch.float32
+    way = heuristics.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, own)
+    if weight is None:
+        out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
+        y = x.new_zeros(*x.shape[:-1], out_features)
+    elif way is Way.FUSED:
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    elif way is Way.MERGED or widened or own_fp32:
+        delta = _delta(lora_A, lora_B, scaling, values, crow, col) if way is Way.MERGED else None
+        y = base_gemm.linear(_matrix(x), _matrix(weight), _contiguous(bias), delta, own_fp32)
+        y = y.view(*x.shape[:-1], weight.shape[0])
+    else:
+        y = F.linear(x, weight, bias).contiguous()
+    if way is Way.GEMMS:
+        as_matrix(y).addmm_(F.linear(as_matrix(x), lora_A), lora_B.T, alpha=scaling)
+    elif way is not Way.MERGED:
+        base = (_matrix(weight), _contiguous(bias)) if way is Way.FUSED else (None, None)
+        _forward(y, x, *base, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
+    return y
+
+
+def rosa_linear_backward(
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
+):
+    need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
+    dy2, x2 = _matrix(dy), _matrix(x)
+    widened = dy.dtype == torch.bfloat16 and not fast_bfloat16()
+    delta = _delta(lora_A, lora_B, scaling, values, crow, col)
+    own = own_gemm(dy.dtype) and _by_rows(weight)
+    own_fp32 = own and dy.dtype == torch.float32
+    way = heuristics.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, own)
+    dx2 = None
+    if need_dx and weight is None:
+        dx2 = torch.zeros_like(x2)
+    elif need_dx and way is Way.FUSED:
+        dx2 = torch.empty_like(x2)
+    elif need_dx and (way is Way.MERGED or widened or own_fp32):
+        dx2 = base_gemm.linear_dx(dy2, _matrix(weight), delta if way is Way.MERGED else None, own_fp32)
+    elif need_dx:
+        dx2 = dy2 @ weight
+    dx_to_add = None if way is Way.MERGED else dx2  # or to write: with a base it holds nothing
+    if way is Way.GEMMS:
+        dA, dB, dH = low_rank_gradients(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
+        if dx_to_add is not None:
+            dx_to_add.addmm_(dH, lora_A, alpha=scaling)
+        dvalues = None
+    else:
+        dA, dB, dvalues = (
+            torch.zeros(source.shape, dtype=torch.float32) if need else None
+            for need, source in ((need_dA, lora_A), (need_dB, lora_B), (need_dvalues, values))
+        )
+        if any(gradient is not None for gradient in (dx_to_add, dA, dB, dvalues)):
+            base = _matrix(weight) if need_dx and way is Way.FUSED else None
+            _kernels.backward(
+                dx_to_add, dA, dB, dvalues, dy2, x2, base, *delta, ccol, row, permutation, structure,
+                *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
+            )  # fmt: skip
+    return [
+        dx2.view(x.shape) if need_dx else None,
+        base_gemm.linear_dweight(dy2, x2, widened) if need_dweight else None,
+        dy2.sum(0) if need_dbias else None,
+        dA.to(lora_A.dtype) if need_dA else None,
+        dB.to(lora_B.dtype) if need_dB else None,
+        dvalues.to(values.dtype) if need_dvalues else None,
+    ]
+
+
+def spmm(x, values, crow, col, structure):
+    if _is_few(x, None):
+        return _kernels.few_tokens(x, None, None, None, None, 0.0, values, crow, col, crow.shape[0] - 1, None, 0, 1.0)
+    y = x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
+    _forward(y, x, None, None, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
+    return y
+
+
+def sddmm(dy, x, crow, col, structure):
+    dvalues = torch.zeros(col.shape, dtype=torch.float32)
+    # The kernel takes S whole: its values are not read for dS.
+    _kernels.backward(
+        None, None, None, dvalues, _matrix(dy), _matrix(x), None, None, None, 0.0, dvalues, crow, col, None, None, None,
+        structure, None, 0, 0.0, False,
+    )  # fmt: skip
+    return dvalues.to(x.dtype)
+
+
+def csr_add(weight, values, crow, col):
+    return base_gemm.merged(_matrix(weight), Delta(values=_floats(values), crow=crow, col=col), weight.dtype)
+
+
+def _forward(
+    y, x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, fresh_y=False
+) -> None:
+    _kernels.forward(
+        as_matrix(y), _matrix(x), weight, bias, _floats(lora_A), _floats(lora_B), scaling, values, crow, col, structure,
+        *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B), fresh_y,
+    )  # fmt: skip
+
+
+def _matrix(tensor):
+    """as_matrix with unit column stride and rows that do not overlap, as the kernels read it."""
+    matrix = as_matrix(tensor)
+    row_stride, column_stride = matrix.stride()
+    return matrix if column_stride == 1 and row_stride >= matrix.shape[1] else matrix.contiguous()
+
+
+def _contiguous(tensor):
+    return None if tensor is None else tensor.contiguous()
+
+
+def _floats(tensor):
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
+
+
+def _are_bfloat16(lora_A, lora_B) -> bool:
+    """Whether kernels for bf16 take both as they are and may round what they multiply with them."""
+    return lora_A is not None and lora_A.dtype == lora_B.dtype == torch.bfloat16
+
+
+def _delta(lora_A, lora_B, scaling, values, crow, col):
+    return Delta(_floats(lora_A), _floats(lora_B), scaling, _floats(values), crow, col)
+
+
+def _dropout(dropout_p, seed):
+    """(seed, threshold, scale) as the kernels take them."""
+    if seed is None:
+        return None, 0, 1.0
+    return seed, drop_threshold(dropout_p), keep_scale(dropout_p)

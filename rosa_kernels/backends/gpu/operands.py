@@ -1,0 +1,114 @@
+"""What the GPU backends compute: dropout's numbers, the sparse delta and the layer, in either orientation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosa_kernels.backends.gpu import cost_model, hardware
+from rosa_kernels.dropout import drop_threshold, keep_scale
+from rosa_kernels.pattern import transposed_structure
+
+
+class Dropout(NamedTuple):
+    """seed: a tensor that kernels read, None for none. threshold: smaller random words are dropped, at 2**32 all."""
+
+    seed: Tensor | None
+    keep_scale: float
+    threshold: int
+
+    @classmethod
+    def of(cls, dropout_p: float, seed: Tensor | None) -> Dropout:
+        if seed is None:
+            return NO_DROPOUT
+        return cls(seed, keep_scale(dropout_p), drop_threshold(dropout_p))
+
+
+NO_DROPOUT = Dropout(None, 1.0, 0)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """S (N, K): values (nnz,) at crow (N + 1,), col (nnz,); entry e's is values[permutation[e]] if there is one.
+
+    transpose_of: the S of row order that this one is the transpose of.
+    """
+
+    values: Tensor
+    crow: Tensor
+    col: Tensor
+    structure: int
+    shape: tuple[int, int]
+    permutation: Tensor | None = None
+    transpose_of: Sparse | None = None
+
+    @property
+    def nnz(self) -> int:
+        return self.col.shape[0]
+
+    def transposed(self, ccol: Tensor, row: Tensor, permutation: Tensor) -> Sparse:
+        structure = transposed_structure(self.structure)
+        return Sparse(self.values, ccol, row, structure, self.shape[::-1], permutation, self)
+
+    def whole_rows(self) -> Tensor:
+        """(rows that are not empty, K): their values, for structure ROW."""
+        K = self.shape[1]
+        count = self.nnz // K
+        return self.values.view(count, K) if self.permutation is None else self.values.view(K, count).T
+
+    def whole_columns(self) -> Tensor:
+        """(N, columns that are not empty): their values, for structure COLUMN."""
+        N = self.shape[0]
+        count = self.nnz // N
+        return self.values.view(N, count) if self.permutation is None else self.values.view(count, N).T
+
+
+def sparse_of(values: Tensor | None, crow: Tensor, col: Tensor, structure: int, in_features: int) -> Sparse | None:
+    """None where there is nothing to add."""
+    if values is None or values.shape[0] == 0:
+        return None
+    return Sparse(values.contiguous(), crow, col, structure, (crow.shape[0] - 1, in_features))
+
+
+class Linear(NamedTuple):
+    """x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, H = x Aᵀ; dx in the same form, with dy for x and every matrix transposed.
+
+    x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: x Aᵀ where it is known already, in
+    the backend's own form. drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
+    merged: makes weight + scaling B A + S (N, K); delta: makes scaling B A + S.
+    """
+
+    x: Tensor
+    N: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scaling: float = 1.0
+    S: Sparse | None = None
+    H: Tensor | None = None
+    dropout: Dropout = NO_DROPOUT
+    drop_at: str = ""
+    merged: Callable[[], Tensor] | None = None
+    delta: Callable[[], Tensor] | None = None
+
+    def operand(self, values: Tensor) -> Tensor:
+        """Values of S for a library GEMM: wider ones rounded where H beside them is too, but to bf16 alone (plan/cost_model.py)."""
+        return values.to(self.x.dtype) if self.B is not None and self.x.dtype == torch.bfloat16 else values
+
+    def call(self) -> cost_model.LinearCall:
+        """What a plan needs to know."""
+        x, A, B, S, H = self.x, self.A, self.B, self.S, self.H
+        dtype, (tokens, K) = x.dtype, x.shape
+        r = 0 if B is None else B.shape[1]
+        nnz, structure = (0, 0) if S is None else (S.nnz, S.structure)
+        return cost_model.LinearCall(  # by position: this runs in every call
+            tokens, self.N, K, r, nnz, structure, x.element_size(), hardware.precision(x) == "tf32",
+            self.weight is not None, self.drop_at, B is not None and not A.dtype == B.dtype == dtype,
+            S is not None and S.values.dtype != dtype, H is not None,
+            H is not None and H.dtype == dtype and H.shape[0] == 1, dtype == torch.float16,
+        )  # fmt: skip

@@ -1,0 +1,47 @@
+"""Sums over a split dimension: each split's program writes an fp32 part; these are added in order, rounded once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.shapes import cdiv
+from rosa_kernels.backends.triton import launcher
+from rosa_kernels.backends.triton.configs import Config
+from rosa_kernels.backends.triton.device_functions import narrow, sum_of_parts
+
+_CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
+_READER = 128
+"""Outputs in a tile of the kernels that read parts."""
+
+
+@triton.jit(do_not_specialize=["PARTS"])
+def sum_kernel(out, parts, size, PARTS, BLOCK: tl.constexpr):
+    """out (size,) = Σ_p parts[p] (PARTS, size)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = sum_of_parts(parts, at, at < size, tl.cast(size, tl.int64), PARTS)
+    tl.store(out + at, narrow(total, out.dtype.element_ty), mask=at < size)
+
+
+def add_parts(out: Tensor, parts: Tensor) -> None:
+    """out = Σ_p parts[p]; parts (parts, *out.shape) fp32, both contiguous."""
+    grid = (cdiv(out.numel(), _CONFIG["BLOCK"]),)
+    launcher.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
+
+
+def one_part(parts: Tensor) -> Tensor:
+    """(1, ...): the sum of parts (parts, ...)."""
+    if parts.shape[0] == 1:
+        return parts
+    total = torch.empty(1, *parts.shape[1:], dtype=torch.float32, device=parts.device)
+    add_parts(total, parts)
+    return total
+
+
+def for_readers(parts: Tensor, features: int) -> Tensor:
+    """parts (parts, ...) or their sum as the only one: whichever costs the tiles of all `features` outputs less."""
+    rates = device_rates.rates(parts.device, hardware.target(parts.device))
+    readers = cdiv(features, _READER)
+    first = cost_model.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates)
+    return one_part(parts) if first else parts

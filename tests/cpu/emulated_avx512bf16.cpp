@@ -1,0 +1,15 @@
+#define ROSA_ISA emulated_avx512bf16
+#define ROSA_OTHERS (*kernels_portable)
+#define ROSA_LANES 16
+#include "emulated_pairs.h"
+//
+#include "cpu/dense/bf16_dot_avx512.h"
+//
+#include "cpu/common/isa_table_bf16.h"
+
+namespace rosa {
+extern const Kernels emulated_avx512bf16_kernels;
+const Kernels emulated_avx512bf16_kernels = {
+    "avx512bf16", emulated_avx512bf16::few_tokens, emulated_avx512bf16::forward, emulated_avx512bf16::backward, emulated_avx512bf16::merge,
+    emulated_avx512bf16::product, emulated_avx512bf16::SERVES_BASE};
+}  // namespace rosa

@@ -1,0 +1,38 @@
+"""The CPU's kernels for bfloat16 instructions (AVX512-BF16, AMX) on a processor without them: their instruction layer emulated."""
+
+from pathlib import Path
+
+import torch
+
+import cuda_emulation
+from paths import CSRC, TESTS
+
+KERNELS = (
+    CSRC / "cpu" / "bindings.cpp",
+    CSRC / "cpu" / "kernels.cpp",
+    *sorted((TESTS / "cpu").glob("emulated_*.cpp")),
+)
+SETS = tuple(
+    path.stem.removeprefix("emulated_") for path in KERNELS if path.stem in ("emulated_amx", "emulated_avx512bf16")
+)
+NAMESPACE = "rosa_kernels_cpu_emulated"  # of the operators, beside those of the processor's own kernels
+
+
+def build(variant: str) -> Path:
+    return cuda_emulation.build(variant, KERNELS, (f"-Drosa_kernels_cpu={NAMESPACE}",))
+
+
+def install(library: str) -> None:
+    """Makes backend "cpu" run a build's kernels in this process, for all that they serve: no merging, no library GEMMs for LoRA."""
+    from rosa_kernels.backends.cpu import base_gemm, heuristics
+    from rosa_kernels.backends.cpu import ops as cpu_ops
+
+    torch.ops.load_library(library)
+    cpu_ops._kernels = base_gemm._kernels = getattr(torch.ops, NAMESPACE)
+    heuristics._library_serves = lambda *call: False
+
+
+def takes(item) -> bool:
+    """Whether an emulated run takes a test: those of the backend in bf16, those of this one's arithmetic and of its own ways."""
+    names = "cpu-bf16", "test_bfloat16_terms.py", "FUSED", "by_the_kernels_own_gemm"
+    return any(name in item.nodeid for name in names)
