@@ -193,7 +193,10 @@ class BuildKernels(build_ext):
         for name, flags in INSTRUCTION_SETS.items():
             macros = [("ROSA_ISA", name)]
             if not self.knows(flags):
-                print(f"rosa_kernels: the compiler does not know {' '.join(flags)}: no kernels for {name}", file=sys.stderr)
+                print(
+                    f"rosa_kernels: the compiler does not know {' '.join(flags)}: no kernels for {name}",
+                    file=sys.stderr,
+                )
                 macros, flags = [*macros, ("ROSA_ISA_UNKNOWN", "1")], []
             files.append((KERNELS, f"{self.build_temp}/{name}", macros, flags))
         return [pool.submit(self.compile_cpp, extension, *file) for file in files]
@@ -208,9 +211,13 @@ class BuildKernels(build_ext):
 
     def compile_cpp(self, extension: Extension, source: str, directory: str, macros: list, flags: list) -> list[str]:
         return self.compiler.compile(
-            [source], output_dir=directory, macros=[*extension.define_macros, *macros], include_dirs=extension.include_dirs,
-            extra_postargs=[*extension.extra_compile_args, *flags], depends=extension.depends,
-        )  # fmt: skip
+            [source],
+            output_dir=directory,
+            macros=[*extension.define_macros, *macros],
+            include_dirs=extension.include_dirs,
+            extra_postargs=[*extension.extra_compile_args, *flags],
+            depends=extension.depends,
+        )
 
     def link(self, extension: Extension, objects: list[str]) -> None:
         if not isinstance(extension, CudaExtension):

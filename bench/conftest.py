@@ -128,11 +128,14 @@ def run_and_judge(request, benchmark, earlier_ratios):
         backend = serving_backend(device, dtype)
         before = earlier_ratios.get(request.node.nodeid)
         unjudged = (
-            "dry run" if request.config.getoption("--gpu-dry-run")
-            else "reference" if backend == "reference"
-            else "--benchmark-disable" if benchmark.disabled
+            "dry run"
+            if request.config.getoption("--gpu-dry-run")
+            else "reference"
+            if backend == "reference"
+            else "--benchmark-disable"
+            if benchmark.disabled
             else None
-        )  # fmt: skip
+        )
         race.verdict = f"{unjudged}: not judged" if unjudged else race.judge(before)
         benchmark.extra_info.update(race.summary(), backend=backend, threads=torch.get_num_threads())
         return backend

@@ -83,4 +83,3 @@ def _train_base(recipe: BaseRecipe, device: torch.device | str):
     model = ReviewClassifier(config).to(device)
     run = train(model, train_set, validation_set, settings, "base")
     return model, tokenizer, {**asdict(run), "data": [file_facts(file) for file in sources.base_files()]}
-

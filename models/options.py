@@ -73,9 +73,12 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--test", type=Path, metavar="FILE", help="reviews to test on")
     group.add_argument("--base-train", type=Path, metavar="FILE", help="reviews for the base")
     group.add_argument(
-        "--base-share", type=_share, default=0.5, metavar="P",
+        "--base-share",
+        type=_share,
+        default=0.5,
+        metavar="P",
         help="without --base-train: the base learns from this share of --train, the adapter from the rest; default 0.5",
-    )  # fmt: skip
+    )
     group.add_argument("--classes", type=_at_least(2), default=2, metavar="N", help="labels 1 ... N; default 2")
 
 
@@ -104,15 +107,22 @@ def _add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--r", type=_at_least(1), default=8, metavar="N", help="rank of B A; default 8")
     group.add_argument("--alpha", type=_positive, default=16.0, metavar="X", help="B A counts alpha / r; default 16")
     group.add_argument("--density", type=_share, default=0.02, metavar="P", help="of S in linear layers; default 0.02")
-    group.add_argument("--embedding-density", type=_share, metavar="P", help="share of tokens with a row in S; see presets")
     group.add_argument(
-        "--warmup-steps", type=_at_least(0), default=64, metavar="N",
+        "--embedding-density", type=_share, metavar="P", help="share of tokens with a row in S; see presets"
+    )
+    group.add_argument(
+        "--warmup-steps",
+        type=_at_least(0),
+        default=64,
+        metavar="N",
         help="low-rank steps before the masks are chosen; default 64",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--mask", choices=("gradient", "fisher", "snip", "magnitude", "random"), default="gradient",
+        "--mask",
+        choices=("gradient", "fisher", "snip", "magnitude", "random"),
+        default="gradient",
         help="how S's entries are chosen; default gradient",
-    )  # fmt: skip
+    )
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
@@ -122,7 +132,9 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", type=torch.device, default="cpu", metavar="NAME", help="default cpu")
     threads = torch.get_num_threads()
     group.add_argument("--threads", type=_at_least(1), default=threads, metavar="N", help=f"default here: {threads}")
-    group.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="keeps trained bases; default runs")
+    group.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="keeps trained bases; default runs"
+    )
 
 
 def _at_least(smallest: int):

@@ -1,7 +1,7 @@
 """Classify reviews with a run of train_classifier.py: a line `label <tab> probability <tab> text` for each.
 
-    python models/predict.py runs/rosa "The battery died after a week."
-    python models/predict.py runs/rosa < reviews.txt
+python models/predict.py runs/rosa "The battery died after a week."
+python models/predict.py runs/rosa < reviews.txt
 """
 
 import argparse

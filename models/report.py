@@ -14,7 +14,12 @@ from reviews import ReviewFile
 from sources import Sources, file_facts
 from training import TrainingRun, accuracy, macro_f1
 
-COSTS = ("seconds", "base_seconds", "reviews_per_second", "peak_memory_mib")  # differ from run to run; the rest does not
+COSTS = (
+    "seconds",
+    "base_seconds",
+    "reviews_per_second",
+    "peak_memory_mib",
+)  # differ from run to run; the rest does not
 
 
 def make_report(

@@ -71,9 +71,12 @@ def sample_sources() -> Sources:
         return Part(ReviewFile(SAMPLE / f"{name}.txt.bz2"))
 
     return Sources(
-        part("film.train"), part("film.validation"),
-        part("amazon.train"), part("amazon.validation"), part("amazon.test"),
-    )  # fmt: skip
+        part("film.train"),
+        part("film.validation"),
+        part("amazon.train"),
+        part("amazon.validation"),
+        part("amazon.test"),
+    )
 
 
 def file_sources(train: Path, test: Path, base_train: Path | None, base_share: float, classes: int) -> Sources:

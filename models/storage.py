@@ -16,11 +16,17 @@ import rosa_kernels as rk
 from transformer import ClassifierConfig, ReviewClassifier
 
 CONFIG, TOKENIZER, MODEL, ADAPTER, REPORT = (
-    "config.json", "tokenizer.json", "model.safetensors", "adapter", "report.json",
-)  # fmt: skip
+    "config.json",
+    "tokenizer.json",
+    "model.safetensors",
+    "adapter",
+    "report.json",
+)
 
 
-def save_classifier(directory: Path, model: ReviewClassifier, tokenizer: Tokenizer, weights: Path | None = None) -> None:
+def save_classifier(
+    directory: Path, model: ReviewClassifier, tokenizer: Tokenizer, weights: Path | None = None
+) -> None:
     """Write the model without adapters and its tokenizer.
 
     weights: a model.safetensors to copy in place of the model's own parameters: the base of a model with adapters.

@@ -1,7 +1,7 @@
 """Train a base model on some reviews, adapt it to others, test it before and after, write report.json.
 
-    python models/train_classifier.py --adapter rosa
-    python models/train_classifier.py --adapter rosa --train train.ft.txt.bz2 --test test.ft.txt.bz2
+python models/train_classifier.py --adapter rosa
+python models/train_classifier.py --adapter rosa --train train.ft.txt.bz2 --test test.ft.txt.bz2
 """
 
 import argparse

@@ -16,7 +16,22 @@ class RoSALinearFunction(Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed
+        ctx,
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        values,
+        crow,
+        col,
+        ccol,
+        row,
+        permutation,
+        structure,
+        dropout_p,
+        seed,
     ):
         ctx.numbers = scaling, structure, dropout_p
         need_x, need_weight, need_bias, need_A, need_B, _, need_values = ctx.needs_input_grad[:7]
@@ -24,9 +39,7 @@ class RoSALinearFunction(Function):
         ctx.save_for_backward(
             x, weight if need_x else None, lora_A, lora_B, values, crow, col, ccol, row, permutation, seed
         )
-        return ops.rosa_linear(
-            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed
-        )
+        return ops.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
 
     @staticmethod
     @once_differentiable

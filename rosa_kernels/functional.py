@@ -179,7 +179,9 @@ def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
         and lora_B.shape == (shape[0], shape_A[0])
         and (
             bias is None
-            or (isinstance(bias, Tensor) and bias.device == device and bias.dtype == dtype and bias.shape == (shape[0],))
+            or (
+                isinstance(bias, Tensor) and bias.device == device and bias.dtype == dtype and bias.shape == (shape[0],)
+            )
         )
         and (
             values is pattern is None

@@ -114,9 +114,7 @@ def _(
         lora_B is not None and lora_B.shape,
         values is not None and values.shape,
     )
-    return [
-        source.new_empty(shape) if need else dy.new_empty(0) for need, source, shape in zip(needs, sources, shapes)
-    ]
+    return [source.new_empty(shape) if need else dy.new_empty(0) for need, source, shape in zip(needs, sources, shapes)]
 
 
 @torch.library.register_fake("rosa_kernels::spmm", lib=_library)

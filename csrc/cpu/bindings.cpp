@@ -1,5 +1,6 @@
-// torch.ops.rosa_kernels_cpu.*: the CPU kernels behind PyTorch's stable ABI, one binary for every torch from 2.10 on. Arguments come
-// checked from rosa_kernels/functional.py and laid out by rosa_kernels/backends/cpu.py; the checks here are assertions.
+// torch.ops.rosa_kernels_cpu.*: the CPU kernels behind PyTorch's stable ABI, one binary for every torch from 2.10 on.
+// Arguments come checked from rosa_kernels/functional.py and laid out by rosa_kernels/backends/cpu.py; the checks here
+// are assertions.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -57,12 +58,14 @@ std::string build_info() {
 }
 
 Dtype dtype_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, "float32 or bfloat16");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
+                  "float32 or bfloat16");
   return t.scalar_type() == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
 }
 
 Matrix matrix_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1), "a matrix of unit column stride");
+  STD_TORCH_CHECK(t.dim() == 2 && (t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1),
+                  "a matrix of unit column stride");
   return {t.data_ptr(), t.stride(0)};
 }
 
@@ -144,10 +147,11 @@ Tensor few_tokens(const Tensor x, const OptionalTensor weight, const OptionalTen
   }
   if (values) f.sparse = csr_of(kept[4] = packed(*values, ScalarType::Float), crow, col, 0);
   f.dropout = dropout_of(seed, threshold, scale);
-  STD_TORCH_CHECK(f.tokens <= TOKENS && (!weight || (weight->size(0) == out_features && weight->size(1) == f.in_features)) &&
-                      (!bias || bias->numel() == out_features) && (!A || A->size(1) == f.in_features) &&
-                      (!A || (B->size(0) == out_features && B->size(1) == f.r)) && (!crow || crow->numel() == out_features + 1),
-                  "one block of tokens and factors of fitting sizes");
+  STD_TORCH_CHECK(
+      f.tokens <= TOKENS && (!weight || (weight->size(0) == out_features && weight->size(1) == f.in_features)) &&
+          (!bias || bias->numel() == out_features) && (!A || A->size(1) == f.in_features) &&
+          (!A || (B->size(0) == out_features && B->size(1) == f.r)) && (!crow || crow->numel() == out_features + 1),
+      "one block of tokens and factors of fitting sizes");
   kernels().few_tokens(f);
   return y;
 }
@@ -245,8 +249,9 @@ void product(Tensor y, const Tensor x, const Tensor weight, const OptionalTensor
   p.transposed = transposed;
   p.weight = transposed ? strip_of(weight, A, B, scaling, values, crow, col, 0, weight.size(0), first, y.size(1))
                         : strip_of(weight, A, B, scaling, values, crow, col, first, y.size(1), 0, weight.size(1));
-  STD_TORCH_CHECK(dtype_of(x) == Dtype::float32 && dtype_of(y) == Dtype::float32 && p.weight.weight_dtype == Dtype::float32 &&
-                      y.size(0) == p.tokens && x.size(1) == weight.size(transposed ? 0 : 1),
+  STD_TORCH_CHECK(dtype_of(x) == Dtype::float32 && dtype_of(y) == Dtype::float32 &&
+                      p.weight.weight_dtype == Dtype::float32 && y.size(0) == p.tokens &&
+                      x.size(1) == weight.size(transposed ? 0 : 1),
                   "float32 matrices of fitting sizes");
   kernels().product(p);
 }
@@ -256,19 +261,22 @@ void product(Tensor y, const Tensor x, const Tensor weight, const OptionalTensor
 
 STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
-      "few_tokens(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
+      "few_tokens(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? "
+      "values, "
       "Tensor? crow, Tensor? col, int out_features, Tensor? seed, int threshold, float scale) -> Tensor");
   m.def(
       "forward(Tensor(a!) y, Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
       "Tensor? values, Tensor? crow, Tensor? col, int structure, Tensor? seed, int threshold, float scale, "
       "bool bfloat16_adapters, bool fresh_y=False) -> ()");
   m.def(
-      "backward(Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!)? dvalues, Tensor dy, Tensor x, Tensor? weight, "
+      "backward(Tensor(a!)? dx, Tensor(b!)? dA, Tensor(c!)? dB, Tensor(d!)? dvalues, Tensor dy, Tensor x, Tensor? "
+      "weight, "
       "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, Tensor? col, Tensor? ccol, "
       "Tensor? row, Tensor? permutation, int structure, Tensor? seed, int threshold, float scale, "
       "bool bfloat16_adapters) -> ()");
   m.def(
-      "merge(Tensor(a!) out, Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? crow, "
+      "merge(Tensor(a!) out, Tensor weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, Tensor? "
+      "crow, "
       "Tensor? col, int first_row, int first_column) -> ()");
   m.def(
       "product(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "

@@ -13,7 +13,8 @@ namespace rosa {
 namespace {
 
 #if defined(__x86_64__)
-// Bit of a CPUID register (0 to 3: EAX, EBX, ECX, EDX): __builtin_cpu_supports of older compilers does not know these names.
+// Bit of a CPUID register (0 to 3: EAX, EBX, ECX, EDX): __builtin_cpu_supports of older compilers does not know these
+// names.
 bool cpuid_bit(unsigned leaf, unsigned subleaf, int which, int bit) {
   unsigned registers[4] = {};
   if (!__get_cpuid_count(leaf, subleaf, &registers[0], &registers[1], &registers[2], &registers[3])) return false;
@@ -21,8 +22,8 @@ bool cpuid_bit(unsigned leaf, unsigned subleaf, int which, int bit) {
 }
 
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512bf16() { return has_avx512() && cpuid_bit(7, 1, 0, 5); }
 bool has_amx() { return has_avx512bf16() && cpuid_bit(7, 0, 3, 22) && cpuid_bit(7, 0, 3, 24); }  // AMX-BF16, AMX-TILE

@@ -1,10 +1,10 @@
-// The kernels of one instruction set. setup.py compiles this file once for each set, with ROSA_ISA as its name and with the
-// compiler's options for it. Where the compiler does not know them it defines ROSA_ISA_UNKNOWN instead, and the set's table is
-// null.
+// The kernels of one instruction set. setup.py compiles this file once for each set, with ROSA_ISA as its name and with
+// the compiler's options for it. Where the compiler does not know them it defines ROSA_ISA_UNKNOWN instead, and the
+// set's table is null.
 //
-// The sets with bfloat16 instructions serve bfloat16 alone and leave the rest to AVX-512's kernels, which every processor with
-// them runs too. AMX has been seen on one Xeon (bench/results) and is not tuned; tests/cpu/test_emulation.py runs its numbers,
-// and AVX512-BF16's, on processors without them.
+// The sets with bfloat16 instructions serve bfloat16 alone and leave the rest to AVX-512's kernels, which every
+// processor with them runs too. AMX has been seen on one Xeon (bench/results) and is not tuned;
+// tests/cpu/test_emulation.py runs its numbers, and AVX512-BF16's, on processors without them.
 #ifndef ROSA_ISA
 #define ROSA_ISA portable
 #endif
@@ -21,8 +21,9 @@ namespace rosa {
 const Kernels* const ROSA_TABLE = nullptr;
 }  // namespace rosa
 #else
+// clang-format off
 #include ROSA_QUOTED(cpu/isa/ROSA_ISA.h)
-//
+// clang-format on
 #ifdef ROSA_BF16_DOT
 #define ROSA_OTHERS (*kernels_avx512)
 #include ROSA_BF16_DOT
@@ -33,9 +34,8 @@ const Kernels* const ROSA_TABLE = nullptr;
 #endif
 
 namespace rosa {
-static constexpr Kernels table = {
-    ROSA_QUOTED(ROSA_ISA), ROSA_ISA::few_tokens, ROSA_ISA::forward, ROSA_ISA::backward, ROSA_ISA::merge, ROSA_ISA::product,
-    ROSA_ISA::SERVES_BASE};
+static constexpr Kernels table = {ROSA_QUOTED(ROSA_ISA), ROSA_ISA::few_tokens, ROSA_ISA::forward,    ROSA_ISA::backward,
+                                  ROSA_ISA::merge,       ROSA_ISA::product,    ROSA_ISA::SERVES_BASE};
 const Kernels* const ROSA_TABLE = &table;
 }  // namespace rosa
 #endif

@@ -108,8 +108,7 @@ void gather_columns_op(Tensor out, const Tensor x, const OptionalTensor col, con
 void pack_entries_op(Tensor entries, const Tensor col, const OptionalTensor permutation, const Tensor values) {
   STD_TORCH_CHECK(entries.numel() >= col.numel() + ENTRY_PADDING, "room for ENTRY_PADDING more entries");
   run("pack_entries", pack_entries,
-      {col.numel(), entries_of(entries), ints_of(col), ints_of(permutation), contiguous_data(values),
-       dtype_of(values)},
+      {col.numel(), entries_of(entries), ints_of(col), ints_of(permutation), contiguous_data(values), dtype_of(values)},
       values);
 }
 
@@ -172,7 +171,8 @@ void sddmm_op(Tensor out, const Tensor dy_columns, const Tensor x_columns, const
 
 void pick_op(Tensor out, const Tensor matrix, const Tensor crow, const Tensor col) {
   run("pick", pick,
-      {matrix.size(0), out.numel(), contiguous_data(out), dtype_of(out), matrix_of(matrix), ints_of(crow), ints_of(col)},
+      {matrix.size(0), out.numel(), contiguous_data(out), dtype_of(out), matrix_of(matrix), ints_of(crow),
+       ints_of(col)},
       out);
 }
 
@@ -192,8 +192,7 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cuda, m) {
   m.def("by_columns(Tensor(a!) out, Tensor x) -> ()");
   m.def("gather_columns(Tensor(a!) out, Tensor x, Tensor? col, Tensor? crow, int width) -> ()");
   m.def("pack_entries(Tensor(a!) entries, Tensor col, Tensor? permutation, Tensor values) -> ()");
-  m.def(
-      "shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? parts) -> ()");
+  m.def("shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? parts) -> ()");
   m.def(
       "outer(Tensor(a!) out, Tensor z, Tensor P, float scaling, Tensor? seed, int threshold, float scale, "
       "Tensor(b!)? parts) -> ()");
@@ -201,8 +200,7 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cuda, m) {
       "epilogue(Tensor(a!) y, bool accumulate, Tensor? H, Tensor? B, float scaling, Tensor? seed, int threshold, "
       "float scale, Tensor? crow, Tensor? entries, Tensor? x, Tensor? x_columns, Tensor? D, int in_features, "
       "int multiprocessors) -> ()");
-  m.def(
-      "sddmm(Tensor(a!) out, Tensor dy_columns, Tensor x_columns, Tensor crow, Tensor col, Tensor(b!)? parts) -> ()");
+  m.def("sddmm(Tensor(a!) out, Tensor dy_columns, Tensor x_columns, Tensor crow, Tensor col, Tensor(b!)? parts) -> ()");
   m.def("pick(Tensor(a!) out, Tensor matrix, Tensor crow, Tensor col) -> ()");
   m.def("scatter(Tensor(a!) out, Tensor? base, Tensor values, Tensor crow, Tensor col) -> ()");
   m.def("build_info() -> str");

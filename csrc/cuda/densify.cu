@@ -11,9 +11,16 @@ template <typename T>
 ScatterOperands operands_of(const Scatter& s) {
   const int64_t pieces = ceil_div(s.columns, SCATTER_TILE<T>);
   const int64_t tile_columns = ceil_div(ceil_div(s.columns, pieces), Vector<T>::SIZE) * Vector<T>::SIZE;
-  return {s.rows,       s.columns,     std::max<int64_t>(1, SCATTER_TILE<T> / s.columns), tile_columns,
-          s.out.stride, s.base.stride, is_aligned(s.out), is_aligned(s.base),
-          s.crow,       s.col};
+  return {s.rows,
+          s.columns,
+          std::max<int64_t>(1, SCATTER_TILE<T> / s.columns),
+          tile_columns,
+          s.out.stride,
+          s.base.stride,
+          is_aligned(s.out),
+          is_aligned(s.base),
+          s.crow,
+          s.col};
 }
 
 }  // namespace

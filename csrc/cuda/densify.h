@@ -1,9 +1,9 @@
 // out = base + S. A block makes a tile of out, 16 KiB: short rows whole, a piece of a long one, so that neither many
 // short rows nor one row full of entries hold anybody up. It copies base, then adds the tile's entries.
 #pragma once
+#include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
 #include "cuda/kernels.h"
-#include "cuda/binary_search.h"
 
 namespace rosa {
 

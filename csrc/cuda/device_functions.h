@@ -16,11 +16,17 @@ __device__ __forceinline__ float widened(__half x) { return __half2float(x); }
 template <typename T>
 __device__ T rounded(float x);
 template <>
-__device__ __forceinline__ float rounded<float>(float x) { return x; }
+__device__ __forceinline__ float rounded<float>(float x) {
+  return x;
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <>
-__device__ __forceinline__ __half rounded<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half rounded<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 template <typename T, typename From>
 __device__ __forceinline__ T converted(From x) {
@@ -74,8 +80,8 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& v, int64_t n
   }
 }
 
-// Whether numbers of T are multiplied by numbers of U on the tensor cores. fp32 beside bf16 goes there as three bf16 terms;
-// beside fp16, whose numbers end at 2^-24, no sum of terms holds a small one.
+// Whether numbers of T are multiplied by numbers of U on the tensor cores. fp32 beside bf16 goes there as three bf16
+// terms; beside fp16, whose numbers end at 2^-24, no sum of terms holds a small one.
 template <typename T, typename U>
 constexpr bool ON_TENSOR_CORES = sizeof(T) == 2 && (std::is_same_v<T, U> || std::is_same_v<T, __nv_bfloat16>);
 

@@ -51,8 +51,9 @@ cudaError_t allow_shared_memory() {
   return error;
 }
 
-// Groups of features a block. Where x is gathered from shared memory, a block fills a multiprocessor and copies its tokens
-// first, which costs it about what a round of its warps does: as many blocks as make the fewest rounds, one after another.
+// Groups of features a block. Where x is gathered from shared memory, a block fills a multiprocessor and copies its
+// tokens first, which costs it about what a round of its warps does: as many blocks as make the fewest rounds, one
+// after another.
 int64_t groups_a_block(int64_t tiles, int64_t groups, int64_t warps, int64_t multiprocessors, Gather gather) {
   if (gather != Gather::shared) return ceil_div(groups, std::min(groups, ceil_div(2 * multiprocessors, tiles)));
   int64_t best = groups, fewest = INT64_MAX;
@@ -74,12 +75,13 @@ cudaError_t launch_epilogue(const Epilogue& e, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const int64_t tiles = ceil_div(e.tokens, EPILOGUE_TOKENS), groups = ceil_div(e.out_features, EPILOGUE_FEATURES);
-  const int64_t each = std::max(groups_a_block(tiles, groups, WARPS, e.multiprocessors, GATHER), ceil_div(groups, 65535));
+  const int64_t each =
+      std::max(groups_a_block(tiles, groups, WARPS, e.multiprocessors, GATHER), ceil_div(groups, 65535));
   EpilogueOperands operands = operands_of(e);
   operands.row_by_row = e.entries && each < WARPS / 2;
   const Matrix& x = GATHER == Gather::global ? e.x_columns : e.x;
-  ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), dim3(tiles, ceil_div(groups, each)), dim3(WARPS * WARP), shared, stream,
-              static_cast<T*>(e.y.data), static_cast<const B_t*>(e.H), static_cast<const B_t*>(e.B),
+  ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), dim3(tiles, ceil_div(groups, each)), dim3(WARPS * WARP), shared,
+              stream, static_cast<T*>(e.y.data), static_cast<const B_t*>(e.H), static_cast<const B_t*>(e.B),
               static_cast<const T*>(x.data), operands, static_cast<int>(each * EPILOGUE_FEATURES));
   return cudaGetLastError();
 }

@@ -2,14 +2,15 @@
 //
 // A warp makes 16 tokens x 32 features of y, a lane two tokens of 8 neighbouring features: lane 4 g + q tokens 2g and
 // 2g + 1, features 8q to 8q + 7, so that y moves in 16-byte accesses. The low-rank part runs on the tensor cores in 16
-// bits; an mma sees the lane's tokens as its rows g and g + 8, and features 8q + 2n, 8q + 2n + 1 as columns 2q, 2q + 1 of
-// fragment n.
+// bits; an mma sees the lane's tokens as its rows g and g + 8, and features 8q + 2n, 8q + 2n + 1 as columns 2q, 2q + 1
+// of fragment n.
 //
 // S is gathered: an entry costs a lane one read of both tokens of x, from a copy of the block's 16 tokens by columns in
 // shared memory, which serves such reads faster than L2 (rosa_kernels/plan/cuda.py), or from a copy of x by columns in
-// global memory where shared memory does not hold all features. Lanes of one q share a row of S, the four q's take different ones; a long row is shared by the whole warp, and warps take the next features when they are done, so
-// that one long row does not hold up the rest. For few tokens the rows of S are all the parallelism there is: eight
-// warps then share 32 features, a row for each lane.
+// global memory where shared memory does not hold all features. Lanes of one q share a row of S, the four q's take
+// different ones; a long row is shared by the whole warp, and warps take the next features when they are done, so that
+// one long row does not hold up the rest. For few tokens the rows of S are all the parallelism there is: eight warps
+// then share 32 features, a row for each lane.
 #pragma once
 #include "cuda/shrink.h"
 
@@ -18,7 +19,8 @@ namespace rosa {
 constexpr int EPILOGUE_TOKENS = 16;
 constexpr int EPILOGUE_FEATURES = 32;
 constexpr int LONG_ROW = 128;  // entries: eight mean rows of a 4096 x 4096 S of density 0.4 %
-constexpr int STATIC_SHARED_BYTES = 1024;  // more than a block declares; rosa_kernels/backends/hardware.py leaves it out too
+constexpr int STATIC_SHARED_BYTES =
+    1024;  // more than a block declares; rosa_kernels/backends/hardware.py leaves it out too
 
 // Shared memory for the tokens of x by columns.
 template <typename T>
@@ -155,7 +157,8 @@ __device__ __forceinline__ void add_low_rank_by_lanes(LanePart& part, const floa
     for (int t = 0; t < 2; ++t) h[t] = token + t < e.tokens ? H[(token + t) * e.R + k] : 0.0f;
 #pragma unroll
     for (int f = 0; f < 8; ++f) {
-      const float b = feature + f < e.out_features ? B[static_cast<int64_t>(feature + f) * e.stride_o + k * e.stride_k] : 0.0f;
+      const float b =
+          feature + f < e.out_features ? B[static_cast<int64_t>(feature + f) * e.stride_o + k * e.stride_k] : 0.0f;
       part.acc[f][0] += h[0] * b;
       part.acc[f][1] += h[1] * b;
     }
@@ -186,8 +189,8 @@ __device__ __forceinline__ void scale_low_rank(LanePart& part, const EpilogueOpe
 constexpr int BATCH = 4;  // entries whose loads a lane has in flight together
 static_assert(ENTRY_PADDING >= 2 * BATCH * 4, "the batch after a long row's last one");
 
-// Entries of a row and x at their columns. columns: x[token, feature] at feature * stride and x[token + 1, feature] next to
-// it. Stride_t: int where offsets fit it.
+// Entries of a row and x at their columns. columns: x[token, feature] at feature * stride and x[token + 1, feature]
+// next to it. Stride_t: int where offsets fit it.
 template <typename T, typename Stride_t>
 struct RowReader {
   const Entry* entries;
@@ -220,8 +223,8 @@ struct RowReader {
     }
   }
 
-  // (Σ value · x[token, col], Σ value · x[token + 1, col]) over entries at, at + step, ... below end. Two batches take turns:
-  // one is on its way from L2 while the other is added.
+  // (Σ value · x[token, col], Σ value · x[token + 1, col]) over entries at, at + step, ... below end. Two batches take
+  // turns: one is on its way from L2 while the other is added.
   __device__ __forceinline__ void gather(float (&sums)[2], int at) const {
     Entry even[BATCH], odd[BATCH];
     if (at < end) load(even, at);
@@ -324,10 +327,12 @@ __device__ __forceinline__ void store_part(T* y, const LanePart& part, const Epi
 // Where x is gathered from: nowhere, a copy of the block's tokens in shared memory, or x by columns in global memory.
 enum class Gather { none, shared, global };
 
-// Warps a block. Where one block fills the shared memory of a multiprocessor, only its own warps hide the latency of the
-// entries: as many as have the registers that they need.
+// Warps a block. Where one block fills the shared memory of a multiprocessor, only its own warps hide the latency of
+// the entries: as many as have the registers that they need.
 template <typename B_t, Gather GATHER>
-constexpr int EPILOGUE_WARPS = GATHER != Gather::shared ? 8 : sizeof(B_t) == 2 ? 24 : 16;
+constexpr int EPILOGUE_WARPS = GATHER != Gather::shared ? 8
+                               : sizeof(B_t) == 2       ? 24
+                                                        : 16;
 
 // grid: token tiles, chunks of `chunk` features, a multiple of EPILOGUE_FEATURES. Dynamic shared memory:
 // epilogue_shared_bytes where x is gathered from there.

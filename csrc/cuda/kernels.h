@@ -33,8 +33,8 @@ struct alignas(8) Entry {
   float value;
 };
 
-// out (features, padded tokens) = xᵀ, zeros beyond the tokens: tokens next to each other in memory. padded: a multiple of
-// 64; out.stride = padded. Same dtypes.
+// out (features, padded tokens) = xᵀ, zeros beyond the tokens: tokens next to each other in memory. padded: a multiple
+// of 64; out.stride = padded. Same dtypes.
 struct ByColumns {
   int64_t tokens, features, padded;
   Matrix out, x;
@@ -52,8 +52,8 @@ struct GatherColumns {
 };
 cudaError_t gather_columns(const GatherColumns&, cudaStream_t);
 
-// entries[e] = {col[e], values[permutation[e]]} (e itself where permutation is null). values: fp32, bf16 or fp16. After the
-// last one there must be room for ENTRY_PADDING more: the epilogue fetches ahead.
+// entries[e] = {col[e], values[permutation[e]]} (e itself where permutation is null). values: fp32, bf16 or fp16. After
+// the last one there must be room for ENTRY_PADDING more: the epilogue fetches ahead.
 constexpr int ENTRY_PADDING = 32;
 struct PackEntries {
   int64_t nnz;
@@ -65,8 +65,8 @@ struct PackEntries {
 };
 cudaError_t pack_entries(const PackEntries&, cudaStream_t);
 
-// H (tokens, R) = dropout(x) Aᵀ, R = r rounded up to 16, zeros beyond r; contiguous, in A's dtype. A (r, features) in x's
-// dtype or fp32. parts: splits fp32 copies of H, scratch, where splits > 1.
+// H (tokens, R) = dropout(x) Aᵀ, R = r rounded up to 16, zeros beyond r; contiguous, in A's dtype. A (r, features) in
+// x's dtype or fp32. parts: splits fp32 copies of H, scratch, where splits > 1.
 struct Shrink {
   int64_t tokens, features, r;
   Matrix x, A;
@@ -77,8 +77,8 @@ struct Shrink {
 };
 cudaError_t shrink(const Shrink&, cudaStream_t);
 
-// out[f * stride_f + k * stride_k] = scaling · Σ_t dropout(z)[t, f] P[t, k] for k < r. P (tokens, R) as shrink makes it,
-// in z's dtype or fp32; out in P's. parts: splits fp32 copies (features, R), scratch, where splits > 1.
+// out[f * stride_f + k * stride_k] = scaling · Σ_t dropout(z)[t, f] P[t, k] for k < r. P (tokens, R) as shrink makes
+// it, in z's dtype or fp32; out in P's. parts: splits fp32 copies (features, R), scratch, where splits > 1.
 struct Outer {
   int64_t tokens, features, r;
   Matrix z;
@@ -93,8 +93,8 @@ struct Outer {
 };
 cudaError_t outer(const Outer&, cudaStream_t);
 
-// y (tokens, out_features) = (its own, where accumulate) + scaling · dropout(H Bᵀ) + x Sᵀ + D at the rows of S, summed in
-// fp32 and rounded once. Each part may be absent.
+// y (tokens, out_features) = (its own, where accumulate) + scaling · dropout(H Bᵀ) + x Sᵀ + D at the rows of S, summed
+// in fp32 and rounded once. Each part may be absent.
 struct Epilogue {
   int64_t tokens, in_features, out_features;
   Matrix y;
@@ -145,8 +145,8 @@ struct Pick {
 };
 cudaError_t pick(const Pick&, cudaStream_t);
 
-// out (rows, columns) = base + S, each entry summed in fp32 and rounded once. base.data null: zeros; base.data = out.data:
-// in place. out and base in one dtype; values: fp32, bf16 or fp16.
+// out (rows, columns) = base + S, each entry summed in fp32 and rounded once. base.data null: zeros; base.data =
+// out.data: in place. out and base in one dtype; values: fp32, bf16 or fp16.
 struct Scatter {
   int64_t rows, columns;
   Matrix out, base;

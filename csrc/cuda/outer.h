@@ -1,8 +1,8 @@
 // Sums over tokens of dropout(z)ᵀ P, the gradients of A and B: a skinny product whose cost is reading z once.
 //
-// A block takes SLAB features and 16 or 32 ranks; its warps, then the splits, share the tokens and are added in order. On
-// the tensor cores P is the (16, 16) operand, ranks down and tokens across, and z the (16, 8) one, features across. A lane
-// loads 8 features that lie next to each other of each of its four tokens: one for each of 8 fragments.
+// A block takes SLAB features and 16 or 32 ranks; its warps, then the splits, share the tokens and are added in order.
+// On the tensor cores P is the (16, 16) operand, ranks down and tokens across, and z the (16, 8) one, features across.
+// A lane loads 8 features that lie next to each other of each of its four tokens: one for each of 8 fragments.
 #pragma once
 #include "cuda/shrink.h"
 
@@ -61,7 +61,8 @@ __device__ __forceinline__ void outer_on_tensor_cores(float (&acc)[RANK_TILES][8
         packed_terms<T, P_t>(pairs[i], numbers[m][i % 2][i / 2 * 2], numbers[m][i % 2][i / 2 * 2 + 1]);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const uint32_t z_fragment[2] = {packed(z_rows[0].at[n], z_rows[1].at[n]), packed(z_rows[2].at[n], z_rows[3].at[n])};
+        const uint32_t z_fragment[2] = {packed(z_rows[0].at[n], z_rows[1].at[n]),
+                                        packed(z_rows[2].at[n], z_rows[3].at[n])};
 #pragma unroll
         for (int term = 0; term < TERMS<T, P_t>; ++term) {
           const uint32_t P_fragment[4] = {pairs[0][term], pairs[1][term], pairs[2][term], pairs[3][term]};
@@ -129,8 +130,9 @@ __global__ void __launch_bounds__(OUTER_WARPS* WARP)
     outer_kernel(SumTarget target, float* parts, const T* z, const P_t* P, OuterOperands o) {
   __shared__ SlabSums sums[OUTER_WARPS];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  const OuterTile tile{blockIdx.x * static_cast<int64_t>(SLAB), blockIdx.y * static_cast<int64_t>(RANK_STEP) * RANK_TILES,
-                       blockIdx.z * OUTER_WARPS + warp, gridDim.z * OUTER_WARPS};
+  const OuterTile tile{blockIdx.x * static_cast<int64_t>(SLAB),
+                       blockIdx.y * static_cast<int64_t>(RANK_STEP) * RANK_TILES, blockIdx.z * OUTER_WARPS + warp,
+                       gridDim.z * OUTER_WARPS};
   if constexpr (ON_TENSOR_CORES<T, P_t>) {
     const int g = lane / 4, q = lane % 4;
     float acc[RANK_TILES][8][4] = {};

@@ -3,9 +3,9 @@
 // A warp takes 8 neighbouring entries, so that a long row holds nobody up, and a lane 16 bytes of tokens at a time. The
 // cost is reading x from L2 once an entry, nnz · tokens numbers; dy is read once a row of the 8 entries.
 #pragma once
+#include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
 #include "cuda/kernels.h"
-#include "cuda/binary_search.h"
 
 namespace rosa {
 
@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(SDDMM_WARPS* WARP) sddmm_kernel(O* out, const 
 #pragma unroll
   for (int j = 0; j < SDDMM_ENTRIES; ++j) {
 #pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2)
-      acc[j] += __shfl_xor_sync(ALL_LANES, acc[j], distance);
+    for (int distance = WARP / 2; distance > 0; distance /= 2) acc[j] += __shfl_xor_sync(ALL_LANES, acc[j], distance);
     if (lane == j) total = acc[j];
   }
   if (lane < SDDMM_ENTRIES && first + lane < s.nnz) out[blockIdx.y * s.nnz + first + lane] = rounded<O>(total);

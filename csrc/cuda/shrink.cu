@@ -7,7 +7,7 @@ template <typename T, typename A_t, int RANK_TILES>
 cudaError_t launch_shrink(const Shrink& s, cudaStream_t stream) {
   const int64_t R = ceil_div(s.r, RANK_STEP) * RANK_STEP;
   const SumTarget target{s.H, s.A.dtype, R, 1, R, s.dropout.scale};
-  const ShrinkOperands operands{s.tokens,         s.features,       s.r,      s.x.stride, s.A.stride,
+  const ShrinkOperands operands{s.tokens,        s.features,      s.r,      s.x.stride, s.A.stride,
                                 is_aligned(s.x), is_aligned(s.A), s.dropout};
   float* parts = s.splits > 1 ? s.parts : nullptr;
   const dim3 grid(ceil_div(s.tokens, SHRINK_TOKENS), ceil_div(R, 8 * RANK_TILES), s.splits);
@@ -17,7 +17,8 @@ cudaError_t launch_shrink(const Shrink& s, cudaStream_t stream) {
   return error != cudaSuccess || !parts ? error : sum_parts(target, parts, s.tokens, R, s.splits, stream);
 }
 
-// As many ranks at once as leave the registers to the loads in flight; rosa_kernels/backends/cuda/kernels.py counts tiles.
+// As many ranks at once as leave the registers to the loads in flight; rosa_kernels/backends/cuda/kernels.py counts
+// tiles.
 template <typename T, typename A_t>
 cudaError_t launch_by_rank(const Shrink& s, cudaStream_t stream) {
   if constexpr (ON_TENSOR_CORES<T, A_t> && TERMS<T, A_t> == 1) {

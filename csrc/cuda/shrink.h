@@ -25,12 +25,13 @@ struct ShrinkOperands {
 
 // Zeroes what dropout drops of the numbers at (token, feature...), feature a multiple of 4.
 template <typename T>
-__device__ __forceinline__ void drop(Vector<T>& v, const Dropout& dropout, uint64_t seed, int64_t token, int64_t feature) {
+__device__ __forceinline__ void drop(Vector<T>& v, const Dropout& dropout, uint64_t seed, int64_t token,
+                                     int64_t feature) {
   if (!dropout.seed) return;
 #pragma unroll
   for (int group = 0; group < Vector<T>::SIZE / 4; ++group) {
-    const unsigned bits = keep_bits(seed, dropout.threshold, static_cast<uint32_t>(token),
-                                    static_cast<uint32_t>(feature / 4 + group));
+    const unsigned bits =
+        keep_bits(seed, dropout.threshold, static_cast<uint32_t>(token), static_cast<uint32_t>(feature / 4 + group));
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (!(bits >> i & 1)) v.at[4 * group + i] = rounded<T>(0.0f);
@@ -132,8 +133,7 @@ __device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, cons
     for (int k = 0; k < 8 * RANK_TILES; ++k)
 #pragma unroll
       for (int first = 0; first < SIZE; first += 4) {
-        const Vector<float> a =
-            row_vector(A, tile.rank + k, s.r, s.A_stride, feature + first, s.features, s.A_aligned);
+        const Vector<float> a = row_vector(A, tile.rank + k, s.r, s.A_stride, feature + first, s.features, s.A_aligned);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll

@@ -1,8 +1,8 @@
 // Columns of x: all of them as rows (by_columns), or a few gathered (gather_columns). Both move each number once.
 #pragma once
+#include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
 #include "cuda/kernels.h"
-#include "cuda/binary_search.h"
 
 namespace rosa {
 

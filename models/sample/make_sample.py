@@ -76,7 +76,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with zipfile.ZipFile(arguments.sdist) as sdist, tarfile.open(fileobj=io.BytesIO(sdist.read(ARCHIVE))) as archive:
         amazon, film = (
-            clear_snippets(archive.extractfile(f"hutto_ICWSM_2014/{kind}ReviewSnippets_GroundTruth.txt").read().decode())
+            clear_snippets(
+                archive.extractfile(f"hutto_ICWSM_2014/{kind}ReviewSnippets_GroundTruth.txt").read().decode()
+            )
             for kind in ("amazon", "movie")
         )
     film_validation, film_train = take_groups(film, FILM_VALIDATION_LINES)

@@ -86,19 +86,28 @@ class RoSAEmbedding(AdapterLayer):
         """Whether there are fewer rows to adapt than tokens to look up. Not where a base is watched, or the tokens are
         traced, whose number may change."""
         adapted = self.r or (self.masks_selected and self.sparse_values.shape[0])
-        return bool(adapted) and not torch.compiler.is_compiling() and self.base_is_plain and ids.numel() > self.num_embeddings
+        return (
+            bool(adapted)
+            and not torch.compiler.is_compiling()
+            and self.base_is_plain
+            and ids.numel() > self.num_embeddings
+        )
 
     def _adapted_weight(self) -> Tensor:
         """W + scaling · (B A)ᵀ + S (num_embeddings, embedding_dim) in float32, or in float64 over a float64 base."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         table = self.weight.to(dtype)
-        with torch.autocast(table.device.type, enabled=False):  # as a look-up of the weight, which autocast leaves alone
+        with torch.autocast(
+            table.device.type, enabled=False
+        ):  # as a look-up of the weight, which autocast leaves alone
             if self.r:
                 A, B = (factor.to(dtype) for factor in self.low_rank_factors())
                 table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
             if self.masks_selected and self.sparse_values.shape[0]:
                 rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
-                add = table.index_add_ if self.r else table.index_add  # in place where the table is not the weight itself
+                add = (
+                    table.index_add_ if self.r else table.index_add
+                )  # in place where the table is not the weight itself
                 table = add(0, self._adapted_tokens(rows.shape[0]), rows)
         return table
 

@@ -73,7 +73,7 @@ ALL += [name.replace("0", "1", 1) for name in ALL]
         ({"target_modules": r"embedding|head|blocks"}, ["embedding", "head"]),
         ({"target_modules": ["embedding", "head"]}, ["embedding", "head"]),
     ],
-)  # fmt: skip
+)
 def test_targets(fields, expected):
     model = rk.add_adapters(Classifier(), rk.LoRAConfig(r=2, **fields))
     assert adapted(model) == expected
@@ -131,10 +131,14 @@ def test_a_fresh_adapter_changes_nothing(backend, config):
 
 def test_patterns_override_per_layer():
     config = rk.RoSAConfig(
-        r=2, lora_alpha=4, density=0.1, modules_to_save=["head"],
-        rank_pattern={"query": 5, r"blocks\.1\.ff\.\d": 0}, alpha_pattern={"query": 10},
+        r=2,
+        lora_alpha=4,
+        density=0.1,
+        modules_to_save=["head"],
+        rank_pattern={"query": 5, r"blocks\.1\.ff\.\d": 0},
+        alpha_pattern={"query": 10},
         density_pattern={"value": 0, "blocks.0.query": 0.5},
-    )  # fmt: skip
+    )
     model = rk.add_adapters(Classifier(), config)
     first, second = model.blocks
     assert (first.query.r, first.query.scaling, first.value.r, first.value.scaling) == (5, 2, 2, 2)
@@ -145,9 +149,12 @@ def test_patterns_override_per_layer():
 
 def test_an_embedding_can_be_row_sparse_beside_lora_on_the_rest():
     config = rk.RoSAConfig(
-        r=2, density=0, density_pattern={"embedding": 0.2}, rank_pattern={"embedding": 0},
+        r=2,
+        density=0,
+        density_pattern={"embedding": 0.2},
+        rank_pattern={"embedding": 0},
         target_modules=["embedding", "query"],
-    )  # fmt: skip
+    )
     model = rk.add_adapters(Classifier(), config)
     assert trainable(model) == {"embedding.values.default"} | {
         f"blocks.{i}.query.lora_{factor}.default" for i in (0, 1) for factor in "AB"

@@ -128,9 +128,13 @@ def test_merging_agrees_with_peft(case):
 
 def test_our_own_adapter_goes_to_peft_and_back(tmp_path):
     config = rk.LoRAConfig(
-        r=3, lora_alpha=5, target_modules=["word_embeddings", "query", "classifier"], use_rslora=True,
-        rank_pattern={"layer.1.*query": 6}, alpha_pattern={"classifier": 2},
-    )  # fmt: skip
+        r=3,
+        lora_alpha=5,
+        target_modules=["word_embeddings", "query", "classifier"],
+        use_rslora=True,
+        rank_pattern={"layer.1.*query": 6},
+        alpha_pattern={"classifier": 2},
+    )
     ours = randomise(rk.add_adapters(bert(), config)).eval()
     rk.to_peft(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()

@@ -246,11 +246,19 @@ def test_the_sample_is_what_its_readme_says():
         name: list(getattr(sources, name)) for name in ("base_train", "base_validation", "train", "validation", "test")
     }
     assert {name: len(part) for name, part in parts.items()} == {
-        "base_train": 8571, "base_validation": 600, "train": 1539, "validation": 300, "test": 600,
-    }  # fmt: skip
+        "base_train": 8571,
+        "base_validation": 600,
+        "train": 1539,
+        "validation": 300,
+        "test": 600,
+    }
     texts = [{review.text for review in part} for part in parts.values()]
     assert len(set.union(*texts)) == sum(map(len, parts.values())), "no sentence is in two files"
     assert [round(sum(review.label for review in part) / len(part), 3) for part in parts.values()] == [
-        0.5, 0.517, 0.625, 0.557, 0.622,
-    ]  # fmt: skip
+        0.5,
+        0.517,
+        0.625,
+        0.557,
+        0.622,
+    ]
     assert sum(file.malformed for file in sources.files()) == 0

@@ -47,10 +47,13 @@ def write_reviews(path: Path, domain: str, count: int) -> Path:
 def files(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("reviews")
     return [
-        "--base-train", str(write_reviews(folder / "base.txt", "source", 300)),
-        "--train", str(write_reviews(folder / "train.txt", "target", 200)),
-        "--test", str(write_reviews(folder / "test.txt", "target", 60)),
-    ]  # fmt: skip
+        "--base-train",
+        str(write_reviews(folder / "base.txt", "source", 300)),
+        "--train",
+        str(write_reviews(folder / "train.txt", "target", 200)),
+        "--test",
+        str(write_reviews(folder / "test.txt", "target", 60)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,10 @@ def test_each_adapter_trains_and_reports(files, runs, adapter):
     assert set(COSTS) < set(report) and all(report[cost] > 0 for cost in COSTS)
     assert len(report["data"]) == 3 and all(len(file["sha256"]) == 64 for file in report["data"])
     assert {file["file"]: file["records"] for file in report["data"]} == {
-        "base.txt": 300, "train.txt": 200, "test.txt": 60,
-    }  # fmt: skip
+        "base.txt": 300,
+        "train.txt": 200,
+        "test.txt": 60,
+    }
     if adapter == "none":
         assert report["accuracy"] == report["base_accuracy"] and report["trainable_parameters"] == 0
     else:
@@ -212,8 +217,9 @@ def test_without_a_terminal_progress_is_a_line_an_epoch(files, runs, capsys):
     run(runs / "quiet", "--adapter", "lora", *files, "--seed", "7")
     said = capsys.readouterr()
     assert [line.split(",")[0] for line in said.err.splitlines()] == [
-        *(f"base: epoch {epoch}/2" for epoch in (1, 2)), *(f"lora: epoch {epoch}/4" for epoch in (1, 2, 3, 4)),
-    ]  # fmt: skip
+        *(f"base: epoch {epoch}/2" for epoch in (1, 2)),
+        *(f"lora: epoch {epoch}/4" for epoch in (1, 2, 3, 4)),
+    ]
     assert "60 test reviews: the accuracy is known to ±" in said.out
 
 
@@ -245,9 +251,12 @@ def test_options_come_from_the_preset_unless_given():
 
 def test_help_names_every_option_with_its_meaning():
     shown = subprocess.run(
-        [sys.executable, MODELS / "train_classifier.py", "--help"], capture_output=True, text=True, check=True,
+        [sys.executable, MODELS / "train_classifier.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "COLUMNS": "200"},
-    ).stdout  # fmt: skip
+    ).stdout
     for option in "adapter train test base-train classes epochs batch-size lr r density seed dtype backend out".split():
         assert f"--{option} " in shown
     for name in (*ADAPTERS, *PRESETS):
@@ -260,7 +269,9 @@ def test_a_missing_file_and_an_unknown_backend_say_so(tmp_path):
         (["--backend", "abacus"], "abacus"),
     ):
         process = subprocess.run(
-            [sys.executable, MODELS / "train_classifier.py", *options, "--runs", tmp_path], capture_output=True, text=True
+            [sys.executable, MODELS / "train_classifier.py", *options, "--runs", tmp_path],
+            capture_output=True,
+            text=True,
         )
         assert process.returncode == 1 and message in process.stderr and "Traceback" not in process.stderr
 

@@ -11,7 +11,11 @@
 
 namespace rosa {
 extern const Kernels emulated_amx_kernels;
-const Kernels emulated_amx_kernels = {
-    "amx", emulated_amx::few_tokens, emulated_amx::forward, emulated_amx::backward, emulated_amx::merge,
-    emulated_amx::product, emulated_amx::SERVES_BASE};
+const Kernels emulated_amx_kernels = {"amx",
+                                      emulated_amx::few_tokens,
+                                      emulated_amx::forward,
+                                      emulated_amx::backward,
+                                      emulated_amx::merge,
+                                      emulated_amx::product,
+                                      emulated_amx::SERVES_BASE};
 }  // namespace rosa

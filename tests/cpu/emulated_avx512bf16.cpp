@@ -9,7 +9,11 @@
 
 namespace rosa {
 extern const Kernels emulated_avx512bf16_kernels;
-const Kernels emulated_avx512bf16_kernels = {
-    "avx512bf16", emulated_avx512bf16::few_tokens, emulated_avx512bf16::forward, emulated_avx512bf16::backward, emulated_avx512bf16::merge,
-    emulated_avx512bf16::product, emulated_avx512bf16::SERVES_BASE};
+const Kernels emulated_avx512bf16_kernels = {"avx512bf16",
+                                             emulated_avx512bf16::few_tokens,
+                                             emulated_avx512bf16::forward,
+                                             emulated_avx512bf16::backward,
+                                             emulated_avx512bf16::merge,
+                                             emulated_avx512bf16::product,
+                                             emulated_avx512bf16::SERVES_BASE};
 }  // namespace rosa

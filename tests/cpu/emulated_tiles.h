@@ -1,5 +1,5 @@
-// csrc/cpu/tiles_amx.h in plain C++: the state of a thread's tiles, TDPBF16PS's own order of summing (Intel's manual), and
-// abort() where the processor would fault. After emulated_pairs.h.
+// csrc/cpu/tiles_amx.h in plain C++: the state of a thread's tiles, TDPBF16PS's own order of summing (Intel's manual),
+// and abort() where the processor would fault. After emulated_pairs.h.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +29,8 @@ inline void tile_configure(const TileConfig& config) {
   for (uint8_t byte : config.reserved) require(byte == 0, "reserved bytes are zero");
   for (int tile = 0; tile < 16; ++tile) {
     require(config.rows[tile] <= 16, "at most 16 rows");
-    require(config.row_bytes[tile] <= 64 && config.row_bytes[tile] % 4 == 0, "rows of at most 64 bytes, a multiple of 4");
+    require(config.row_bytes[tile] <= 64 && config.row_bytes[tile] % 4 == 0,
+            "rows of at most 64 bytes, a multiple of 4");
     require((config.rows[tile] == 0) == (config.row_bytes[tile] == 0), "rows and bytes, or neither");
     require(tile < 8 || config.rows[tile] == 0, "eight tiles");
   }

@@ -101,7 +101,11 @@ def test_linear_by_the_kernels_own_gemm(monkeypatch, force, case, way):
         check_linear("cpu", case, FP32)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.tokens <= 64 and case.weight_layout != "transposed"], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.tokens <= 64 and case.weight_layout != "transposed"],
+    ids=lambda case: case.id,
+)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_linear_as_few_tokens(monkeypatch, case, dtype):
     monkeypatch.setattr(cpu_ops, "_few_tokens", lambda *_: 64)
@@ -146,7 +150,7 @@ def test_bf16_gradient_of_a_trainable_weight_is_summed_in_fp32(monkeypatch, smal
 
 def chosen(
     tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False, own=False
-):  # fmt: skip
+):
     """(way for y, way for dx) of meta tensors: no memory is touched."""
     x, dy = (torch.empty(tokens, features, dtype=dtype, device="meta") for features in (in_features, out_features))
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")

@@ -17,7 +17,13 @@ from paths import CSRC, REPOSITORY, TESTS
 
 pytestmark = pytest.mark.skipif("CPU_EMULATED" in os.environ, reason="starts emulated runs: this is one")
 
-FILES = ("ops/test_ops.py", "ops/test_gradients.py", "ops/test_dropout.py", "ops/test_bfloat16_terms.py", "cpu/test_algorithms.py")
+FILES = (
+    "ops/test_ops.py",
+    "ops/test_gradients.py",
+    "ops/test_dropout.py",
+    "ops/test_bfloat16_terms.py",
+    "cpu/test_algorithms.py",
+)
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", "-mavx512bf16")
 FLAGS = {"avx512bf16": AVX512, "amx": (*AVX512, "-mamx-tile", "-mamx-bf16")}
 INSTRUCTIONS = {"avx512bf16": "vdpbf16ps", "amx": "tdpbf16ps"}
@@ -54,7 +60,14 @@ def test_the_emulation_aborts_where_the_processor_would_fault(tmp_path):
     if cuda_emulation.compiler() is None:
         pytest.skip("no C++ compiler is found")
     program = tmp_path / "misuse"
-    command = [cuda_emulation.compiler(), "-std=c++17", f"-I{CSRC}", str(TESTS / "cpu" / "tile_misuse.cpp"), "-o", str(program)]
+    command = [
+        cuda_emulation.compiler(),
+        "-std=c++17",
+        f"-I{CSRC}",
+        str(TESTS / "cpu" / "tile_misuse.cpp"),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True)
     assert subprocess.run([str(program), "0"], check=False).returncode == 0
     for use in range(1, 9):
@@ -74,7 +87,21 @@ def test_the_processor_s_own_code_holds_the_instructions(instruction_set, tmp_pa
         pytest.skip(f"{compiler} for {machine.strip()} does not know {' '.join(FLAGS[instruction_set])}")
     source, made = CSRC / "cpu" / "kernels.cpp", tmp_path / "kernels.o"
     subprocess.run(
-        [compiler, "-std=c++17", "-O3", "-fPIC", "-w", *FLAGS[instruction_set], f"-I{CSRC}", f"-DROSA_ISA={instruction_set}", "-c", source, "-o", made], check=True
+        [
+            compiler,
+            "-std=c++17",
+            "-O3",
+            "-fPIC",
+            "-w",
+            *FLAGS[instruction_set],
+            f"-I{CSRC}",
+            f"-DROSA_ISA={instruction_set}",
+            "-c",
+            source,
+            "-o",
+            made,
+        ],
+        check=True,
     )
     code = subprocess.run(
         [objdump, "-dC", "--no-show-raw-insn", made], capture_output=True, text=True, check=True

@@ -26,7 +26,18 @@ def test_ops_on(instruction_set):
         pytest.skip(f"this processor has no {instruction_set}, or the compiler had none")
     named = _run(instruction_set, "-c", "from rosa_kernels.backends import cpu; print(cpu.instruction_set())")
     assert named.stdout.strip() == instruction_set, named.stderr
-    run = _run(instruction_set, "-m", "pytest", str(TESTS / "ops" / "test_ops.py"), "-q", "-x", "-k", "cpu-", "-p", "no:cacheprovider")
+    run = _run(
+        instruction_set,
+        "-m",
+        "pytest",
+        str(TESTS / "ops" / "test_ops.py"),
+        "-q",
+        "-x",
+        "-k",
+        "cpu-",
+        "-p",
+        "no:cacheprovider",
+    )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
 

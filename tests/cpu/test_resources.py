@@ -68,7 +68,9 @@ class Layer:
 
     def kernels_forward(self) -> None:
         indices = self.pattern.crow_indices, self.pattern.col_indices, self.pattern.structure
-        cpu_ops._kernels.forward(self.y, self.x, None, None, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0, False)
+        cpu_ops._kernels.forward(
+            self.y, self.x, None, None, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0, False
+        )
 
     def kernels_backward(self) -> None:
         indices = (

@@ -28,14 +28,30 @@
 
 // Numbers and vectors
 
-struct alignas(8) int2 { int x, y; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct __nv_bfloat16 { uint16_t bits; };
-struct __half { uint16_t bits; };
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
 
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
@@ -83,11 +99,17 @@ inline __half __float2half(float x) { return __float2half_rn(x); }
 // What one thread computes
 
 template <typename T>
-T min(T a, T b) { return b < a ? b : a; }
+T min(T a, T b) {
+  return b < a ? b : a;
+}
 template <typename T>
-T max(T a, T b) { return a < b ? b : a; }
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 template <typename T>
-T __ldg(const T* p) { return *p; }
+T __ldg(const T* p) {
+  return *p;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
@@ -216,7 +238,6 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidC
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
-
 namespace cuda_emulation {
 
 constexpr int SHARED_MEMORY = 48 << 10;  // bytes that a kernel may ask for until cudaFuncSetAttribute allows more
@@ -227,8 +248,8 @@ inline cudaError_t last_error = cudaSuccess;
 // What CUDA answers to a launch that it refuses. It also counts static shared memory and registers, unknown here.
 inline cudaError_t launch_error(const void* kernel, dim3 grid, dim3 block, size_t shared) {
   const bool some = grid.x && grid.y && grid.z && block.x && block.y && block.z;
-  const bool block_fits = block.x <= 1024 && block.y <= 1024 && block.z <= 64 &&
-                          static_cast<uint64_t>(block.x) * block.y * block.z <= 1024;
+  const bool block_fits =
+      block.x <= 1024 && block.y <= 1024 && block.z <= 64 && static_cast<uint64_t>(block.x) * block.y * block.z <= 1024;
   if (!some || !block_fits || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   const auto allowed = shared_memory_of.find(kernel);

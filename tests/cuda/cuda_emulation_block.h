@@ -349,8 +349,9 @@ inline void run_grid(Index grid, Index size, size_t shared_size, const std::func
   const std::lock_guard<std::mutex> one_at_a_time(launches);
   [[maybe_unused]] const Unseen unseen;
   const size_t count = static_cast<size_t>(size.x) * size.y * size.z;
-  Block block{{}, size, grid, &kernel, nullptr, shared_size, std::vector<Warp>((count + 31) / 32),
-              std::vector<Thread>(count), 0, {}};
+  Block block{
+      {}, size, grid, &kernel, nullptr, shared_size, std::vector<Warp>((count + 31) / 32), std::vector<Thread>(count),
+      0,  {}};
   const std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_size]);  // its own end, for AddressSanitizer
   block.shared = shared.get();
   for (unsigned i = 0; i < count; ++i) {

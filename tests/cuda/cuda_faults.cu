@@ -132,11 +132,23 @@ constexpr struct {
   const char* name;
   void (*kernel)(float*, int);
 } KERNELS[] = {
-    KERNEL(sound), KERNEL(divergent_barrier), KERNEL(incomplete_shuffle), KERNEL(shuffle_from_a_missing_lane),
-    KERNEL(shuffle_from_an_exited_lane), KERNEL(not_in_its_mask), KERNEL(mma_without_a_lane),
-    KERNEL(uninitialised_static), KERNEL(uninitialised_dynamic), KERNEL(past_static_shared),
-    KERNEL(past_dynamic_shared), KERNEL(past_a_row_of_shared), KERNEL(past_global), KERNEL(misaligned_vector),
-    KERNEL(missing_syncthreads), KERNEL(missing_syncwarp), KERNEL(missing_barrier_before_reuse),
+    KERNEL(sound),
+    KERNEL(divergent_barrier),
+    KERNEL(incomplete_shuffle),
+    KERNEL(shuffle_from_a_missing_lane),
+    KERNEL(shuffle_from_an_exited_lane),
+    KERNEL(not_in_its_mask),
+    KERNEL(mma_without_a_lane),
+    KERNEL(uninitialised_static),
+    KERNEL(uninitialised_dynamic),
+    KERNEL(past_static_shared),
+    KERNEL(past_dynamic_shared),
+    KERNEL(past_a_row_of_shared),
+    KERNEL(past_global),
+    KERNEL(misaligned_vector),
+    KERNEL(missing_syncthreads),
+    KERNEL(missing_syncwarp),
+    KERNEL(missing_barrier_before_reuse),
 };
 
 // The first warp: acc (16, 8) += a (16, 16) b (16, 8), all row-major.
@@ -185,9 +197,8 @@ const char* outcome(F f) {
 EXPORTED const char* run(const char* name, float* out) {
   for (const auto& entry : KERNELS)
     if (std::string(entry.name) == name)
-      return outcome([&] {
-        ROSA_LAUNCH(entry.kernel, dim3(1), dim3(THREADS), THREADS * sizeof(float), nullptr, out, THREADS);
-      });
+      return outcome(
+          [&] { ROSA_LAUNCH(entry.kernel, dim3(1), dim3(THREADS), THREADS * sizeof(float), nullptr, out, THREADS); });
   return "no such kernel";
 }
 

@@ -137,7 +137,9 @@ def test_any_number_of_splits(monkeypatch, dtype, splits):
     inputs = make_inputs(case, dtype)
     taken = []
     monkeypatch.setattr(hardware, "splits_of", lambda *sizes: taken.append(splits) or (splits, 1))
-    monkeypatch.setattr(heuristics, "choose_linear", lambda call, *limits: heuristics.CudaWay("library", "kernel", "shared"))
+    monkeypatch.setattr(
+        heuristics, "choose_linear", lambda call, *limits: heuristics.CudaWay("library", "kernel", "shared")
+    )
     monkeypatch.setattr(heuristics, "choose_sddmm", lambda call, rates: "entries_columns")
     with rk.use_backend("cuda"):
         check_all(run_linear(case, inputs), case, inputs)
@@ -206,7 +208,9 @@ def test_16_bit_and_tf32_deltas_are_never_merged():
 
 def test_structures_have_their_own_ways():
     for structure, S in ((ROW, {"rows"}), (COLUMN, {"columns"}), (BLOCK16, {"shared", "delta"})):
-        assert {way.S for way in heuristics.linear_ways(cost_model.LinearCall(99, 64, 64, 4, 640, structure), SHARED)} == S
+        assert {
+            way.S for way in heuristics.linear_ways(cost_model.LinearCall(99, 64, 64, 4, 640, structure), SHARED)
+        } == S
     for structure in (ROW, COLUMN):
         assert heuristics.sddmm_ways(cost_model.SDDMMCall(99, 64, 64, 640, structure, mixed=True)) == ("packed",)
 

@@ -18,7 +18,13 @@ from paths import REPOSITORY, TESTS
 
 pytestmark = pytest.mark.skipif("CUDA_EMULATED" in os.environ, reason="starts emulated runs: this is one")
 
-OPS = ("ops/test_ops.py", "ops/test_dropout.py", "ops/test_gradients.py", "ops/test_dispatch.py", "cuda/test_algorithms.py")
+OPS = (
+    "ops/test_ops.py",
+    "ops/test_dropout.py",
+    "ops/test_gradients.py",
+    "ops/test_dispatch.py",
+    "cuda/test_algorithms.py",
+)
 PROCESSES = max(1, len(os.sched_getaffinity(0)))
 
 
@@ -39,10 +45,14 @@ def run(variant: str, files: tuple[str, ...], every: int, fewest: int, order: st
     processes = [
         subprocess.Popen(
             [*command, f"--part={part * every}/{PROCESSES * every}"],
-            env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for part in range(PROCESSES)
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate()[0] for process in processes]
     for process, output in zip(processes, outputs):
         assert process.returncode == 0, f"{output[:6000]}\n...\n{output[-6000:]}"

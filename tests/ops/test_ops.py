@@ -148,7 +148,6 @@ def test_no_tokens_with_strides_of_their_own(backend, dtype, device):
     assert y.shape == (0, 66) and x.grad.shape == (0, 35) and A.grad.count_nonzero() == 0
 
 
-
 @pytest.mark.parametrize("tokens", [6, 66])
 def test_a_fresh_adapter_changes_nothing(backend, dtype, device, tokens):
     """lora_B = 0 and values = 0, as at injection: y is F.linear's; bit for bit where that computes the base.

@@ -136,7 +136,8 @@ def test_16_bit_and_tf32_deltas_are_never_merged():
         merged = any(way.base == "merged" for way in cost_model.linear_ways(call))
         assert merged == (call.element_size == 4 and not call.tf32)
     assert not any(
-        way.base == "merged" for way in cost_model.linear_ways(cost_model.LinearCall(9, 8, 8, 4, element_size=4, dropout="x"))
+        way.base == "merged"
+        for way in cost_model.linear_ways(cost_model.LinearCall(9, 8, 8, 4, element_size=4, dropout="x"))
     )
 
 
@@ -167,11 +168,18 @@ def test_the_choices_that_the_docstring_explains():
     assert cost_model.choose_linear(cost_model.LinearCall(**large, nnz=1677), h100).S == "gather_columns"
     assert cost_model.choose_linear(cost_model.LinearCall(4, 4096, 4096, 16), h100) == ("library", "library", "")
     assert cost_model.choose_linear(cost_model.LinearCall(4, 4096, 4096, 16, mixed_lora=True), h100).base == "kernel"
-    assert cost_model.choose_linear(cost_model.LinearCall(4, 4096, 4096, 16, nnz=167772), h100) == ("kernel", "inside", "gather")
+    assert cost_model.choose_linear(cost_model.LinearCall(4, 4096, 4096, 16, nnz=167772), h100) == (
+        "kernel",
+        "inside",
+        "gather",
+    )
     assert by_library(4096, 768, 2, h100) and by_library(4, 768, 2, h100) and not by_library(32768, 4096, 2, h100)
     assert cost_model.choose_sddmm(cost_model.SDDMMCall(4096, 4096, 4096, 167772), h100) == "library"
     assert cost_model.choose_sddmm(cost_model.SDDMMCall(4096, 4096, 4096, 335544, mixed=True), h100) == "library"
-    assert cost_model.choose_sddmm(cost_model.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100) == "entries_columns"
+    assert (
+        cost_model.choose_sddmm(cost_model.SDDMMCall(4096, 4096, 4096, 16777, element_size=4), h100)
+        == "entries_columns"
+    )
 
 
 @interpreted

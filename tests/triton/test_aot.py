@@ -35,7 +35,7 @@ from triton_launches import (
     Launch,
     recorded,
     with_most_parts,
-)  # fmt: skip
+)
 
 if reason := missing_tools():
     pytest.skip(reason, allow_module_level=True)

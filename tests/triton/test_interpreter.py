@@ -21,9 +21,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 FILES = (
-    "ops/test_ops.py", "ops/test_dropout.py", "ops/test_gradients.py", "ops/test_dispatch.py",
-    "triton/test_algorithms.py", "triton/test_interpreter_guard.py",
-)  # fmt: skip
+    "ops/test_ops.py",
+    "ops/test_dropout.py",
+    "ops/test_gradients.py",
+    "ops/test_dispatch.py",
+    "triton/test_algorithms.py",
+    "triton/test_interpreter_guard.py",
+)
 PROCESSES = max(1, len(os.sched_getaffinity(0)))
 FEWEST = 900
 """Tests that have to pass in all: fewer means that a selection or a parameter went wrong, and little was tested."""

@@ -67,7 +67,8 @@ class BackwardSweep {
   }
 
  private:
-  // x and dy packed; ranks feature-major and token-major; features of dy and x gathered for S; dropout's bits, null without dropout.
+  // x and dy packed; ranks feature-major and token-major; features of dy and x gathered for S; dropout's bits, null
+  // without dropout.
   struct Scratch {
     float *x, *dy, *ranks, *turned, *gathered, *update;
     uint64_t* bits;
@@ -115,7 +116,8 @@ class BackwardSweep {
     }
   }
 
-  // dx_rows += dy_rows · S; what S needs of dy is copied first unless dS has copied it. `left` counts the tokens that follow, too.
+  // dx_rows += dy_rows · S; what S needs of dy is copied first unless dS has copied it. `left` counts the tokens that
+  // follow, too.
   void add_alike(const T* dy_rows, T* dx_rows, int64_t tokens, int64_t left, float* gathered) const {
     const int64_t step = alike_.tokens_at_a_time();
     for (int64_t t = 0; t < tokens; t += step) {
@@ -124,7 +126,7 @@ class BackwardSweep {
       T* const rows = dx_rows + t * b_.dx.stride;
       if (dS_.fills_runs()) {
         alike_.add_tiles(gathered + t * RUN, rows, b_.dx.stride, now, more, 0, alike_.tile_count(), false,
-                          run_tokens(tokens));
+                         run_tokens(tokens));
       } else {
         alike_.gather(dy_rows + t * b_.dy.stride, b_.dy.stride, now, more, gathered);
         alike_.add_tiles(gathered, rows, b_.dx.stride, now, more, 0, alike_.tile_count());

@@ -1,4 +1,5 @@
-// The adapter's backward for bfloat16 x and dy and r > 0, with a weight all of dx: its dense products by instructions for bfloat16.
+// The adapter's backward for bfloat16 x and dy and r > 0, with a weight all of dx: its dense products by instructions
+// for bfloat16.
 #pragma once
 #include "cpu/adapter/backward.h"
 #include "cpu/adapter/forward_bf16.h"
@@ -39,7 +40,8 @@ class BackwardPairs {
   }
 
  private:
-  // x and dy packed for S, and as rows, those of x also as dropout leaves them; H and dH; features gathered for dS; dropout's bits.
+  // x and dy packed for S, and as rows, those of x also as dropout leaves them; H and dH; features gathered for dS;
+  // dropout's bits.
   struct Scratch {
     float *x, *dy;
     uint16_t *x_rows, *kept_x_rows, *dy_rows;

@@ -1,12 +1,13 @@
-// The forward of a handful of tokens, the base layer's product included: vectors run along features instead of tokens, and the
-// weight is read once, as it lies, without the copies that a library packs for its GEMM.
+// The forward of a handful of tokens, the base layer's product included: vectors run along features instead of tokens,
+// and the weight is read once, as it lies, without the copies that a library packs for its GEMM.
 #pragma once
 #include "cpu/adapter/forward.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
-// Rows of a matrix, each to be multiplied with the tokens of `in`: fp32, zero from `length` to the next multiple of LANES.
+// Rows of a matrix, each to be multiplied with the tokens of `in`: fp32, zero from `length` to the next multiple of
+// LANES.
 template <class T>
 struct Factor {
   const T* rows;
@@ -49,7 +50,8 @@ inline Sums<Rows, Tokens> add_dots(Sums<Rows, Tokens> sums, const Factor<T>& f, 
   return sums;
 }
 
-// out[first + t][i + j] = (fresh ? 0 : itself) + the sum of what the factors give, for Rows rows and at most `count` tokens.
+// out[first + t][i + j] = (fresh ? 0 : itself) + the sum of what the factors give, for Rows rows and at most `count`
+// tokens.
 template <int Rows, int Tokens, class... Factors>
 inline void multiply_tile(float* out, int64_t stride, bool fresh, int64_t i, int64_t first, int64_t count,
                           const Factors&... factors) {
@@ -70,12 +72,13 @@ inline void multiply_tile(float* out, int64_t stride, bool fresh, int64_t i, int
     }
 }
 
-// Calls GROUP rows from i on to the cache: the processor does not see short pieces of rows coming. 0.65 of the time without, at
-// 8 tokens of 4096 x 4096 in bf16.
+// Calls GROUP rows from i on to the cache: the processor does not see short pieces of rows coming. 0.65 of the time
+// without, at 8 tokens of 4096 x 4096 in bf16.
 template <class T>
 inline void fetch_rows(const Factor<T>& f, int64_t i) {
   for (int64_t j = 0; j < GROUP; ++j)
-    for (int64_t l = 0; l < f.length; l += 64 / (int64_t)sizeof(T)) __builtin_prefetch(f.rows + (i + j) * f.stride + l, 0, 2);
+    for (int64_t l = 0; l < f.length; l += 64 / (int64_t)sizeof(T))
+      __builtin_prefetch(f.rows + (i + j) * f.stride + l, 0, 2);
 }
 
 // The same for all tokens and rows [begin, end); a few rows meet all tokens while they are in the cache.
@@ -89,7 +92,8 @@ inline void multiply_rows_of(float* out, int64_t stride, bool fresh, int64_t tok
       multiply_tile<GROUP, STRIP>(out, stride, fresh, i, t, tokens - t, factors...);
   }
   for (; i < end; ++i)
-    for (int64_t t = 0; t < tokens; t += STRIP) multiply_tile<1, STRIP>(out, stride, fresh, i, t, tokens - t, factors...);
+    for (int64_t t = 0; t < tokens; t += STRIP)
+      multiply_tile<1, STRIP>(out, stride, fresh, i, t, tokens - t, factors...);
 }
 
 // to[f] = sums[f] + bias[f], rounded once; bias may be null.
@@ -104,8 +108,8 @@ inline void add_bias(const float* sums, const T* bias, int64_t features, T* to) 
   for (int64_t c = 0; c < features - f; ++c) to[f + c] = padded[c];
 }
 
-// `items` are shared among threads where each has work for some 10 us: elements of matrices, a memory's rate away, each multiplied
-// with so many tokens, and entries of S.
+// `items` are shared among threads where each has work for some 10 us: elements of matrices, a memory's rate away, each
+// multiplied with so many tokens, and entries of S.
 inline int64_t few_slots(int64_t items, int64_t elements, int64_t entries, int64_t tokens) {
   constexpr int64_t READ = 1 << 15, MULTIPLIED = 1 << 19, GATHERED = 1 << 15;
   const int64_t pieces = elements / READ + elements * tokens / MULTIPLIED + entries * tokens / GATHERED;
@@ -145,7 +149,7 @@ class FewTokensPass {
 
  private:
   static constexpr int64_t ONE_AT_A_TIME = 2;  // tokens: for more, vectors of them serve S
-  static constexpr int64_t LENGTH = 1024;      // features of x that more than STRIP tokens keep in the first-level cache
+  static constexpr int64_t LENGTH = 1024;  // features of x that more than STRIP tokens keep in the first-level cache
 
   // ranks = scaling · dropout(x) Aᵀ.
   void shrink() {
@@ -207,7 +211,8 @@ class FewTokensPass {
       if (s.crow[i] == s.crow[i + rows]) continue;
       std::memset(tile, 0, sizeof tile);
       if (packed_width_ > LANES) ROSA_ISA::add_sparse(s, i, rows, packed_, tile, packed_width_);
-      for (int64_t j = 0; packed_width_ == LANES && j < rows; ++j) add_row<1>(s, i + j, packed_, tile + j * TOKENS, LANES);
+      for (int64_t j = 0; packed_width_ == LANES && j < rows; ++j)
+        add_row<1>(s, i + j, packed_, tile + j * TOKENS, LANES);
       add_transposed(tile, f_.tokens, rows, sums_ + i, f_.out_features);
     }
   }

@@ -1,14 +1,14 @@
 // What the adapter adds to the rows of y (forward) or dx (backward), a block of tokens at a time.
 #pragma once
 #include "cpu/sparse/block_sparse.h"
-#include "cpu/sparse/spmm.h"
 #include "cpu/sparse/row_sparse.h"
+#include "cpu/sparse/spmm.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
-// Output features finished together, multiples of GROUP and of LANES: many, so that each visit to a row of y adds whole cache
-// lines; few where S alone comes, which leaves tiles out.
+// Output features finished together, multiples of GROUP and of LANES: many, so that each visit to a row of y adds whole
+// cache lines; few where S alone comes, which leaves tiles out.
 constexpr int64_t TILE = PANEL, SPARSE_TILE = 16;
 
 // alpha · expand · ranks + S · in, for in_features rows of `in` and out_features of the result.
@@ -33,7 +33,8 @@ class Update {
   // Floats that add_to needs to hold the products of whole rows.
   int64_t scratch_size() const { return rounded_up(whole_rows_, GROUP) * TOKENS; }
 
-  // rows (tokens, out_features) += the update; keep_bits: dropout's, of the output features, for the low-rank part alone.
+  // rows (tokens, out_features) += the update; keep_bits: dropout's, of the output features, for the low-rank part
+  // alone.
   template <class T>
   void add_to(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
               float* scratch) const {
@@ -44,8 +45,8 @@ class Update {
 
   // The same for tiles [begin, end) of the output features.
   template <class T>
-  void add_tiles(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
-                 float* scratch, int64_t begin, int64_t end) const {
+  void add_tiles(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in,
+                 const uint64_t* keep_bits, float* scratch, int64_t begin, int64_t end) const {
     const int64_t used = used_width(tokens);
     multiply_whole_rows(in, scratch, used);
     alignas(64) float tile[TILE * TOKENS];
@@ -63,8 +64,8 @@ class Update {
     }
   }
 
-  // What add_to takes from S: the products of its whole rows, whether it has entries in output features [i, i + count), and
-  // tile (count, TOKENS) += those rows of S · in.
+  // What add_to takes from S: the products of its whole rows, whether it has entries in output features [i, i + count),
+  // and tile (count, TOKENS) += those rows of S · in.
   void multiply_whole_rows(const float* in, float* scratch, int64_t used = TOKENS) const {
     multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch, used);
   }

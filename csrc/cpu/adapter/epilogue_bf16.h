@@ -1,7 +1,8 @@
-// The low-rank products of a block of tokens from operands of bfloat16. Included after pair_products.h or tile_products.h.
+// The low-rank products of a block of tokens from operands of bfloat16. Included after pair_products.h or
+// tile_products.h.
 #pragma once
-#include "cpu/sparse/spmm_bf16.h"
 #include "cpu/adapter/epilogue.h"
+#include "cpu/sparse/spmm_bf16.h"
 
 namespace rosa {
 namespace ROSA_ISA {
@@ -13,8 +14,8 @@ inline void multiply_rows(const Rows& x, const PackedPairs& w, float* out, int64
 }
 
 // sums (r rounded up to RANK_MULTIPLE, features rounded up to LANES) += ranksᵀ · rows, ranks packed by pack_ranks.
-inline void outer_rows(const uint32_t* ranks, int64_t r, int64_t padded_r, int words, const Rows& rows, int64_t features,
-                       float* sums) {
+inline void outer_rows(const uint32_t* ranks, int64_t r, int64_t padded_r, int words, const Rows& rows,
+                       int64_t features, float* sums) {
   constexpr int WIDTH = 4;
   alignas(64) uint32_t panel[BLOCK_PAIRS * WIDTH * LANES];
   const int64_t stride = rounded_up(features, LANES);
@@ -31,20 +32,22 @@ inline void outer_rows(const uint32_t* ranks, int64_t r, int64_t padded_r, int w
 }
 
 // A weight of the base layer, where the kernels multiply it too: (rows, length) through its strides.
-inline PackedPairs packed_base(const Matrix& weight, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length) {
+inline PackedPairs packed_base(const Matrix& weight, int64_t row_stride, int64_t column_stride, int64_t rows,
+                               int64_t length) {
   const int64_t wanted = weight.data ? rows : 0;
   return {(const uint16_t*)weight.data, row_stride, column_stride, wanted, length, padded_pairs(length), 1};
 }
 
-// Floats of memory for a block of tokens feature-major, as S multiplies it, and filling it: in pairs of tokens or in fp32.
+// Floats of memory for a block of tokens feature-major, as S multiplies it, and filling it: in pairs of tokens or in
+// fp32.
 inline int64_t packed_size(int64_t features) { return rounded_up(features, ROW_MULTIPLE) * TOKENS; }
 inline void pack_for(const Csr& s, const Rows& rows, int64_t features, float* packed) {
   if (in_pairs(s)) return pack_token_pairs(rows, features, reinterpret_cast<uint32_t*>(packed));
   pack(rows.data, rows.stride, TOKENS, features, packed);
 }
 
-// Update (update.h) whose low-rank part is a product of pairs, and with a base all of the rows. S's part, finished by feature, is
-// turned and joins it.
+// Update (update.h) whose low-rank part is a product of pairs, and with a base all of the rows. S's part, finished by
+// feature, is turned and joins it.
 class PairsUpdate {
  public:
   PairsUpdate(const float* expand, int64_t row_stride, int64_t column_stride, int64_t r, int words, float alpha,
@@ -58,16 +61,16 @@ class PairsUpdate {
 
   int64_t scratch_size() const { return sparse_.scratch_size(); }
 
-  // rows (tokens, out_features) get the update of x (tokens, in_features); `in` is x by pack_for where there is S; kept: of the
-  // output features.
+  // rows (tokens, out_features) get the update of x (tokens, in_features); `in` is x by pack_for where there is S;
+  // kept: of the output features.
   void add_to(uint16_t* rows, int64_t stride, int64_t tokens, const Rows& ranks, const Rows& x, const float* in,
               TokenBits kept, float* scratch) const {
     alignas(64) float turned[TOKENS * WIDTH];
     Target to = {rows, stride, tokens, 0, 0, alpha_, kept, base_, nullptr};
     begin_products(expand_.pairs);
     sparse_.multiply_whole_rows(in, scratch);
-    // Rows are visited one after the other, but where S comes, whose tiles are of all the block's tokens, or a base, whose panels
-    // stay in cache for them.
+    // Rows are visited one after the other, but where S comes, whose tiles are of all the block's tokens, or a base,
+    // whose panels stay in cache for them.
     const int64_t step = base_.weight || sparse_.has_sparse(0, out_features_) ? TOKENS : UPDATE_TOKENS;
     for (int64_t first = 0; first < tokens; first += step)
       for (int64_t i = 0; i < out_features_; i += WIDTH) {

@@ -1,7 +1,7 @@
 // The adapter's forward: one pass over x and y, a block of tokens at a time.
 #pragma once
-#include "cpu/common/philox.h"
 #include "cpu/adapter/epilogue.h"
+#include "cpu/common/philox.h"
 
 namespace rosa {
 namespace ROSA_ISA {
@@ -10,8 +10,8 @@ inline int64_t block_count(int64_t tokens) { return (tokens + TOKENS - 1) / TOKE
 inline int64_t slot_count(int64_t tokens) { return smaller(thread_count(), block_count(tokens)); }
 inline float low_rank_scale(const LowRank& l, const Dropout& d) { return l.scaling * (d.on ? d.scale : 1.0f); }
 
-// Into how many parts the output features are cut where there are fewer blocks than threads; each packs x and computes H for
-// itself. A part must be worth waking a thread, some 10 us.
+// Into how many parts the output features are cut where there are fewer blocks than threads; each packs x and computes
+// H for itself. A part must be worth waking a thread, some 10 us.
 inline int64_t parts_of_a_block(const Forward& f, int64_t blocks, int64_t tiles) {
   constexpr int64_t PART = 1 << 18;  // multiplications
   if (blocks == 0 || blocks >= thread_count()) return 1;
@@ -19,8 +19,8 @@ inline int64_t parts_of_a_block(const Forward& f, int64_t blocks, int64_t tiles)
   return larger(1, smaller(smaller(thread_count() / blocks, tiles), work / PART));
 }
 
-// Zeros in a fresh y, block by block where no other part of a block adds to it before: in the cache then, when it is added to.
-// By plain stores: what memset does for long rows leaves them slower to add to.
+// Zeros in a fresh y, block by block where no other part of a block adds to it before: in the cache then, when it is
+// added to. By plain stores: what memset does for long rows leaves them slower to add to.
 template <class T>
 void clear_rows(const Forward& f, int64_t first, int64_t tokens) {
   constexpr int64_t VECTOR = sizeof(float) * LANES;

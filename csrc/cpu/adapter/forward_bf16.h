@@ -1,7 +1,8 @@
-// The adapter's forward for bfloat16 x and r > 0, with a weight the whole layer's: its dense products by instructions for bfloat16.
+// The adapter's forward for bfloat16 x and r > 0, with a weight the whole layer's: its dense products by instructions
+// for bfloat16.
 #pragma once
-#include "cpu/adapter/forward.h"
 #include "cpu/adapter/epilogue_bf16.h"
+#include "cpu/adapter/forward.h"
 
 namespace rosa {
 namespace ROSA_ISA {
@@ -37,10 +38,10 @@ inline void forward_pairs(const Forward& f) {
   for_slots(slot_count(f.tokens), block_count(f.tokens), [&](int64_t, int64_t begin, int64_t end) {
     static thread_local Arena arena;
     float* piece[7];
-    arena.cut({f.sparse.values ? packed_size(in) : 0, copied_rows(in), RankBlock::values_size(r),
-               RankBlock::rounded_size(r), update.scratch_size(), f.dropout.on ? 2 * bit_words(in) : 0,
-               f.dropout.on ? copied_rows(in) : 0},
-              piece);
+    arena.cut(
+        {f.sparse.values ? packed_size(in) : 0, copied_rows(in), RankBlock::values_size(r), RankBlock::rounded_size(r),
+         update.scratch_size(), f.dropout.on ? 2 * bit_words(in) : 0, f.dropout.on ? copied_rows(in) : 0},
+        piece);
     const RankBlock ranks(piece[2], piece[3], r);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * TOKENS, tokens = smaller(TOKENS, f.tokens - first);

@@ -5,7 +5,7 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int64_t MERGED_ROWS = 16;     // rows finished together: S finds them in the cache
+constexpr int64_t MERGED_ROWS = 16;      // rows finished together: S finds them in the cache
 constexpr int64_t MERGED_COLUMNS = 256;  // whose coefficients of A stay in the first-level cache for all of those rows
 
 // The strip's rows of weight and out, and of the low-rank factors.
@@ -72,7 +72,8 @@ inline void merge_dense(const Merge& m, int64_t begin, int64_t end) {
       if (end - i < 4) rows = 1;
       const MergedRows<W> at(m, i);
       int64_t c = k;
-      for (; c + STRIP * LANES <= panel_end; c += STRIP * LANES) rows == 4 ? merge_tile<4>(m, at, c) : merge_tile<1>(m, at, c);
+      for (; c + STRIP * LANES <= panel_end; c += STRIP * LANES)
+        rows == 4 ? merge_tile<4>(m, at, c) : merge_tile<1>(m, at, c);
       for (int64_t j = 0; c < panel_end && j < rows; ++j) merge_scalar(m, MergedRows<W>(m, i + j), c, panel_end);
     }
   }

@@ -5,8 +5,8 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-// Gradient sums of each slot: dA as (r, in), dB transposed as (r, out), dS as one (count, length) matrix for whole rows or
-// columns and as (nnz,) otherwise; r rounded up to rank_multiple, count to GROUP, in, out and length to LANES.
+// Gradient sums of each slot: dA as (r, in), dB transposed as (r, out), dS as one (count, length) matrix for whole rows
+// or columns and as (nnz,) otherwise; r rounded up to rank_multiple, count to GROUP, in, out and length to LANES.
 class PartialSums {
  public:
   PartialSums(const Backward& b, int64_t slots, int64_t rank_multiple = GROUP) : b_(b), slots_(slots) {
@@ -19,7 +19,9 @@ class PartialSums {
     }
     dA_size_ = b.dA ? padded_r * in : 0;
     dB_size_ = b.dB ? padded_r * out : 0;
-    const int64_t dS_size = touched_count ? rounded_up(touched_count, GROUP) * dS_stride_ : b.dvalues ? b.sparse.nnz : 0;
+    const int64_t dS_size = touched_count ? rounded_up(touched_count, GROUP) * dS_stride_
+                            : b.dvalues   ? b.sparse.nnz
+                                          : 0;
     slot_size_ = dA_size_ + dB_size_ + rounded_up(dS_size, 16);
     sums_ = Buffer<float>(slots * slot_size_);
     std::memset(sums_, 0, sizeof(float) * slots * slot_size_);

@@ -1,5 +1,5 @@
-// Included by kernels.cpp for a set with instructions for bfloat16: what they serve, and for the rest the kernels of ROSA_OTHERS,
-// a set that every processor with this one has.
+// Included by kernels.cpp for a set with instructions for bfloat16: what they serve, and for the rest the kernels of
+// ROSA_OTHERS, a set that every processor with this one has.
 #pragma once
 #include "cpu/adapter/backward_bf16.h"
 #include "cpu/adapter/forward_bf16.h"

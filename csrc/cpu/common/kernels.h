@@ -42,8 +42,9 @@ struct Csr {
   Structure structure = Structure::unstructured;
 };
 
-// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; with fresh_y, which S alone may come with, y holds nothing before.
-// A weight (out_features, in_features), where serves_base and x is bfloat16, adds x weightᵀ + bias and makes y fresh too.
+// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; with fresh_y, which S alone may come with, y holds
+// nothing before. A weight (out_features, in_features), where serves_base and x is bfloat16, adds x weightᵀ + bias and
+// makes y fresh too.
 struct Forward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;
@@ -55,8 +56,9 @@ struct Forward {
   Csr sparse;
 };
 
-// y (tokens, out_features) = x weightᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ, any of which may be missing, but not all. weight
-// (out_features, in_features) and bias are of dtype; A (r, in_features) and B (out_features, r) of adapter_dtype, contiguous.
+// y (tokens, out_features) = x weightᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ, any of which may be missing, but not
+// all. weight (out_features, in_features) and bias are of dtype; A (r, in_features) and B (out_features, r) of
+// adapter_dtype, contiguous.
 struct FewTokens {
   Dtype dtype, adapter_dtype;
   int64_t tokens, in_features, out_features, r;
@@ -67,8 +69,8 @@ struct FewTokens {
   Csr sparse;
 };
 
-// Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,). A weight, under the same
-// conditions as the forward's, adds dy weight to a dx that holds nothing before.
+// Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,). A weight,
+// under the same conditions as the forward's, adds dy weight to a dx that holds nothing before.
 struct Backward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;
@@ -80,8 +82,8 @@ struct Backward {
   float *dA, *dB, *dvalues;
 };
 
-// out (rows, columns) = (weight + scaling · B A + S)[first_row : first_row + rows, first_column : first_column + columns]; out
-// is float32, or of the weight's dtype where r = 0.
+// out (rows, columns) = (weight + scaling · B A + S)[first_row : first_row + rows, first_column : first_column +
+// columns]; out is float32, or of the weight's dtype where r = 0.
 struct Merge {
   Dtype weight_dtype, out_dtype;
   int64_t in_features;  // of the whole weight
@@ -91,8 +93,8 @@ struct Merge {
   Csr sparse;
 };
 
-// y (tokens, rows) = x · stripᵀ + bias, or transposed y (tokens, columns) = x · strip + bias, for the strip that the weight says; all
-// float32. bias null: none.
+// y (tokens, rows) = x · stripᵀ + bias, or transposed y (tokens, columns) = x · strip + bias, for the strip that the
+// weight says; all float32. bias null: none.
 struct Product {
   int64_t tokens;
   Matrix y, x;

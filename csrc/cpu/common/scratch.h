@@ -1,5 +1,5 @@
-// Buffers and loops of the kernels; everything has internal linkage or lives in its instruction set's namespace, so that no
-// code compiled for a newer processor is ever picked by the linker for an older one.
+// Buffers and loops of the kernels; everything has internal linkage or lives in its instruction set's namespace, so
+// that no code compiled for a newer processor is ever picked by the linker for an older one.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -73,8 +73,8 @@ class Arena {
   int64_t capacity_ = 0;
 };
 
-// Splits [0, items) into one contiguous range a slot and runs body(slot, begin, end); the split depends on the thread count
-// alone, so partial sums kept by slot and added in slot order give the same bits on every run.
+// Splits [0, items) into one contiguous range a slot and runs body(slot, begin, end); the split depends on the thread
+// count alone, so partial sums kept by slot and added in slot order give the same bits on every run.
 template <class Body>
 inline void for_slots(int64_t slots, int64_t items, const Body& body) {
   struct Context {
@@ -83,7 +83,7 @@ inline void for_slots(int64_t slots, int64_t items, const Body& body) {
   } context{&body, slots, items};
   auto run = [](void* opaque, int64_t slot) {
     const Context& c = *static_cast<Context*>(opaque);
-    (*c.body)(slot, c.items * slot / c.slots, c.items * (slot + 1) / c.slots);
+    (*c.body)(slot, c.items* slot / c.slots, c.items * (slot + 1) / c.slots);
   };
   run_slots(slots, run, &context);
 }

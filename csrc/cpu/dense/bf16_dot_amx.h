@@ -1,11 +1,11 @@
 // The products of pairs.h by tiles. pair_products.h has the same functions by vectors of pairs.
 //
-// Of fp32 adapters each number is a sum of bfloat16 terms of 8 bits, a word each for a pair: three hold its 24 bits exactly, for
-// A in H = x Aᵀ, B in dH = dy B, and H and dH in dB and dA. In the products that end in bfloat16 two terms of B and A err by
-// 2^-15. Exact down to 2^-126: the instructions take denormals as zeros.
+// Of fp32 adapters each number is a sum of bfloat16 terms of 8 bits, a word each for a pair: three hold its 24 bits
+// exactly, for A in H = x Aᵀ, B in dH = dy B, and H and dH in dB and dA. In the products that end in bfloat16 two terms
+// of B and A err by 2^-15. Exact down to 2^-126: the instructions take denormals as zeros.
 //
-// All terms but the first are summed apart: where x is infinite a term of 0 makes that sum NaN, and it is left out, for the
-// first term alone then has the infinity that fp32 arithmetic gives.
+// All terms but the first are summed apart: where x is infinite a term of 0 makes that sum NaN, and it is left out, for
+// the first term alone then has the infinity that fp32 arithmetic gives.
 #pragma once
 #include "cpu/dense/bf16_vnni.h"
 
@@ -105,7 +105,8 @@ inline void multiply_panel(const Rows& x, const PackedPairs& w, int64_t p, float
 
 constexpr int64_t UPDATE_TOKENS = TOKENS;  // that add_products takes
 
-// Adds ranks · wᵀ to the rows of the target, whose columns are those of UPDATE_PANELS panels from p on, or what is left.
+// Adds ranks · wᵀ to the rows of the target, whose columns are those of UPDATE_PANELS panels from p on, or what is
+// left.
 inline void add_products(const Rows& ranks, const PackedPairs& w, const Rows&, int64_t p, int64_t, const Target& to) {
   alignas(64) float products[TOKENS * UPDATE_PANELS * LANES] = {};
   for (int64_t v = 0; v < UPDATE_PANELS && p + v < w.panels; ++v)

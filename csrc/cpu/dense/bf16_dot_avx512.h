@@ -1,7 +1,7 @@
 // The products of pairs.h by vectors of pairs. tile_products.h has the same functions by tiles.
 //
-// A pair of fp32 numbers is two words, as they are, and meets the halves of a pair of bfloat16 in fp32 multiply-adds: two for a
-// pair, where bfloat16 terms that keep 24 bits would take three instructions of the same rate.
+// A pair of fp32 numbers is two words, as they are, and meets the halves of a pair of bfloat16 in fp32 multiply-adds:
+// two for a pair, where bfloat16 terms that keep 24 bits would take three instructions of the same rate.
 #pragma once
 #include <type_traits>
 
@@ -49,10 +49,11 @@ struct Operand<2> {
 inline void begin_products(int64_t) {}
 inline void end_products() {}
 
-// sums[t][v] += rows[t][0] · column[0] + rows[t][1] · column[1] for Tokens rows and LANES columns in the words of a pair.
-// With several lanes a row of w, so many pairs of each of the rows.
+// sums[t][v] += rows[t][0] · column[0] + rows[t][1] · column[1] for Tokens rows and LANES columns in the words of a
+// pair. With several lanes a row of w, so many pairs of each of the rows.
 template <int Words, int Lanes = 1, int Tokens, int Width>
-inline void add_pair(const uint16_t* rows, int64_t row_stride, const uint32_t* column, int v, Vec (&sums)[Tokens][Width]) {
+inline void add_pair(const uint16_t* rows, int64_t row_stride, const uint32_t* column, int v,
+                     Vec (&sums)[Tokens][Width]) {
   const auto pair = Operand<Words>::loaded(column, LANES);
 #pragma GCC unroll 16
   for (int t = 0; t < Tokens; ++t) sums[t][v] = pair.dot(sums[t][v], broadcast_pairs<Lanes>(rows + t * row_stride));
@@ -65,7 +66,8 @@ inline void set_zero(Vec (&sums)[Tokens][Width]) {
     for (int v = 0; v < Width; ++v) sums[t][v] = zero();
 }
 
-// out[t][q] = the sum over the lanes of row q, for 8 tokens; what lies beyond LANES / Lanes rows is left alone, and not used.
+// out[t][q] = the sum over the lanes of row q, for 8 tokens; what lies beyond LANES / Lanes rows is left alone, and not
+// used.
 template <int Lanes>
 inline void store_ranks(const Vec (&sums)[8], float* out, int64_t stride) {
   Vec joined[8];
@@ -74,12 +76,13 @@ inline void store_ranks(const Vec (&sums)[8], float* out, int64_t stride) {
     for (int i = 0; i < count / 2; ++i) joined[i] = add_neighbours(joined[2 * i], joined[2 * i + 1]);
   float lines[8 / Lanes * LANES];
   for (int i = 0; i < 8 / Lanes; ++i) store(lines + i * LANES, joined[i]);
-  for (int t = 0; t < 8; ++t) std::memcpy(out + t * stride, lines + t * (LANES / Lanes), sizeof(float) * (LANES / Lanes));
+  for (int t = 0; t < 8; ++t)
+    std::memcpy(out + t * stride, lines + t * (LANES / Lanes), sizeof(float) * (LANES / Lanes));
 }
 
-// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p. 8 rows at a time: where they lie 4 KiB apart,
-// as many cache lines of one set are in use. Two sums a row hide the instructions' latency. The next rows are fetched to the
-// second-level cache: so many streams are more than the processor follows.
+// out[t][n] = Σ_k x[t][k] · w[n][k] for TOKENS tokens and the rows of w's panel p. 8 rows at a time: where they lie 4
+// KiB apart, as many cache lines of one set are in use. Two sums a row hide the instructions' latency. The next rows
+// are fetched to the second-level cache: so many streams are more than the processor follows.
 template <int Words, int Lanes>
 inline void multiply_panel_of(const Rows& x, const PackedPairs& w, int64_t p, float* out, int64_t stride) {
   constexpr int TOGETHER = 8, STEP = Words * LANES, ELEMENTS = 2 * Lanes;
@@ -142,8 +145,8 @@ inline void add_products_of(const Rows& ranks, const PackedPairs& w, const Rows&
     if (t < tokens) to.store(first_token + t, sums[t][0], Panels == 2 ? sums[t][Panels - 1] : zero());
 }
 
-// Adds ranks · wᵀ, and x times the target's base, to UPDATE_TOKENS rows of the target, whose columns are those of UPDATE_PANELS
-// panels from p on, or what is left.
+// Adds ranks · wᵀ, and x times the target's base, to UPDATE_TOKENS rows of the target, whose columns are those of
+// UPDATE_PANELS panels from p on, or what is left.
 inline void add_products(const Rows& ranks, const PackedPairs& w, const Rows& x, int64_t p, int64_t first_token,
                          const Target& to) {
   if (to.count > LANES)

@@ -1,8 +1,8 @@
 // Operands of bfloat16 products with fp32 sums. The instructions multiply pairs of neighbours along the summed index.
 //
-// bfloat16 adapters are exact operands, a word for a pair; their H and dH are rounded to bfloat16 once. A pair of fp32 adapters
-// takes several words: pair_products.h and tile_products.h each say what is in them. In the products that end in bfloat16,
-// y += H Bᵀ and dx += dH A, their H and dH too are rounded once.
+// bfloat16 adapters are exact operands, a word for a pair; their H and dH are rounded to bfloat16 once. A pair of fp32
+// adapters takes several words: pair_products.h and tile_products.h each say what is in them. In the products that end
+// in bfloat16, y += H Bᵀ and dx += dH A, their H and dH too are rounded once.
 #pragma once
 #include "cpu/common/philox.h"
 #include "cpu/dense/microkernels.h"
@@ -38,17 +38,17 @@ inline void load_columns(const T* at, int64_t row_stride, int64_t column_stride,
 // words[j] of LANES pairs (even[i], odd[i]) at to + j · stride. Defined with the products.
 void store_words(int words, Vec even, Vec odd, uint32_t* to, int64_t stride);
 
-// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the ends. One of
-// its strides is 1. A matrix of a few rows may fill the lanes with several pairs of each: lane l of pair k then has row l / n and
-// its pair n · k + l % n, for n lanes a row.
+// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the
+// ends. One of its strides is 1. A matrix of a few rows may fill the lanes with several pairs of each: lane l of pair k
+// then has row l / n and its pair n · k + l % n, for n lanes a row.
 class PackedPairs {
  public:
   const int64_t panels, pairs;
   const int words, lanes_a_row;
 
   template <class T>
-  PackedPairs(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, int64_t padded_pairs,
-              int words, int lanes_a_row = 1)
+  PackedPairs(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
+              int64_t padded_pairs, int words, int lanes_a_row = 1)
       : panels((rows + LANES - 1) / LANES),
         pairs((padded_pairs + lanes_a_row - 1) / lanes_a_row),
         words(words),
@@ -74,7 +74,8 @@ class PackedPairs {
   }
 
   template <class T>
-  void pack_panel(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length, uint32_t* to) const {
+  void pack_panel(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
+                  uint32_t* to) const {
     for (int64_t k = 0; k < pairs; k += LANES / 2) {
       Vec columns[LANES];
       load_columns(matrix + 2 * k * column_stride, row_stride, column_stride, rows,
@@ -91,7 +92,8 @@ class PackedPairs {
       for (int64_t lane = 0; lane < rows * lanes_a_row; ++lane)
         for (int64_t i = 0; i < 2; ++i) {
           const int64_t column = 2 * (k * lanes_a_row + lane % lanes_a_row) + i;
-          if (column < length) pair[i][lane] = as_float(matrix[lane / lanes_a_row * row_stride + column * column_stride]);
+          if (column < length)
+            pair[i][lane] = as_float(matrix[lane / lanes_a_row * row_stride + column * column_stride]);
         }
       store_words(words, load(pair[0]), load(pair[1]), packed_ + k * words * LANES, LANES);
     }
@@ -156,8 +158,8 @@ struct Base {
   const uint16_t* bias;  // null for none
 };
 
-// Rows of y or dx, and `count` of their features from `first` on: they get alpha · a product masked by dropout, `extra`, and the
-// base, whose product add_products adds to the sums of both.
+// Rows of y or dx, and `count` of their features from `first` on: they get alpha · a product masked by dropout,
+// `extra`, and the base, whose product add_products adds to the sums of both.
 struct Target {
   uint16_t* rows;
   int64_t stride, tokens, first, count;
@@ -198,8 +200,8 @@ struct Target {
   }
 };
 
-// rounded (TOKENS, stride) = ranks (TOKENS, padded_r), to nearest even, and zero from r up to padded_r, where an infinite x
-// has made NaN. What lies between padded_r and stride is left alone.
+// rounded (TOKENS, stride) = ranks (TOKENS, padded_r), to nearest even, and zero from r up to padded_r, where an
+// infinite x has made NaN. What lies between padded_r and stride is left alone.
 inline Rows round_ranks(const float* ranks, int64_t r, int64_t padded_r, uint16_t* rounded, int64_t stride) {
   for (int64_t t = 0; t < TOKENS; ++t)
     for (int64_t q = 0; q < padded_r; q += LANES) {

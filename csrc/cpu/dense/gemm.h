@@ -1,4 +1,5 @@
-// fp32 products with a weight that is merged while it is packed. Vectors run along the output features; x is read as it lies.
+// fp32 products with a weight that is merged while it is packed. Vectors run along the output features; x is read as it
+// lies.
 #pragma once
 #include "cpu/adapter/forward.h"
 #include "cpu/adapter/merge.h"
@@ -6,8 +7,8 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-// Sums in registers: tokens times panels of LANES output features. A block of tokens meets CHUNK summed features of a panel while
-// those are in cache.
+// Sums in registers: tokens times panels of LANES output features. A block of tokens meets CHUNK summed features of a
+// panel while those are in cache.
 constexpr int TILE_TOKENS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4, TILE_PANELS = 2;
 constexpr int64_t BLOCK_TILES = 128 / TILE_TOKENS, BLOCK = BLOCK_TILES * TILE_TOKENS, CHUNK = 1024;
 
@@ -25,8 +26,8 @@ inline void store_some(float* to, int64_t count, Vec a) {
   if (count > 0) std::memcpy(to, padded, sizeof(float) * count);
 }
 
-// A strip of weight + scaling · B A + S, or of its transpose, by panels of LANES output features: [panel][summed feature][output
-// feature], zero past the last one.
+// A strip of weight + scaling · B A + S, or of its transpose, by panels of LANES output features: [panel][summed
+// feature][output feature], zero past the last one.
 class MergedPanels {
  public:
   const int64_t features, length, panels;  // length: of the sums
@@ -39,7 +40,8 @@ class MergedPanels {
     constexpr int64_t ELEMENTS_A_SLOT = 32768;  // fewer are not worth waking a thread
     const int64_t chunks = (m.rows + MERGED_ROWS - 1) / MERGED_ROWS;
     const int64_t slots = larger(1, smaller(smaller(thread_count(), chunks), m.rows * m.columns / ELEMENTS_A_SLOT));
-    // Rows are transposed whole, which lets the processor see them coming; lines go to panels far apart, and in short pieces.
+    // Rows are transposed whole, which lets the processor see them coming; lines go to panels far apart, and in short
+    // pieces.
     const int64_t width = transposed ? MERGED_COLUMNS : m.columns, stride = rounded_up(width, LANES);
     for_slots(slots, chunks, [&](int64_t, int64_t begin, int64_t end) {
       static thread_local Arena arena;
@@ -54,7 +56,8 @@ class MergedPanels {
           part.first_column = m.first_column + k;
           part.columns = smaller(width, m.columns - k);
           merge_some<float, float>(part, 0, part.rows);
-          transposed ? pack_lines(piece[0], i, part.rows, k, part.columns) : pack_columns(piece[0], stride, i, part.rows);
+          transposed ? pack_lines(piece[0], i, part.rows, k, part.columns)
+                     : pack_columns(piece[0], stride, i, part.rows);
         }
     });
   }
@@ -85,15 +88,16 @@ class MergedPanels {
   Buffer<float> packed_;
 };
 
-// What a tile of tokens computes of a product: y (tokens, features) for the summed features [k, k + length), added to y, or in
-// the first chunk to the bias.
+// What a tile of tokens computes of a product: y (tokens, features) for the summed features [k, k + length), added to
+// y, or in the first chunk to the bias.
 struct Tile {
   const float* x;
   int64_t x_stride;
   float* y;
   int64_t y_stride, tokens, features, k, length;
-  const float* bias;   // null but in the first chunk; padded as the panels are
-  const float* ahead;  // in the panels that come next: what this one of the block's tiles calls to the second-level cache
+  const float* bias;  // null but in the first chunk; padded as the panels are
+  const float*
+      ahead;  // in the panels that come next: what this one of the block's tiles calls to the second-level cache
 };
 
 template <int Panels>
@@ -103,7 +107,7 @@ inline void multiply_tile(const Tile& f, const float* panel, int64_t panel_size)
   for (int t = 0; t < TILE_TOKENS; ++t)
 #pragma GCC unroll 2
     for (int v = 0; v < Panels; ++v)
-      sums[t][v] = f.bias          ? load(f.bias + v * LANES)
+      sums[t][v] = f.bias         ? load(f.bias + v * LANES)
                    : t < f.tokens ? load_some(f.y + t * f.y_stride + v * LANES, larger(0, f.features - v * LANES))
                                   : zero();
   const int64_t x_stride = f.x_stride, length = f.length;
@@ -177,8 +181,9 @@ inline void product(const Product& f) {
     std::memset(last_rows[0], 0, sizeof(float) * TILE_TOKENS * w.length);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / parts * block, part = item % parts;
-      multiply_block(f, w, bias, first, larger(0, smaller(block, f.tokens - first)), groups * part / parts * TILE_PANELS,
-                     smaller(w.panels, groups * (part + 1) / parts * TILE_PANELS), last_rows[0]);
+      multiply_block(f, w, bias, first, larger(0, smaller(block, f.tokens - first)),
+                     groups * part / parts * TILE_PANELS, smaller(w.panels, groups * (part + 1) / parts * TILE_PANELS),
+                     last_rows[0]);
     }
   });
 }

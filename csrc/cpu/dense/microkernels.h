@@ -17,13 +17,12 @@ inline void pack_groups(const float* matrix, int64_t row_stride, int64_t column_
         for (int64_t j = 0; j < GROUP; ++j) *packed++ = group[j * row_stride + l * column_stride];
     else
       for (int64_t l = 0; l < length; ++l)
-        for (int64_t j = 0; j < GROUP; ++j)
-          *packed++ = g + j < rows ? group[j * row_stride + l * column_stride] : 0.0f;
+        for (int64_t j = 0; j < GROUP; ++j) *packed++ = g + j < rows ? group[j * row_stride + l * column_stride] : 0.0f;
   }
 }
 
-// out[j][t] = alpha · (out[j][t] + Σ_l coefficients[l][j] · in[l][t]) for one group, out taken as zero at First; with bits, in is
-// masked by dropout before.
+// out[j][t] = alpha · (out[j][t] + Σ_l coefficients[l][j] · in[l][t]) for one group, out taken as zero at First; with
+// bits, in is masked by dropout before.
 template <bool First, bool Masked>
 inline void multiply_group(const float* coefficients, const float* in, const uint64_t* keep_bits, int64_t length,
                            float alpha, float* out, int64_t used) {
@@ -56,8 +55,8 @@ inline void multiply_group(const float* coefficients, const float* in, const uin
 }
 
 template <bool First>
-inline void multiply_panel(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
-                           int64_t begin, int64_t width, float alpha, float* out, int64_t used) {
+inline void multiply_panel(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows,
+                           int64_t length, int64_t begin, int64_t width, float alpha, float* out, int64_t used) {
   for (int64_t g = 0; g < rows; g += GROUP) {
     const float *coefficients = packed + g * length + begin * GROUP, *inputs = in + begin * TOKENS;
     if (keep_bits)
@@ -69,8 +68,8 @@ inline void multiply_panel(const float* packed, const float* in, const uint64_t*
 
 constexpr int64_t LONG_PANEL = 4 * PANEL;  // features of a block that stay in the second-level cache (64 KiB)
 
-// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups; the first `used` columns. All
-// groups pass over a panel of `in` before the next one is fetched.
+// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups; the first `used`
+// columns. All groups pass over a panel of `in` before the next one is fetched.
 inline void multiply(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
                      float alpha, float* out, int64_t used = TOKENS) {
   const int64_t width = smaller(LONG_PANEL, length);
@@ -83,8 +82,8 @@ inline void multiply(const float* packed, const float* in, const uint64_t* keep_
 
 // sums[q][f] += Σ_t ranks[t][q] · panel[t][f] for so many Ranks and Width vectors of features.
 template <int Ranks, int Width>
-inline void outer_tile(const float* ranks, int64_t rank_stride, const float* panel, int64_t panel_stride, int64_t tokens,
-                       float* sums, int64_t sums_stride) {
+inline void outer_tile(const float* ranks, int64_t rank_stride, const float* panel, int64_t panel_stride,
+                       int64_t tokens, float* sums, int64_t sums_stride) {
   Vec acc[Ranks][Width];
 #pragma GCC unroll 16
   for (int q = 0; q < Ranks; ++q)
@@ -107,8 +106,8 @@ inline void outer_tile(const float* ranks, int64_t rank_stride, const float* pan
     for (int v = 0; v < Width; ++v) store(sums + q * sums_stride + v * LANES, acc[q][v]);
 }
 
-// sums (r, width) += ranksᵀ · panel for r, a multiple of Narrow, and width, a multiple of LANES; Narrow ranks at a time where one
-// vector of features is left.
+// sums (r, width) += ranksᵀ · panel for r, a multiple of Narrow, and width, a multiple of LANES; Narrow ranks at a time
+// where one vector of features is left.
 template <int Narrow>
 inline void outer_panel(const float* ranks, int64_t rank_stride, int64_t r, const float* panel, int64_t panel_stride,
                         int64_t tokens, int64_t width, float* sums, int64_t sums_stride) {
@@ -123,8 +122,8 @@ inline void outer_panel(const float* ranks, int64_t rank_stride, int64_t r, cons
                             sums_stride);
 }
 
-// A block of tokens as the outer products read it: its rows as they lie in memory, or where dropout is on all TOKENS of it
-// feature-major, with dropout's bits.
+// A block of tokens as the outer products read it: its rows as they lie in memory, or where dropout is on all TOKENS of
+// it feature-major, with dropout's bits.
 template <class T>
 struct Block {
   const T* rows;
@@ -151,7 +150,8 @@ inline Panel panel_of(const Block<T>& block, int64_t begin, int64_t width, int64
   return {copy, width};
 }
 
-// sums (r rounded up to GROUP, features rounded up to LANES) += ranksᵀ · block, ranks (tokens, r rounded up) token-major.
+// sums (r rounded up to GROUP, features rounded up to LANES) += ranksᵀ · block, ranks (tokens, r rounded up)
+// token-major.
 template <class T>
 inline void outer(const float* ranks, int64_t r, const Block<T>& block, int64_t features, float* sums) {
   const int64_t sums_stride = rounded_up(features, LANES), rank_stride = rounded_up(r, GROUP);

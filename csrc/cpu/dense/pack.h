@@ -5,16 +5,18 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int64_t PANEL = 64;  // features of a block that stay in the first-level cache (16 KiB) while several loops pass over them
+constexpr int64_t PANEL =
+    64;  // features of a block that stay in the first-level cache (16 KiB) while several loops pass over them
 
 // The part of a block that holds any of its tokens, in whole strips; what lies beyond is neither computed nor read.
 inline int64_t used_width(int64_t tokens) { return rounded_up(tokens, STRIP * LANES); }
 
-// packed[f][t] = rows[t][f], fp32; features from `features` up to the next multiple of LANES and absent tokens become zero,
-// the latter as far as `used`. By panels of features, so that each visit to a row, which may lie in a page of its own, reads 4
-// cache lines of fp32.
+// packed[f][t] = rows[t][f], fp32; features from `features` up to the next multiple of LANES and absent tokens become
+// zero, the latter as far as `used`. By panels of features, so that each visit to a row, which may lie in a page of its
+// own, reads 4 cache lines of fp32.
 template <class T>
-inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* packed, int64_t used = TOKENS) {
+inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* packed,
+                 int64_t used = TOKENS) {
   const int64_t whole = features / LANES * LANES;
   for (int64_t panel = 0; panel < whole; panel += PANEL)
     for (int64_t t = 0; t < used; t += LANES)
@@ -37,7 +39,8 @@ inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features
   }
 }
 
-// panel[t][f] = rows[t][f] as fp32, zero from `features` up to `width`, a multiple of LANES: rows far apart become one piece.
+// panel[t][f] = rows[t][f] as fp32, zero from `features` up to `width`, a multiple of LANES: rows far apart become one
+// piece.
 template <class T>
 inline void copy_panel(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* panel, int64_t width) {
   const int64_t whole = features / LANES * LANES;

@@ -1,15 +1,17 @@
-// S whose rows share their columns tile by tile, as in patterns of whole columns (Sᵀ of whole rows) and of blocks of 16: dense
-// products, token by token, so that neither x nor y is turned. The features of x that S needs are copied first, as fp32: whole
-// columns feature-major, blocks in runs of 16, (RUN_TOKENS, RUN) each, one piece where rows of x each lie in a page of their own.
-// Rows of y are fetched some tiles ahead: a tile adds to so few cache lines of each that the processor foresees none.
+// S whose rows share their columns tile by tile, as in patterns of whole columns (Sᵀ of whole rows) and of blocks of
+// 16: dense products, token by token, so that neither x nor y is turned. The features of x that S needs are copied
+// first, as fp32: whole columns feature-major, blocks in runs of 16, (RUN_TOKENS, RUN) each, one piece where rows of x
+// each lie in a page of their own. Rows of y are fetched some tiles ahead: a tile adds to so few cache lines of each
+// that the processor foresees none.
 #pragma once
 #include "cpu/dense/microkernels.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int64_t RUN = 16;         // the side of blocks, or a divisor of it
-constexpr int64_t RUN_TOKENS = 16;  // copied at a time: of 4096 features 256 KiB, which stay in the second-level cache beside S
+constexpr int64_t RUN = 16;  // the side of blocks, or a divisor of it
+constexpr int64_t RUN_TOKENS =
+    16;  // copied at a time: of 4096 features 256 KiB, which stay in the second-level cache beside S
 
 // Of a run of so many tokens, with room for whole RUN_TOKENS.
 inline int64_t run_tokens(int64_t tokens) { return rounded_up(tokens, RUN_TOKENS); }
@@ -22,9 +24,9 @@ inline void copy_run(const T* row, int64_t width, float* run) {
   for (int64_t n = 0; n < RUN; n += LANES) store(run + n, load(row + n));
 }
 
-// The run of feature f lies at runs + f · run_tokens(tokens), for each f of `starts`, multiples of RUN. Some runs together, so that
-// each visit to a row reads several cache lines; the next visits' are asked for before, with `more` also the first of as many tokens
-// that follow.
+// The run of feature f lies at runs + f · run_tokens(tokens), for each f of `starts`, multiples of RUN. Some runs
+// together, so that each visit to a row reads several cache lines; the next visits' are asked for before, with `more`
+// also the first of as many tokens that follow.
 template <class T>
 inline void copy_runs(const T* rows, int64_t stride, int64_t tokens, int64_t features, const int32_t* starts,
                       int64_t count, bool more, float* runs) {
@@ -50,8 +52,8 @@ inline void gather_features(const T* rows, int64_t stride, int64_t tokens, const
     for (int64_t n = 0; n < count; ++n) gathered[n * TOKENS + t] = as_float(rows[features[n]]);
 }
 
-// Where add_tokens finds token t of its n-th input: feature-major, or in the run that starts with feature starts[n] for multiples
-// n of RUN, the runs being so many tokens apart.
+// Where add_tokens finds token t of its n-th input: feature-major, or in the run that starts with feature starts[n] for
+// multiples n of RUN, the runs being so many tokens apart.
 struct FeatureMajor {
   static constexpr int64_t TOKEN = 1, FEATURE = TOKENS;
   const float* in;
@@ -67,8 +69,8 @@ struct Runs {
   const float* at(int64_t n) const { return in + starts[n] * apart; }
 };
 
-// rows[t][f] += Σ_n inputs[n][t] · weights[n][f] for Tokens tokens from `first` on and Width vectors of features; one rounding. Fresh
-// rows hold nothing before.
+// rows[t][f] += Σ_n inputs[n][t] · weights[n][f] for Tokens tokens from `first` on and Width vectors of features; one
+// rounding. Fresh rows hold nothing before.
 template <int Tokens, int Width, class In, class T>
 inline void add_tokens(const In& inputs, int64_t first, int64_t length, const float* weights, int64_t weights_stride,
                        T* rows, int64_t stride, bool fresh) {
@@ -117,10 +119,12 @@ inline void add_block(const In& in, int64_t length, const float* weights, int64_
   }
   for (; t + GROUP <= tokens; t += GROUP)
     add_tokens<GROUP, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride, fresh);
-  for (; t < tokens; ++t) add_tokens<1, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride, fresh);
+  for (; t < tokens; ++t)
+    add_tokens<1, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride, fresh);
 }
 
-// Where the tiles of `step` rows of S that have entries start, or the runs of columns of S, made of blocks of 16; ascending.
+// Where the tiles of `step` rows of S that have entries start, or the runs of columns of S, made of blocks of 16;
+// ascending.
 class Starts {
  public:
   int64_t count = 0;
@@ -196,11 +200,11 @@ class AlikeRows {
       copy_runs(rows, stride, tokens, in_features_, inputs_.data(), inputs_.count, more, scratch);
   }
 
-  // rows (tokens, out_features) += gathered · Sᵀ for tiles [begin, end) of the output features that S has entries for; runs may lie
-  // further apart where others copied more tokens.
+  // rows (tokens, out_features) += gathered · Sᵀ for tiles [begin, end) of the output features that S has entries for;
+  // runs may lie further apart where others copied more tokens.
   template <class T>
-  void add_tiles(const float* gathered, T* rows, int64_t stride, int64_t tokens, bool more, int64_t begin,
-                 int64_t end, bool fresh = false, int64_t apart = RUN_TOKENS) const {
+  void add_tiles(const float* gathered, T* rows, int64_t stride, int64_t tokens, bool more, int64_t begin, int64_t end,
+                 bool fresh = false, int64_t apart = RUN_TOKENS) const {
     const int64_t sooner = smaller(end - begin, whole_columns_ ? 1 : 4);  // tiles: of fp32 256 and 64 cache lines
     for (int64_t n = begin; n < end; ++n) {
       const int64_t i = tiles_[n], next = n + sooner;

@@ -1,5 +1,5 @@
-// Patterns of whole rows or whole columns: a small dense matrix between gathered or scattered rows, so that their products are the
-// dense ones of the low-rank path. A column pattern of S is a row pattern of Sᵀ.
+// Patterns of whole rows or whole columns: a small dense matrix between gathered or scattered rows, so that their
+// products are the dense ones of the low-rank path. A column pattern of S is a row pattern of Sᵀ.
 #pragma once
 #include "cpu/dense/microkernels.h"
 

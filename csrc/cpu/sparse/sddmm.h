@@ -1,7 +1,7 @@
 // dS of a block of tokens: dense products for rows, columns and blocks of 16, else entry by entry.
 #pragma once
-#include "cpu/sparse/block_sparse.h"
 #include "cpu/common/grad_reduction.h"
+#include "cpu/sparse/block_sparse.h"
 #include "cpu/sparse/spmm.h"
 
 namespace rosa {
@@ -42,7 +42,8 @@ class SparseGradient {
     if (sums.touched_count) touched_features(b.sparse, b.out_features, sums.touched_count, touched_);
   }
 
-  // Whether add needs x and dy feature-major; and whether it leaves the runs of dy, where S has blocks, in its scratch memory.
+  // Whether add needs x and dy feature-major; and whether it leaves the runs of dy, where S has blocks, in its scratch
+  // memory.
   static bool reads_packed(const Backward& b) {
     const Structure s = b.sparse.structure;
     return b.dvalues && (s == Structure::unstructured || s == Structure::block);
@@ -58,8 +59,8 @@ class SparseGradient {
   void add(int64_t slot, const Block<T>& x, const Block<T>& dy, const float* packed_x, const float* packed_dy,
            float* scratch, bool more) const {
     if (reads_packed(b_)) return sample(b_.sparse, b_.out_features, packed_dy, packed_x, sums_.dS(slot));
-    if (!blocks_) return rows_ ? add_outer(slot, dy, x, b_.in_features, scratch)
-                               : add_outer(slot, x, dy, b_.out_features, scratch);
+    if (!blocks_)
+      return rows_ ? add_outer(slot, dy, x, b_.in_features, scratch) : add_outer(slot, x, dy, b_.out_features, scratch);
     float* x_runs = scratch + dy_runs() * run_tokens(x.tokens);
     copy_runs(dy.rows, dy.stride, dy.tokens, b_.out_features, dy_starts_.data(), dy_starts_.count, more, scratch);
     copy_runs(x.rows, x.stride, x.tokens, b_.in_features, x_starts_.data(), x_starts_.count, more, x_runs);

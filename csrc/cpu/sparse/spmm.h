@@ -1,5 +1,6 @@
-// The CSR parts over one block of tokens: x Sᵀ (SpMM) and dS = dyᵀ x at the pattern (SDDMM). Neighbouring rows that share their
-// columns, as in column and block patterns, go four at a time, so that each load of x serves four rows as in a dense product.
+// The CSR parts over one block of tokens: x Sᵀ (SpMM) and dS = dyᵀ x at the pattern (SDDMM). Neighbouring rows that
+// share their columns, as in column and block patterns, go four at a time, so that each load of x serves four rows as
+// in a dense product.
 #pragma once
 #include "cpu/dense/microkernels.h"
 

@@ -1,5 +1,5 @@
-// An unstructured S over a block of tokens of bfloat16, packed feature-major in pairs of tokens: single entries load from the
-// second-level cache, and this is half of what fp32 takes of it.
+// An unstructured S over a block of tokens of bfloat16, packed feature-major in pairs of tokens: single entries load
+// from the second-level cache, and this is half of what fp32 takes of it.
 #pragma once
 #include "cpu/dense/bf16_vnni.h"
 #include "cpu/sparse/spmm.h"
@@ -9,7 +9,8 @@ namespace ROSA_ISA {
 
 inline bool in_pairs(const Csr& s) { return s.values && s.structure == Structure::unstructured; }
 
-// packed[f][t / 2] = (rows[t][f], rows[t + 1][f]) for `features`, rounded up to ROW_MULTIPLE: a cache line of each row at a time.
+// packed[f][t / 2] = (rows[t][f], rows[t + 1][f]) for `features`, rounded up to ROW_MULTIPLE: a cache line of each row
+// at a time.
 inline void pack_token_pairs(const Rows& rows, int64_t features, uint32_t* packed) {
   for (int64_t panel = 0; panel < features; panel += ROW_MULTIPLE)
     for (int64_t t = 0; t < TOKENS; t += 2 * LANES)
@@ -26,8 +27,10 @@ inline void pack_token_pairs(const Rows& rows, int64_t features, uint32_t* packe
       }
 }
 
-// out[t][f] = Σ_e values[e] · packed[col[e]][t] over row first + f of S, for `rows` rows and zero up to width, a multiple of LANES.
-inline void multiply_sparse_pairs(const Csr& s, int64_t first, int64_t rows, const uint32_t* packed, float* out, int64_t width) {
+// out[t][f] = Σ_e values[e] · packed[col[e]][t] over row first + f of S, for `rows` rows and zero up to width, a
+// multiple of LANES.
+inline void multiply_sparse_pairs(const Csr& s, int64_t first, int64_t rows, const uint32_t* packed, float* out,
+                                  int64_t width) {
   constexpr int VECTORS = BLOCK_PAIRS / LANES;
   for (int64_t f = 0; f < width; f += LANES) {
     Vec sums[VECTORS][2][LANES];  // of even tokens and of odd ones

@@ -22,7 +22,9 @@ _PACKED_RANK = 0.7  # a multiply-add of B A where the kernels' own GEMM merges w
 _STRIP_ELEMENT = 100.0  # an element of x or dy, for each strip after the first: the GEMMs read and pack it again
 
 _PACKED_ELEMENT = 0.65  # an element of the weight packed in pairs, over one of y or dx read and written again
-_FUSED_ELEMENTS = 2**23  # of a weight that the kernels multiply no slower than the library: each block of tokens reads it again
+_FUSED_ELEMENTS = (
+    2**23
+)  # of a weight that the kernels multiply no slower than the library: each block of tokens reads it again
 _SWEPT_SOONER = 2**16  # elements of A and B: fewer meet a block of tokens sooner than the library is called five times
 _BLOCK_TOKENS = 64  # csrc/cpu/kernels.h: TOKENS
 
@@ -135,13 +137,15 @@ def _may_fuse(x: Tensor, weight: Tensor | None, own: bool) -> bool:
     return own and x.dtype == torch.bfloat16 and weight is not None and weight.numel() > 0
 
 
-def _fuses(
-    tokens: int, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, structure: int, own: bool
-) -> bool:
+def _fuses(tokens: int, x: Tensor, weight: Tensor | None, lora_A: Tensor | None, structure: int, own: bool) -> bool:
     """The weight is packed for the call, in_features elements of it for each feature of y, and that is won back over the
     elements of y, one for each token, that are not read and written again. The dual holds for dx. Rows, columns and blocks
     by themselves touch so little of y that their own kernels win up to some 1000 features."""
-    if not _may_fuse(x, weight, own) or weight.numel() > _FUSED_ELEMENTS or (lora_A is None and structure != UNSTRUCTURED):
+    if (
+        not _may_fuse(x, weight, own)
+        or weight.numel() > _FUSED_ELEMENTS
+        or (lora_A is None and structure != UNSTRUCTURED)
+    ):
         return False
     return tokens >= _PACKED_ELEMENT * x.shape[-1]
 
