@@ -39,8 +39,8 @@ struct CurrentStream {
 
 template <typename Operation>
 void run(const char* name, cudaError_t (*launch)(const Operation&, cudaStream_t), const Operation& operation,
-         const Tensor& somewhere) {
-  const CurrentStream current(somewhere);
+         const Tensor& on_device) {
+  const CurrentStream current(on_device);
   const cudaError_t error = launch(operation, current.stream);
   STD_TORCH_CHECK(error == cudaSuccess, "rosa_kernels: CUDA refused to launch ", name, ": ", cudaGetErrorString(error));
 }
@@ -81,10 +81,10 @@ const int32_t* ints_of(const OptionalTensor& t) {
   return static_cast<const int32_t*>(contiguous_data(*t));
 }
 
-Entry* entries_of(const OptionalTensor& t) {
+PackedEntry* packed_entries_of(const OptionalTensor& t) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long, "entries, as int64");
-  return static_cast<Entry*>(contiguous_data(*t));
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long, "packed entries, as int64");
+  return static_cast<PackedEntry*>(contiguous_data(*t));
 }
 
 Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) {
@@ -93,47 +93,49 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) 
   return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<uint64_t>(threshold), static_cast<float>(scale)};
 }
 
-int splits_of(const OptionalTensor& parts) { return parts ? static_cast<int>(parts->size(0)) : 1; }
+int splits_of(const OptionalTensor& partials) { return partials ? static_cast<int>(partials->size(0)) : 1; }
 
-void by_columns_op(Tensor out, const Tensor x) {
-  run("by_columns", by_columns, {x.size(0), x.size(1), out.size(1), matrix_of(out), matrix_of(x)}, x);
+void transpose_op(Tensor out, const Tensor x) {
+  run("transpose", transpose, {x.size(0), x.size(1), out.size(1), matrix_of(out), matrix_of(x)}, x);
 }
 
-void gather_columns_op(Tensor out, const Tensor x, const OptionalTensor col, const OptionalTensor crow, int64_t width) {
+void gather_columns_op(Tensor out, const Tensor x, const OptionalTensor col, const OptionalTensor crow,
+                       int64_t row_length) {
   const int64_t rows = crow ? crow->size(0) - 1 : 0;
   run("gather_columns", gather_columns,
-      {x.size(0), out.size(1), matrix_of(out), matrix_of(x), ints_of(col), ints_of(crow), rows, width}, x);
+      {x.size(0), out.size(1), matrix_of(out), matrix_of(x), ints_of(col), ints_of(crow), rows, row_length}, x);
 }
 
-void pack_entries_op(Tensor entries, const Tensor col, const OptionalTensor permutation, const Tensor values) {
-  STD_TORCH_CHECK(entries.numel() >= col.numel() + ENTRY_PADDING, "room for ENTRY_PADDING more entries");
+void pack_entries_op(Tensor packed_entries, const Tensor col, const OptionalTensor permutation, const Tensor values) {
+  STD_TORCH_CHECK(packed_entries.numel() >= col.numel() + ENTRY_PADDING, "room for ENTRY_PADDING more entries");
   run("pack_entries", pack_entries,
-      {col.numel(), entries_of(entries), ints_of(col), ints_of(permutation), contiguous_data(values), dtype_of(values)},
+      {col.numel(), packed_entries_of(packed_entries), ints_of(col), ints_of(permutation), contiguous_data(values),
+       dtype_of(values)},
       values);
 }
 
 void shrink_op(Tensor H, const Tensor x, const Tensor A, const OptionalTensor seed, int64_t threshold, double scale,
-               OptionalTensor parts) {
+               OptionalTensor partials) {
   run("shrink", shrink,
       {x.size(0), x.size(1), A.size(0), matrix_of(x), matrix_of(A), contiguous_data(H),
-       dropout_of(seed, threshold, scale), splits_of(parts), floats_of(parts)},
+       dropout_of(seed, threshold, scale), splits_of(partials), floats_of(partials)},
       x);
 }
 
-void outer_op(Tensor out, const Tensor z, const Tensor P, double scaling, const OptionalTensor seed, int64_t threshold,
-              double scale, OptionalTensor parts) {
-  STD_TORCH_CHECK(out.scalar_type() == P.scalar_type(), "out and P of one dtype");
-  run("outer", outer,
-      {z.size(0), z.size(1), out.size(1), matrix_of(z), contiguous_data(P), dtype_of(P), out.data_ptr(), out.stride(0),
-       out.stride(1), static_cast<float>(scaling), dropout_of(seed, threshold, scale), splits_of(parts),
-       floats_of(parts)},
+void lora_grad_op(Tensor out, const Tensor z, const Tensor H, double scaling, const OptionalTensor seed,
+                  int64_t threshold, double scale, OptionalTensor partials) {
+  STD_TORCH_CHECK(out.scalar_type() == H.scalar_type(), "out and H of one dtype");
+  run("lora_grad", lora_grad,
+      {z.size(0), z.size(1), out.size(1), matrix_of(z), contiguous_data(H), dtype_of(H), out.data_ptr(), out.stride(0),
+       out.stride(1), static_cast<float>(scaling), dropout_of(seed, threshold, scale), splits_of(partials),
+       floats_of(partials)},
       z);
 }
 
 void epilogue_op(Tensor y, bool accumulate, const OptionalTensor H, const OptionalTensor B, double scaling,
                  const OptionalTensor seed, int64_t threshold, double scale, const OptionalTensor crow,
-                 const OptionalTensor entries, const OptionalTensor x, const OptionalTensor x_columns,
-                 const OptionalTensor D, int64_t in_features, int64_t multiprocessors) {
+                 const OptionalTensor packed_entries, const OptionalTensor x, const OptionalTensor x_transposed,
+                 const OptionalTensor row_products, int64_t in_features, int64_t multiprocessors) {
   Epilogue e{};
   e.tokens = y.size(0);
   e.in_features = in_features;
@@ -152,34 +154,35 @@ void epilogue_op(Tensor y, bool accumulate, const OptionalTensor H, const Option
   e.scaling = static_cast<float>(scaling);
   e.dropout = dropout_of(seed, threshold, scale);
   e.crow = ints_of(crow);
-  e.entries = entries_of(entries);
+  e.packed_entries = packed_entries_of(packed_entries);
   e.x = matrix_of(x);
-  e.x_columns = matrix_of(x_columns);
-  e.D = floats_of(D);
-  e.rows = D ? D->size(1) : 0;
+  e.x_transposed = matrix_of(x_transposed);
+  e.row_products = floats_of(row_products);
+  e.rows = row_products ? row_products->size(1) : 0;
   e.multiprocessors = static_cast<int>(multiprocessors);
   run("epilogue", epilogue, e, y);
 }
 
-void sddmm_op(Tensor out, const Tensor dy_columns, const Tensor x_columns, const Tensor crow, const Tensor col,
-              OptionalTensor parts) {
+void sddmm_op(Tensor out, const Tensor dy_transposed, const Tensor x_transposed, const Tensor crow, const Tensor col,
+              OptionalTensor partials) {
   run("sddmm", sddmm,
-      {x_columns.size(1), dy_columns.size(0), out.numel(), contiguous_data(out), dtype_of(out), matrix_of(dy_columns),
-       matrix_of(x_columns), ints_of(crow), ints_of(col), splits_of(parts), floats_of(parts)},
+      {x_transposed.size(1), dy_transposed.size(0), out.numel(), contiguous_data(out), dtype_of(out),
+       matrix_of(dy_transposed), matrix_of(x_transposed), ints_of(crow), ints_of(col), splits_of(partials),
+       floats_of(partials)},
       out);
 }
 
-void pick_op(Tensor out, const Tensor matrix, const Tensor crow, const Tensor col) {
-  run("pick", pick,
+void gather_entries_op(Tensor out, const Tensor matrix, const Tensor crow, const Tensor col) {
+  run("gather_entries", gather_entries,
       {matrix.size(0), out.numel(), contiguous_data(out), dtype_of(out), matrix_of(matrix), ints_of(crow),
        ints_of(col)},
       out);
 }
 
-void scatter_op(Tensor out, const OptionalTensor base, const Tensor values, const Tensor crow, const Tensor col) {
-  run("scatter", scatter,
-      {out.size(0), out.size(1), matrix_of(out), matrix_of(base), ints_of(crow), ints_of(col), contiguous_data(values),
-       dtype_of(values)},
+void densify_op(Tensor out, const OptionalTensor weight, const Tensor values, const Tensor crow, const Tensor col) {
+  run("densify", densify,
+      {out.size(0), out.size(1), matrix_of(out), matrix_of(weight), ints_of(crow), ints_of(col),
+       contiguous_data(values), dtype_of(values)},
       out);
 }
 
@@ -189,32 +192,36 @@ std::string build_info_op() { return build_info(); }
 }  // namespace rosa
 
 STABLE_TORCH_LIBRARY(rosa_kernels_cuda, m) {
-  m.def("by_columns(Tensor(a!) out, Tensor x) -> ()");
-  m.def("gather_columns(Tensor(a!) out, Tensor x, Tensor? col, Tensor? crow, int width) -> ()");
-  m.def("pack_entries(Tensor(a!) entries, Tensor col, Tensor? permutation, Tensor values) -> ()");
-  m.def("shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? parts) -> ()");
+  m.def("transpose(Tensor(a!) out, Tensor x) -> ()");
+  m.def("gather_columns(Tensor(a!) out, Tensor x, Tensor? col, Tensor? crow, int row_length) -> ()");
+  m.def("pack_entries(Tensor(a!) packed_entries, Tensor col, Tensor? permutation, Tensor values) -> ()");
   m.def(
-      "outer(Tensor(a!) out, Tensor z, Tensor P, float scaling, Tensor? seed, int threshold, float scale, "
-      "Tensor(b!)? parts) -> ()");
+      "shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? partials) -> ()");
+  m.def(
+      "lora_grad(Tensor(a!) out, Tensor z, Tensor H, float scaling, Tensor? seed, int threshold, float scale, "
+      "Tensor(b!)? partials) -> ()");
   m.def(
       "epilogue(Tensor(a!) y, bool accumulate, Tensor? H, Tensor? B, float scaling, Tensor? seed, int threshold, "
-      "float scale, Tensor? crow, Tensor? entries, Tensor? x, Tensor? x_columns, Tensor? D, int in_features, "
+      "float scale, Tensor? crow, Tensor? packed_entries, Tensor? x, Tensor? x_transposed, Tensor? row_products, int "
+      "in_features, "
       "int multiprocessors) -> ()");
-  m.def("sddmm(Tensor(a!) out, Tensor dy_columns, Tensor x_columns, Tensor crow, Tensor col, Tensor(b!)? parts) -> ()");
-  m.def("pick(Tensor(a!) out, Tensor matrix, Tensor crow, Tensor col) -> ()");
-  m.def("scatter(Tensor(a!) out, Tensor? base, Tensor values, Tensor crow, Tensor col) -> ()");
+  m.def(
+      "sddmm(Tensor(a!) out, Tensor dy_transposed, Tensor x_transposed, Tensor crow, Tensor col, Tensor(b!)? partials) "
+      "-> ()");
+  m.def("gather_entries(Tensor(a!) out, Tensor matrix, Tensor crow, Tensor col) -> ()");
+  m.def("densify(Tensor(a!) out, Tensor? weight, Tensor values, Tensor crow, Tensor col) -> ()");
   m.def("build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cuda, CompositeExplicitAutograd, m) {
-  m.impl("by_columns", TORCH_BOX(&rosa::by_columns_op));
+  m.impl("transpose", TORCH_BOX(&rosa::transpose_op));
   m.impl("gather_columns", TORCH_BOX(&rosa::gather_columns_op));
   m.impl("pack_entries", TORCH_BOX(&rosa::pack_entries_op));
   m.impl("shrink", TORCH_BOX(&rosa::shrink_op));
-  m.impl("outer", TORCH_BOX(&rosa::outer_op));
+  m.impl("lora_grad", TORCH_BOX(&rosa::lora_grad_op));
   m.impl("epilogue", TORCH_BOX(&rosa::epilogue_op));
   m.impl("sddmm", TORCH_BOX(&rosa::sddmm_op));
-  m.impl("pick", TORCH_BOX(&rosa::pick_op));
-  m.impl("scatter", TORCH_BOX(&rosa::scatter_op));
+  m.impl("gather_entries", TORCH_BOX(&rosa::gather_entries_op));
+  m.impl("densify", TORCH_BOX(&rosa::densify_op));
   m.impl("build_info", TORCH_BOX(&rosa::build_info_op));
 }

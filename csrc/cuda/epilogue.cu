@@ -23,11 +23,11 @@ EpilogueOperands operands_of(const Epilogue& e) {
   o.scaling = e.scaling;
   o.dropout = e.dropout;
   o.crow = e.crow;
-  o.entries = e.entries;
+  o.packed_entries = e.packed_entries;
   o.x_stride = e.x.stride;
   o.x_aligned = is_aligned(e.x);
-  o.columns_stride = e.x_columns.stride;
-  o.D = e.D;
+  o.x_transposed_stride = e.x_transposed.stride;
+  o.row_products = e.row_products;
   o.rows = e.rows;
   return o;
 }
@@ -78,8 +78,8 @@ cudaError_t launch_epilogue(const Epilogue& e, cudaStream_t stream) {
   const int64_t each =
       std::max(groups_a_block(tiles, groups, WARPS, e.multiprocessors, GATHER), ceil_div(groups, 65535));
   EpilogueOperands operands = operands_of(e);
-  operands.row_by_row = e.entries && each < WARPS / 2;
-  const Matrix& x = GATHER == Gather::global ? e.x_columns : e.x;
+  operands.row_by_row = e.packed_entries && each < WARPS / 2;
+  const Matrix& x = GATHER == Gather::global ? e.x_transposed : e.x;
   ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), dim3(tiles, ceil_div(groups, each)), dim3(WARPS * WARP), shared,
               stream, static_cast<T*>(e.y.data), static_cast<const B_t*>(e.H), static_cast<const B_t*>(e.B),
               static_cast<const T*>(x.data), operands, static_cast<int>(each * EPILOGUE_FEATURES));
@@ -88,8 +88,8 @@ cudaError_t launch_epilogue(const Epilogue& e, cudaStream_t stream) {
 
 template <typename T, typename B_t>
 cudaError_t launch_by_gather(const Epilogue& e, cudaStream_t stream) {
-  if (!e.entries) return launch_epilogue<T, B_t, Gather::none>(e, stream);
-  if (e.x_columns.data) return launch_epilogue<T, B_t, Gather::global>(e, stream);
+  if (!e.packed_entries) return launch_epilogue<T, B_t, Gather::none>(e, stream);
+  if (e.x_transposed.data) return launch_epilogue<T, B_t, Gather::global>(e, stream);
   return launch_epilogue<T, B_t, Gather::shared>(e, stream);
 }
 
@@ -97,7 +97,7 @@ cudaError_t launch_by_gather(const Epilogue& e, cudaStream_t stream) {
 
 cudaError_t epilogue(const Epilogue& e, cudaStream_t stream) {
   if (e.tokens == 0 || e.out_features == 0) return cudaSuccess;
-  return with_type(e.y.dtype, [&](auto type) {
+  return dispatch_dtype(e.y.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (e.r == 0 || e.B_dtype == e.y.dtype) return launch_by_gather<T, T>(e, stream);
     return launch_by_gather<T, float>(e, stream);

@@ -1,16 +1,22 @@
-// y = (y +) scaling · H Bᵀ + x Sᵀ in one pass over y, each element summed in fp32 and rounded once.
+// y = (y +) scaling · dropout(H Bᵀ) + x Sᵀ in one pass over y. Each element is summed in fp32 and rounded once.
 //
-// A warp makes 16 tokens x 32 features of y, a lane two tokens of 8 neighbouring features: lane 4 g + q tokens 2g and
-// 2g + 1, features 8q to 8q + 7, so that y moves in 16-byte accesses. The low-rank part runs on the tensor cores in 16
-// bits; an mma sees the lane's tokens as its rows g and g + 8, and features 8q + 2n, 8q + 2n + 1 as columns 2q, 2q + 1
-// of fragment n.
+// rosa_kernels/backends/cuda/linear.py calls it after the library's GEMM, for y and for dx. For dx, dy stands for x, dH
+// for H, and Sᵀ for S, and the features below are those of that product.
 //
-// S is gathered: an entry costs a lane one read of both tokens of x, from a copy of the block's 16 tokens by columns in
-// shared memory, which serves such reads faster than L2 (rosa_kernels/plan/cuda.py), or from a copy of x by columns in
-// global memory where shared memory does not hold all features. Lanes of one q share a row of S, the four q's take
-// different ones; a long row is shared by the whole warp, and warps take the next features when they are done, so that
-// one long row does not hold up the rest. For few tokens the rows of S are all the parallelism there is: eight warps
-// then share 32 features, a row for each lane.
+// A block computes 16 tokens and a chunk of the out_features; nothing is split over in_features. A warp takes 32
+// features at a time, and each lane two tokens of 8 neighbouring features, so that y moves in 16-byte accesses. Lane
+// 4 g + q has tokens 2g and 2g + 1 and features 8q to 8q + 7. Warps take the next 32 features from a counter when they
+// are done, so that one long row of S does not hold up the others.
+//
+// The low-rank part (expand, in the names of this field) runs on the tensor cores in 16 bits. An mma sees the lane's
+// tokens as its rows g and g + 8, and features 8q + 2n and 8q + 2n + 1 as columns 2q and 2q + 1 of fragment n.
+//
+// x Sᵀ is gathered: for each entry of S, a lane reads its two tokens of x at the entry's column. For that, the block
+// first copies its 16 tokens of x, transposed, into shared memory, which serves such reads faster than L2
+// (rosa_kernels/backends/cuda/heuristics.py). Where shared memory cannot hold all features, x comes transposed from
+// global memory (transpose.h). The eight lanes of one q read the same row of S, and the four q's four rows. A long row
+// is divided among the four q's instead. Few tokens make few blocks, and then the rows of S are all the parallelism
+// that is left: eight warps share 32 features, and each lane has a row of its own.
 #pragma once
 #include "cuda/shrink.h"
 
@@ -18,17 +24,17 @@ namespace rosa {
 
 constexpr int EPILOGUE_TOKENS = 16;
 constexpr int EPILOGUE_FEATURES = 32;
-constexpr int LONG_ROW = 128;  // entries: eight mean rows of a 4096 x 4096 S of density 0.4 %
-constexpr int STATIC_SHARED_BYTES =
-    1024;  // more than a block declares; rosa_kernels/backends/hardware.py leaves it out too
+constexpr int LONG_ROW = 128;  // A row of more entries is long: eight times the mean of a 4096 x 4096 S at 0.4 %.
+// More than a block declares, and what rosa_kernels/backends/gpu/hardware.py subtracts from a device's limit.
+constexpr int STATIC_SHARED_BYTES = 1024;
 
-// Shared memory for the tokens of x by columns.
+// Dynamic shared memory for the block's tokens of x, transposed.
 template <typename T>
 constexpr int64_t epilogue_shared_bytes(int64_t in_features) {
   return in_features * EPILOGUE_TOKENS * sizeof(T);
 }
 
-// The part of an Epilogue that a kernel reads.
+// What a kernel reads of an Epilogue.
 struct EpilogueOperands {
   int64_t tokens;
   int in_features, out_features;
@@ -36,22 +42,22 @@ struct EpilogueOperands {
   bool y_aligned, accumulate;
   int r, R;
   int64_t stride_o, stride_k;
-  bool B_pairs;  // whether B[o, k] and B[o, k + 1] are one access for even k
+  bool B_pairs;  // whether one access may read B[o, k] and B[o, k + 1] for even k
   float scaling;
   Dropout dropout;
   const int32_t* crow;
-  const Entry* entries;
+  const PackedEntry* packed_entries;
   int64_t x_stride;
   bool x_aligned;
-  int64_t columns_stride;
-  const float* D;
+  int64_t x_transposed_stride;
+  const float* row_products;
   int64_t rows;
   bool row_by_row;  // eight warps share 32 features
 };
 
-constexpr unsigned ALL_FEATURES = 0xff;  // of a lane, a bit each
+constexpr unsigned ALL_FEATURES = 0xff;  // a bit for each of a lane's 8 features
 
-// A lane's part of y: acc[f][t], features first + f, tokens token + t.
+// A lane's part of y: acc[f][t] belongs to the lane's f-th feature and t-th token.
 struct LanePart {
   float acc[8][2];
 };
@@ -67,7 +73,7 @@ __device__ __forceinline__ void widen(float (&numbers)[2], const Pair<T>& pair) 
   numbers[1] = widened(pair.at[1]);
 }
 
-// bf16 is the upper half of fp32: one instruction a number.
+// bf16 is the upper half of fp32, so that one instruction widens a number.
 __device__ __forceinline__ void widen(float (&numbers)[2], const Pair<__nv_bfloat16>& pair) {
   uint32_t bits[2];
   memcpy(bits, &pair, 4);
@@ -76,11 +82,11 @@ __device__ __forceinline__ void widen(float (&numbers)[2], const Pair<__nv_bfloa
   memcpy(numbers, bits, 8);
 }
 
-// columns[feature * 16 + t] = x[first_token + t, feature], zeros beyond the tokens.
+// x_transposed[feature * 16 + t] = x[first_token + t, feature], or zero beyond the last token.
 template <typename T>
-__device__ void copy_by_columns(T* columns, const T* x, const EpilogueOperands& e, int64_t first_token) {
+__device__ void copy_transposed(T* x_transposed, const T* x, const EpilogueOperands& e, int64_t first_token) {
   constexpr int SIZE = Vector<T>::SIZE;
-  // eight lanes a vector of features, a pair of tokens each: their stores fill 32 bytes side by side
+  // Eight lanes copy one vector of features, each a pair of tokens: together their stores fill 32 neighbouring bytes.
   for (int at = threadIdx.x; at < (e.in_features + SIZE - 1) / SIZE * 8; at += blockDim.x) {
     const int feature = at / 8 * SIZE, token = at % 8 * 2;
     Vector<T> v[2];
@@ -90,11 +96,11 @@ __device__ void copy_by_columns(T* columns, const T* x, const EpilogueOperands& 
 #pragma unroll
     for (int i = 0; i < SIZE; ++i)
       if (feature + i < e.in_features)
-        *reinterpret_cast<Pair<T>*>(columns + (feature + i) * EPILOGUE_TOKENS + token) = {v[0].at[i], v[1].at[i]};
+        *reinterpret_cast<Pair<T>*>(x_transposed + (feature + i) * EPILOGUE_TOKENS + token) = {v[0].at[i], v[1].at[i]};
   }
 }
 
-// B[feature, k] and B[feature, k + 1], zeros where there are none.
+// B[feature, k] and B[feature, k + 1]; zeros stand where there are none.
 template <typename B_t>
 __device__ __forceinline__ Pair<B_t> load_rank_pair(const B_t* B, const EpilogueOperands& e, int feature, int k) {
   Pair<B_t> pair = {};
@@ -109,7 +115,7 @@ __device__ __forceinline__ Pair<B_t> load_rank_pair(const B_t* B, const Epilogue
   return pair;
 }
 
-// acc = H Bᵀ on the tensor cores, a wider H rounded once to T; `mine` as for add_sparse.
+// acc = H Bᵀ on the tensor cores. A wider H is rounded once to T. `mine` is as for add_sparse.
 template <typename T, typename B_t>
 __device__ __forceinline__ void add_low_rank_on_tensor_cores(LanePart& part, const B_t* H, const B_t* B,
                                                              const EpilogueOperands& e, int64_t token,
@@ -186,33 +192,33 @@ __device__ __forceinline__ void scale_low_rank(LanePart& part, const EpilogueOpe
     }
 }
 
-constexpr int BATCH = 4;  // entries whose loads a lane has in flight together
+constexpr int BATCH = 4;  // A lane has the loads of so many entries in flight together.
 static_assert(ENTRY_PADDING >= 2 * BATCH * 4, "the batch after a long row's last one");
 
-// Entries of a row and x at their columns. columns: x[token, feature] at feature * stride and x[token + 1, feature]
-// next to it. Stride_t: int where offsets fit it.
+// Reads the entries of one row of S, and x at their columns. x_transposed has x[token, feature] at feature * stride,
+// and x[token + 1, feature] next to it. Stride_t is int where offsets fit into it.
 template <typename T, typename Stride_t>
 struct RowReader {
-  const Entry* entries;
+  const PackedEntry* entries;
   int end, step;
-  const T* columns;
+  const T* x_transposed;
   Stride_t stride;
 
-  // Past the row's end too, into others or ENTRY_PADDING, which are not added.
-  __device__ __forceinline__ void load(Entry (&batch)[BATCH], int at) const {
+  // This may read past the row's end, into the next row or the ENTRY_PADDING. add() leaves those entries out.
+  __device__ __forceinline__ void load(PackedEntry (&batch)[BATCH], int at) const {
 #pragma unroll
     for (int i = 0; i < BATCH; ++i) batch[i] = entries[at + i * step];
   }
 
-  __device__ __forceinline__ void add(float (&sums)[2], const Entry& entry) const {
+  __device__ __forceinline__ void add(float (&sums)[2], const PackedEntry& entry) const {
     float x[2];
-    widen(x, *reinterpret_cast<const Pair<T>*>(columns + entry.col * stride));
+    widen(x, *reinterpret_cast<const Pair<T>*>(x_transposed + entry.col * stride));
     sums[0] += entry.value * x[0];
     sums[1] += entry.value * x[1];
   }
 
-  // Adds the batch at `at`.
-  __device__ __forceinline__ void add(float (&sums)[2], const Entry (&batch)[BATCH], int at) const {
+  // Adds the batch that was loaded at `at`.
+  __device__ __forceinline__ void add(float (&sums)[2], const PackedEntry (&batch)[BATCH], int at) const {
     if (at + (BATCH - 1) * step < end) {
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) add(sums, batch[i]);
@@ -223,10 +229,10 @@ struct RowReader {
     }
   }
 
-  // (Σ value · x[token, col], Σ value · x[token + 1, col]) over entries at, at + step, ... below end. Two batches take
-  // turns: one is on its way from L2 while the other is added.
+  // Adds value · x[token, col] and value · x[token + 1, col] of entries at, at + step, ... below end. Two batches take
+  // turns, so that one is on its way from L2 while the other is added.
   __device__ __forceinline__ void gather(float (&sums)[2], int at) const {
-    Entry even[BATCH], odd[BATCH];
+    PackedEntry even[BATCH], odd[BATCH];
     if (at < end) load(even, at);
 #pragma unroll 1
     while (at < end) {
@@ -241,10 +247,10 @@ struct RowReader {
   }
 };
 
-// acc += x Sᵀ at the lane's features of `mine`, a bit each. Returns whether the lane has any entry there.
+// acc += x Sᵀ at those of the lane's features whose bits are set in `mine`. Returns whether S has any entry there.
 template <typename T, typename Stride_t>
-__device__ __forceinline__ bool add_sparse(LanePart& part, const EpilogueOperands& e, const T* columns, Stride_t stride,
-                                           int feature, unsigned mine) {
+__device__ __forceinline__ bool add_sparse(LanePart& part, const EpilogueOperands& e, const T* x_transposed,
+                                           Stride_t stride, int feature, unsigned mine) {
   const int q = threadIdx.x % 4;
   int bounds[9];
 #pragma unroll
@@ -257,14 +263,14 @@ __device__ __forceinline__ bool add_sparse(LanePart& part, const EpilogueOperand
     any |= first < end;
     const bool is_long = end - first > LONG_ROW;
     float sums[2] = {};
-    if (!is_long) RowReader<T, Stride_t>{e.entries, end, 1, columns, stride}.gather(sums, first);
-    const unsigned long_lanes = __ballot_sync(ALL_LANES, is_long) & 0xf;  // lanes 0 to 3 stand for the four rows
+    if (!is_long) RowReader<T, Stride_t>{e.packed_entries, end, 1, x_transposed, stride}.gather(sums, first);
+    const unsigned long_lanes = __ballot_sync(ALL_LANES, is_long) & 0xf;  // Lanes 0 to 3 stand for the four rows.
 #pragma unroll 1
     for (int owner = 0; owner < 4 && long_lanes; ++owner) {
       if (!(long_lanes >> owner & 1)) continue;
       const int row_first = __shfl_sync(ALL_LANES, first, owner), row_end = __shfl_sync(ALL_LANES, end, owner);
       float shared[2] = {};
-      RowReader<T, Stride_t>{e.entries, row_end, 4, columns, stride}.gather(shared, row_first + q);
+      RowReader<T, Stride_t>{e.packed_entries, row_end, 4, x_transposed, stride}.gather(shared, row_first + q);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         shared[t] += __shfl_xor_sync(ALL_LANES, shared[t], 1);
@@ -278,7 +284,8 @@ __device__ __forceinline__ bool add_sparse(LanePart& part, const EpilogueOperand
   return any;
 }
 
-// acc += D at the rows of S that are not empty, all of in_features entries. Returns whether the lane has any.
+// acc += row_products at the rows of S that are not empty, each of in_features entries. Returns whether there are any
+// among the lane's features.
 __device__ __forceinline__ bool add_rows(LanePart& part, const EpilogueOperands& e, int64_t token, int feature) {
   bool any = false;
 #pragma unroll
@@ -289,13 +296,13 @@ __device__ __forceinline__ bool add_rows(LanePart& part, const EpilogueOperands&
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       if (token + t >= e.tokens) continue;
-      part.acc[f][t] += e.D[(token + t) * e.rows + first / e.in_features];
+      part.acc[f][t] += e.row_products[(token + t) * e.rows + first / e.in_features];
     }
   }
   return any;
 }
 
-// y = (y +) acc, rounded, at the lane's features of `mine`.
+// y = (y +) acc, rounded, at those of the lane's features whose bits are set in `mine`.
 template <typename T>
 __device__ __forceinline__ void store_part(T* y, const LanePart& part, const EpilogueOperands& e, int64_t token,
                                            int feature, unsigned mine) {
@@ -324,32 +331,32 @@ __device__ __forceinline__ void store_part(T* y, const LanePart& part, const Epi
   }
 }
 
-// Where x is gathered from: nowhere, a copy of the block's tokens in shared memory, or x by columns in global memory.
+// Where x is gathered from: nowhere, the block's own transposed copy in shared memory, or xᵀ in global memory.
 enum class Gather { none, shared, global };
 
-// Warps a block. Where one block fills the shared memory of a multiprocessor, only its own warps hide the latency of
-// the entries: as many as have the registers that they need.
+// Warps in a block. Where one block fills the shared memory of a multiprocessor, only its own warps can hide the
+// latency of the entries: there are as many as the registers allow.
 template <typename B_t, Gather GATHER>
 constexpr int EPILOGUE_WARPS = GATHER != Gather::shared ? 8
                                : sizeof(B_t) == 2       ? 24
                                                         : 16;
 
-// grid: token tiles, chunks of `chunk` features, a multiple of EPILOGUE_FEATURES. Dynamic shared memory:
-// epilogue_shared_bytes where x is gathered from there.
+// The grid has tiles of tokens in x, and in y chunks of `chunk` features, a multiple of EPILOGUE_FEATURES. A launch
+// with Gather::shared asks for epilogue_shared_bytes of dynamic shared memory.
 template <typename T, typename B_t, Gather GATHER>
 __global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == Gather::shared ? 1 : 2)
     epilogue_kernel(T* y, const B_t* H, const B_t* B, const T* x, EpilogueOperands e, int chunk) {
-  ROSA_DYNAMIC_SHARED(T, shared_columns);
+  ROSA_DYNAMIC_SHARED(T, shared_x);
   __shared__ int next_group;
   const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
   const int64_t first_token = static_cast<int64_t>(blockIdx.x) * EPILOGUE_TOKENS, token = first_token + 2 * g;
   const int first = blockIdx.y * chunk, end = min(first + chunk, e.out_features);
-  const T* columns = nullptr;
+  const T* x_transposed = nullptr;
   if constexpr (GATHER == Gather::shared) {
-    copy_by_columns(shared_columns, x, e, first_token);
-    columns = shared_columns + 2 * g;
+    copy_transposed(shared_x, x, e, first_token);
+    x_transposed = shared_x + 2 * g;
   } else if constexpr (GATHER == Gather::global) {
-    columns = x + token;
+    x_transposed = x + token;
   }
   if (threadIdx.x == 0) next_group = 0;
   __syncthreads();
@@ -374,9 +381,10 @@ __global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == G
         add_low_rank_by_lanes(part, H, B, e, token, feature);
       scale_low_rank(part, e, token, feature, mine);
     }
-    if constexpr (GATHER == Gather::shared) any |= add_sparse(part, e, columns, EPILOGUE_TOKENS, feature, mine);
-    if constexpr (GATHER == Gather::global) any |= add_sparse(part, e, columns, e.columns_stride, feature, mine);
-    if (e.D) any |= add_rows(part, e, token, feature);
+    if constexpr (GATHER == Gather::shared) any |= add_sparse(part, e, x_transposed, EPILOGUE_TOKENS, feature, mine);
+    if constexpr (GATHER == Gather::global)
+      any |= add_sparse(part, e, x_transposed, e.x_transposed_stride, feature, mine);
+    if (e.row_products) any |= add_rows(part, e, token, feature);
     if (any) store_part(y, part, e, token, feature, mine);
   }
 }

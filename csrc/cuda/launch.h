@@ -12,7 +12,7 @@ struct Type {
 
 // f(Type<T>()) for the T of a dtype.
 template <typename F>
-auto with_type(Dtype dtype, F f) {
+auto dispatch_dtype(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::bfloat16:
       return f(Type<__nv_bfloat16>());

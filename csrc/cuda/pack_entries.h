@@ -9,10 +9,11 @@ constexpr int PACK_THREADS = 256;
 
 template <typename V>
 __global__ void __launch_bounds__(PACK_THREADS)
-    pack_entries_kernel(Entry* entries, const int32_t* col, const int32_t* permutation, const V* values, int64_t nnz) {
+    pack_entries_kernel(PackedEntry* packed, const int32_t* col, const int32_t* permutation, const V* values,
+                        int64_t nnz) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * PACK_THREADS + threadIdx.x;
   if (e >= nnz) return;
-  entries[e] = {col[e], widened(values[permutation ? permutation[e] : e])};
+  packed[e] = {col[e], widened(values[permutation ? permutation[e] : e])};
 }
 
 }  // namespace rosa

@@ -1,4 +1,4 @@
-// dS: out[e] = Σ_t dy[t, row of e] x[t, col[e]], or the same picked from dyᵀ x.
+// dS: out[e] = Σ_t dy[t, row of e] x[t, col[e]], or the same gathered from dyᵀ x.
 //
 // A warp takes 8 neighbouring entries, so that a long row holds nobody up, and a lane 16 bytes of tokens at a time. The
 // cost is reading x from L2 once an entry, nnz · tokens numbers; dy is read once a row of the 8 entries.
@@ -18,7 +18,7 @@ constexpr int SDDMM_STEP = WARP * Vector<T>::SIZE;
 
 // The part of an Sddmm that the kernel reads. tokens: of a split.
 struct SddmmOperands {
-  int64_t padded, out_features, nnz, tokens;
+  int64_t padded_tokens, out_features, nnz, tokens;
   int64_t dy_stride, x_stride;
   const int32_t* crow;
   const int32_t* col;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(SDDMM_WARPS* WARP) sddmm_kernel(O* out, const 
   }
   const int64_t first_token = blockIdx.y * s.tokens;
   float acc[SDDMM_ENTRIES] = {};
-  sum_products(acc, dy, x, s, row, column, first_token, min(first_token + s.tokens, s.padded));
+  sum_products(acc, dy, x, s, row, column, first_token, min(first_token + s.tokens, s.padded_tokens));
   float total = 0;
 #pragma unroll
   for (int j = 0; j < SDDMM_ENTRIES; ++j) {
@@ -101,11 +101,11 @@ __global__ void __launch_bounds__(SDDMM_WARPS* WARP) sddmm_kernel(O* out, const 
   if (lane < SDDMM_ENTRIES && first + lane < s.nnz) out[blockIdx.y * s.nnz + first + lane] = rounded<O>(total);
 }
 
-constexpr int PICK_THREADS = 256;
-constexpr int PICK_ENTRIES = 4;  // a thread
+constexpr int GATHER_ENTRIES_THREADS = 256;
+constexpr int GATHER_ENTRIES_A_THREAD = 4;  // a thread
 
-// The part of a Pick that the kernel reads.
-struct PickOperands {
+// The part of a GatherEntries that the kernel reads.
+struct GatherEntriesOperands {
   int64_t rows, nnz, stride;
   const int32_t* crow;
   const int32_t* col;
@@ -113,16 +113,17 @@ struct PickOperands {
 
 // grid: blocks of entries.
 template <typename T, typename O>
-__global__ void __launch_bounds__(PICK_THREADS) pick_kernel(O* out, const T* matrix, PickOperands p) {
-  constexpr int ENTRIES = PICK_THREADS * PICK_ENTRIES;
+__global__ void __launch_bounds__(GATHER_ENTRIES_THREADS)
+    gather_entries_kernel(O* out, const T* matrix, GatherEntriesOperands p) {
+  constexpr int ENTRIES = GATHER_ENTRIES_THREADS * GATHER_ENTRIES_A_THREAD;
   __shared__ int64_t rows_of_block[2];  // of its first and last entry
   const int64_t first = static_cast<int64_t>(blockIdx.x) * ENTRIES, end = min(first + ENTRIES, p.nnz);
   if (threadIdx.x < 2) rows_of_block[threadIdx.x] = row_of_entry(p.crow, p.rows, threadIdx.x ? end - 1 : first);
   __syncthreads();
   const int64_t first_row = rows_of_block[0], rows = rows_of_block[1] - first_row + 1;
 #pragma unroll
-  for (int i = 0; i < PICK_ENTRIES; ++i) {
-    const int64_t e = first + i * PICK_THREADS + threadIdx.x;
+  for (int i = 0; i < GATHER_ENTRIES_A_THREAD; ++i) {
+    const int64_t e = first + i * GATHER_ENTRIES_THREADS + threadIdx.x;
     if (e >= end) break;
     const int64_t row = first_row + row_of_entry(p.crow + first_row, rows, e);
     out[e] = rounded<O>(widened(matrix[row * p.stride + p.col[e]]));

@@ -6,18 +6,18 @@ namespace {
 template <typename T, typename A_t, int RANK_TILES>
 cudaError_t launch_shrink(const Shrink& s, cudaStream_t stream) {
   const int64_t R = ceil_div(s.r, RANK_STEP) * RANK_STEP;
-  const SumTarget target{s.H, s.A.dtype, R, 1, R, s.dropout.scale};
+  const SumOutput out{s.H, s.A.dtype, R, 1, R, s.dropout.scale};
   const ShrinkOperands operands{s.tokens,        s.features,      s.r,      s.x.stride, s.A.stride,
                                 is_aligned(s.x), is_aligned(s.A), s.dropout};
-  float* parts = s.splits > 1 ? s.parts : nullptr;
+  float* partials = s.splits > 1 ? s.partials : nullptr;
   const dim3 grid(ceil_div(s.tokens, SHRINK_TOKENS), ceil_div(R, 8 * RANK_TILES), s.splits);
-  ROSA_LAUNCH((shrink_kernel<T, A_t, RANK_TILES>), grid, dim3(SHRINK_WARPS * WARP), 0, stream, target, parts,
+  ROSA_LAUNCH((shrink_kernel<T, A_t, RANK_TILES>), grid, dim3(SHRINK_WARPS * WARP), 0, stream, out, partials,
               static_cast<const T*>(s.x.data), static_cast<const A_t*>(s.A.data), operands, R);
   const cudaError_t error = cudaGetLastError();
-  return error != cudaSuccess || !parts ? error : sum_parts(target, parts, s.tokens, R, s.splits, stream);
+  return error != cudaSuccess || !partials ? error : sum_partials(out, partials, s.tokens, R, s.splits, stream);
 }
 
-// As many ranks at once as leave the registers to the loads in flight; rosa_kernels/backends/cuda/kernels.py counts
+// As many ranks at once as leave the registers to the loads in flight; rosa_kernels/backends/cuda/bindings.py counts
 // tiles.
 template <typename T, typename A_t>
 cudaError_t launch_by_rank(const Shrink& s, cudaStream_t stream) {
@@ -34,7 +34,7 @@ cudaError_t launch_by_rank(const Shrink& s, cudaStream_t stream) {
 
 cudaError_t shrink(const Shrink& s, cudaStream_t stream) {
   if (s.tokens == 0 || s.r == 0) return cudaSuccess;
-  return with_type(s.x.dtype, [&](auto type) {
+  return dispatch_dtype(s.x.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (s.A.dtype == s.x.dtype) return launch_by_rank<T, T>(s, stream);
     return launch_by_rank<T, float>(s, stream);

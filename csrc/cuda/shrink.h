@@ -151,10 +151,10 @@ __device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, cons
     }
 }
 
-// grid: token tiles, rank tiles, splits of the features. Writes H in target, or parts (splits, tokens, R) where given.
+// grid: token tiles, rank tiles, splits of the features. Writes H in out, or partials (splits, tokens, R) where given.
 template <typename T, typename A_t, int RANK_TILES>
 __global__ void __launch_bounds__(SHRINK_WARPS* WARP, ON_TENSOR_CORES<T, A_t> ? 2 : 1)
-    shrink_kernel(SumTarget target, float* parts, const T* x, const A_t* A, ShrinkOperands s, int64_t R) {
+    shrink_kernel(SumOutput out, float* partials, const T* x, const A_t* A, ShrinkOperands s, int64_t R) {
   constexpr int64_t RANKS = 8 * RANK_TILES;
   __shared__ WarpSums<RANK_TILES> sums[SHRINK_WARPS];
   const int warp = threadIdx.x / WARP;
@@ -173,10 +173,10 @@ __global__ void __launch_bounds__(SHRINK_WARPS* WARP, ON_TENSOR_CORES<T, A_t> ? 
 #pragma unroll
     for (int w = 0; w < SHRINK_WARPS; ++w) total += sums[w][at / RANKS][at % RANKS];
     if (rank >= s.r) total = 0;  // padding, also where x is infinite
-    if (parts)
-      parts[(blockIdx.z * s.tokens + token) * R + rank] = total;
+    if (partials)
+      partials[(blockIdx.z * s.tokens + token) * R + rank] = total;
     else
-      static_cast<A_t*>(target.data)[token * R + rank] = rounded<A_t>(total * target.scale);
+      static_cast<A_t*>(out.data)[token * R + rank] = rounded<A_t>(total * out.scale);
   }
 }
 

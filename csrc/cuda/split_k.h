@@ -6,33 +6,32 @@
 namespace rosa {
 
 // Where a matrix (rows, columns) of sums goes: element (i, k) to data[i * stride_row + k * stride_column], times scale.
-struct SumTarget {
+struct SumOutput {
   void* data;
   Dtype dtype;
   int64_t stride_row, stride_column;
-  int64_t columns;  // those of the parts beyond are padding
+  int64_t columns;  // those of the partials beyond are padding
   float scale;
 };
 
-// parts (splits, rows, width) -> target (rows, target.columns)
+// partials (splits, rows, width) -> out (rows, out.columns)
 template <typename T>
-__global__ void sum_parts_kernel(SumTarget target, const float* parts, int64_t rows, int64_t width, int splits) {
+__global__ void sum_partials_kernel(SumOutput out, const float* partials, int64_t rows, int64_t width, int splits) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t row = at / width, column = at % width;
-  if (row >= rows || column >= target.columns) return;
+  if (row >= rows || column >= out.columns) return;
   float total = 0;
-  for (int split = 0; split < splits; ++split) total += parts[split * rows * width + at];
-  static_cast<T*>(target.data)[row * target.stride_row + column * target.stride_column] =
-      rounded<T>(total * target.scale);
+  for (int split = 0; split < splits; ++split) total += partials[split * rows * width + at];
+  static_cast<T*>(out.data)[row * out.stride_row + column * out.stride_column] = rounded<T>(total * out.scale);
 }
 
-inline cudaError_t sum_parts(const SumTarget& target, const float* parts, int64_t rows, int64_t width, int splits,
-                             cudaStream_t stream) {
+inline cudaError_t sum_partials(const SumOutput& out, const float* partials, int64_t rows, int64_t width, int splits,
+                                cudaStream_t stream) {
   constexpr int THREADS = 256;
   const dim3 grid(ceil_div(rows * width, THREADS));
-  with_type(target.dtype, [&](auto type) {
+  dispatch_dtype(out.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    ROSA_LAUNCH(sum_parts_kernel<T>, grid, dim3(THREADS), 0, stream, target, parts, rows, width, splits);
+    ROSA_LAUNCH(sum_partials_kernel<T>, grid, dim3(THREADS), 0, stream, out, partials, rows, width, splits);
   });
   return cudaGetLastError();
 }

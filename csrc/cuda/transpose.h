@@ -1,4 +1,4 @@
-// Columns of x: all of them as rows (by_columns), or a few gathered (gather_columns). Both move each number once.
+// Columns of x: all of them as rows (transpose), or a few gathered (gather_columns). Both move each number once.
 #pragma once
 #include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
@@ -9,8 +9,8 @@ namespace rosa {
 constexpr int TRANSPOSE_TILE = 64;  // tokens and features
 constexpr int TRANSPOSE_THREADS = 256;
 
-// The part of a ByColumns that the kernel reads.
-struct ByColumnsOperands {
+// The part of a Transpose that the kernel reads.
+struct TransposeOperands {
   int64_t tokens, features;
   int64_t out_stride, x_stride;
   bool out_aligned, x_aligned;
@@ -18,7 +18,7 @@ struct ByColumnsOperands {
 
 // grid: a block a tile, those of the same tokens next to each other.
 template <typename T>
-__global__ void __launch_bounds__(TRANSPOSE_THREADS) by_columns_kernel(T* out, const T* x, ByColumnsOperands c) {
+__global__ void __launch_bounds__(TRANSPOSE_THREADS) transpose_kernel(T* out, const T* x, TransposeOperands c) {
   constexpr int SIZE = Vector<T>::SIZE, VECTORS = TRANSPOSE_TILE / SIZE;
   constexpr int PER_WORD = 4 / sizeof(T), WORDS = TRANSPOSE_TILE / PER_WORD;  // tokens in a 32-bit word
   // Features by vectors of tokens, vector v of feature f at v ^ (f / SIZE): lanes next to each other meet other banks.
@@ -64,23 +64,24 @@ constexpr int GATHER_WARPS = 8;
 constexpr int GATHER_TOKENS = 8;  // a warp, in flight together
 
 // The part of a GatherColumns that the kernel reads.
-struct GatherOperands {
+struct GatherColumnsOperands {
   int64_t tokens, count;
   int64_t out_stride, x_stride;
   const int32_t* col;
   const int32_t* crow;
-  int64_t rows, width;
+  int64_t rows, row_length;
 };
 
 // grid: a block a tile of columns and tokens, those of the same tokens next to each other.
 template <typename T>
-__global__ void __launch_bounds__(GATHER_WARPS* WARP) gather_columns_kernel(T* out, const T* x, GatherOperands g) {
+__global__ void __launch_bounds__(GATHER_WARPS* WARP)
+    gather_columns_kernel(T* out, const T* x, GatherColumnsOperands g) {
   __shared__ int64_t index[GATHER_COLUMNS];
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int64_t column_tiles = (g.count + GATHER_COLUMNS - 1) / GATHER_COLUMNS;
   const int64_t p = blockIdx.x % column_tiles * GATHER_COLUMNS + lane;
   const int64_t first_token = (blockIdx.x / column_tiles * GATHER_WARPS + warp) * GATHER_TOKENS;
-  if (warp == 0 && p < g.count) index[lane] = g.col ? g.col[p] : row_of_entry(g.crow, g.rows, p * g.width);
+  if (warp == 0 && p < g.count) index[lane] = g.col ? g.col[p] : row_of_entry(g.crow, g.rows, p * g.row_length);
   __syncthreads();
   if (p >= g.count) return;
   const T* column = x + index[lane];

@@ -17,7 +17,7 @@ from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Sparse
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
 
 emulated = pytest.mark.skipif(
-    "CUDA_EMULATED" not in os.environ, reason="runs where CUDA_EMULATED is set: test_cuda_emulation.py starts it"
+    "CUDA_EMULATED" not in os.environ, reason="runs where CUDA_EMULATED is set: test_emulation.py starts it"
 )
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BY_DTYPE = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])

@@ -26,19 +26,19 @@ KERNELS = sorted(
 REGISTERS, SHARED = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 """Of a multiprocessor; a block takes 1 KiB of shared memory more than it asks for."""
 
-MMAS = {"shrink_kernel": 2, "outer_kernel": 8, "epilogue_kernel": 4}
+MMAS = {"shrink_kernel": 2, "lora_grad_kernel": 8, "epilogue_kernel": 4}
 """In the loop's body, for each tile of ranks and each of the numbers that stand for one of the adapter's."""
 TERMS = {("__nv_bfloat16",) * 2: 1, ("__half",) * 2: 1, ("__nv_bfloat16", "float"): 3}
 """16-bit numbers that stand for one of the adapter's, by the dtypes of x and the adapter that meet on tensor cores."""
 WIDE_LOADS = {
-    "by_columns_kernel": 2,
+    "transpose_kernel": 2,
     "shrink_kernel": 4,
-    "outer_kernel": 4,
+    "lora_grad_kernel": 4,
     "epilogue_kernel": 2,
     "sddmm_kernel": 16,
-    "scatter_kernel": 4,
+    "densify_kernel": 4,
 }
-WIDE_STORES = {"by_columns_kernel": 2, "epilogue_kernel": 2, "scatter_kernel": 4}
+WIDE_STORES = {"transpose_kernel": 2, "epilogue_kernel": 2, "densify_kernel": 4}
 """Of 16 bytes a thread: at least so many, from and to global memory."""
 
 needs_nvdisasm = pytest.mark.skipif(
@@ -179,8 +179,8 @@ __global__ void shrink_kernel(T* out, const A_t* in, int n) {
 }
 
 // half of the products, and those of another dtype; six blocks of 41 KiB
-template <typename T, typename P_t, int RANK_TILES>
-__global__ void __launch_bounds__(32, 6) outer_kernel(float* out, const uint4* in, int from) {
+template <typename T, typename H_t, int RANK_TILES>
+__global__ void __launch_bounds__(32, 6) lora_grad_kernel(float* out, const uint4* in, int from) {
   __shared__ float numbers[41 * 256];
   const uint4 a = in[threadIdx.x];
   const uint2 b = reinterpret_cast<const uint2*>(in)[threadIdx.x];
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(32, 6) outer_kernel(float* out, const uint4* i
 
 // more than 64 registers, and no bound of 1024 threads
 template <typename T>
-__global__ void pick_kernel(T* out, const T* in, int n) {
+__global__ void gather_entries_kernel(T* out, const T* in, int n) {
   T numbers[96];
 #pragma unroll
   for (int i = 0; i < 96; ++i) numbers[i] = in[i * n];
@@ -204,8 +204,8 @@ __global__ void pick_kernel(T* out, const T* in, int n) {
 }
 
 template __global__ void shrink_kernel<__half, __half, 2>(__half*, const __half*, int);
-template __global__ void outer_kernel<__half, __half, 1>(float*, const uint4*, int);
-template __global__ void pick_kernel<float>(float*, const float*, int);
+template __global__ void lora_grad_kernel<__half, __half, 1>(float*, const uint4*, int);
+template __global__ void gather_entries_kernel<float>(float*, const float*, int);
 
 }  // namespace rosa
 """
@@ -222,12 +222,12 @@ def test_faults_are_found(tmp_path):
         r"0 tensor-core instructions, not 4 or a multiple of it; only 0 LDG take 16 bytes",
         found["shrink_kernel"],
     )
-    assert found["outer_kernel"] == (
+    assert found["lora_grad_kernel"] == (
         "6 blocks take 258048 bytes of shared memory, of 233472; "
         "4 tensor-core instructions, not 8 or a multiple of it; "
         "4 of 4 tensor-core instructions multiply bf16; only 1 LDG take 16 bytes"
     )
-    assert re.fullmatch(r"1 blocks of 1024 threads take \d+ registers, of 65536", found["pick_kernel"])
+    assert re.fullmatch(r"1 blocks of 1024 threads take \d+ registers, of 65536", found["gather_entries_kernel"])
 
 
 def table(kernels_of: dict[str, list[Kernel]]) -> str:

@@ -2,7 +2,7 @@
 all with their threads in order, some in reversed order, under AddressSanitizer and under ThreadSanitizer.
 
 Missed barriers, shared memory read before it is written, accesses out of bounds and races fail here, as the planted
-ones of test_cuda_faults.py do. `pytest -rA` shows how many passed.
+ones of test_faults.py do. `pytest -rA` shows how many passed.
 """
 
 import os

@@ -1,5 +1,5 @@
 """The emulation that runs the CUDA kernels on the CPU (cuda_emulation.h) catches planted faults and computes as CUDA
-does: what test_cuda_emulation.py finds no trace of would have been seen.
+does: what test_emulation.py finds no trace of would have been seen.
 """
 
 import ctypes

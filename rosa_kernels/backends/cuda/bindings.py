@@ -1,4 +1,9 @@
-"""torch.ops.rosa_kernels_cuda.* with their results allocated: a function a kernel of csrc/cuda/kernels.h."""
+"""torch.ops.rosa_kernels_cuda.*: one function for each kernel of csrc/cuda/kernels.h, which allocates the result.
+
+T counts tokens. features are in_features where x is multiplied and out_features where dy is. R is r rounded up to
+RANK_STEP. In the names of this field, shrink is H = x Aᵀ, from many features down to r; expand is H Bᵀ, which the
+epilogue computes.
+"""
 
 import torch
 from torch import Tensor
@@ -11,109 +16,118 @@ from rosa_kernels.backends.shapes import cdiv
 RANK_STEP = 16
 """H has a multiple of it as columns; those beyond r are zeros."""
 _SHRINK_TOKENS, _SHRINK_BYTES = 16, 512
-_OUTER_FEATURES, _OUTER_TOKENS = 64, 128
+_LORA_GRAD_FEATURES, _LORA_GRAD_TOKENS = 64, 128
 _SDDMM_ENTRIES, _SDDMM_TOKENS = 64, 512
-_COLUMN_PADDING = 64
+_TOKEN_PADDING = 64
 _MOST_SPLITS = 16
 _ENTRY_PADDING = 32
 _library = torch.ops.rosa_kernels_cuda
 
 
-def by_columns(x: Tensor) -> Tensor:
-    """x (T, features) -> (features, T rounded up to 64), zeros beyond T."""
+def transpose(x: Tensor) -> Tensor:
+    """xᵀ (features, T rounded up to 64) of x (T, features), with zeros beyond T."""
     x = unit_stride(x)
     T, features = x.shape
-    columns = torch.empty(features, cdiv(T, _COLUMN_PADDING) * _COLUMN_PADDING, dtype=x.dtype, device=x.device)
-    _library.by_columns(columns, x)
-    return columns
+    out = torch.empty(features, cdiv(T, _TOKEN_PADDING) * _TOKEN_PADDING, dtype=x.dtype, device=x.device)
+    _library.transpose(out, x)
+    return out
 
 
 def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """x (T, features)[:, columns] (T, count), then columns of zeros up to a multiple of ALIGNMENT; columns int32."""
+    """x[:, columns] of x (T, features), then columns of zeros up to a multiple of ALIGNMENT; columns is int32."""
     return _gather(x, columns.shape[0], columns, None, 0)
 
 
-def gather_whole_rows(x: Tensor, crow: Tensor, count: int, width: int) -> Tensor:
-    """As gather_columns: x (T, rows of S)[:, the `count` rows of S that are not empty], each of `width` entries."""
-    return _gather(x, count, None, crow, width)
+def gather_whole_rows(x: Tensor, crow: Tensor, count: int, row_length: int) -> Tensor:
+    """As gather_columns, for the columns of x that belong to the `count` rows of S that are not empty.
+
+    Each of these rows has row_length entries, so that the kernel finds them in crow.
+    """
+    return _gather(x, count, None, crow, row_length)
 
 
-def _gather(x: Tensor, count: int, columns: Tensor | None, crow: Tensor | None, width: int) -> Tensor:
+def _gather(x: Tensor, count: int, columns: Tensor | None, crow: Tensor | None, row_length: int) -> Tensor:
     padded = cdiv(count, ALIGNMENT) * ALIGNMENT
     allocate = torch.empty if padded == count else torch.zeros
     gathered = allocate(x.shape[0], padded, dtype=x.dtype, device=x.device)
-    _library.gather_columns(gathered[:, :count], unit_stride(x), columns, crow, width)
+    _library.gather_columns(gathered[:, :count], unit_stride(x), columns, crow, row_length)
     return gathered
 
 
 def pack_entries(S: Sparse) -> Tensor:
-    """(nnz and padding,) of 8 bytes: column and fp32 value of each entry."""
-    entries = torch.empty(S.nnz + _ENTRY_PADDING, dtype=torch.int64, device=S.values.device)
-    _library.pack_entries(entries, S.col, S.permutation, kernel_dtype(S.values))
-    return entries
+    """S's entries as the epilogue reads them: 8 bytes each, the column and the fp32 value; then room for padding."""
+    packed_entries = torch.empty(S.nnz + _ENTRY_PADDING, dtype=torch.int64, device=S.values.device)
+    _library.pack_entries(packed_entries, S.col, S.permutation, kernel_dtype(S.values))
+    return packed_entries
 
 
 def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
-    """x̂ Aᵀ (T, r rounded up to 16) in A's dtype; x (T, K), A (r, K) in x's dtype or fp32."""
+    """H = dropout(x) Aᵀ (T, R) in A's dtype; x (T, features), A (r, features) in x's dtype or fp32."""
     x, A = unit_stride(x), unit_stride(A)
-    (T, K), R = x.shape, cdiv(A.shape[0], RANK_STEP) * RANK_STEP
+    (T, features), R = x.shape, cdiv(A.shape[0], RANK_STEP) * RANK_STEP
     most = 16 if not _on_tensor_cores(x, A) else 64 if A.dtype == x.dtype else 32  # ranks a block, as in shrink.cu
     tiles = cdiv(T, _SHRINK_TOKENS) * cdiv(R, most)
-    splits, _ = hardware.splits_of(K, _SHRINK_BYTES // x.element_size(), tiles, x.device, _MOST_SPLITS)
+    splits, _ = hardware.splits_of(features, _SHRINK_BYTES // x.element_size(), tiles, x.device, _MOST_SPLITS)
     H = torch.empty(T, R, dtype=A.dtype, device=x.device)
-    _library.shrink(H, x, A, *_dropout_arguments(dropout), _parts(splits, H.shape, x.device))
+    _library.shrink(H, x, A, *_dropout_arguments(dropout), _partials(splits, H.shape, x.device))
     return H
 
 
-def outer(z: Tensor, P: Tensor, out: Tensor, scaling: float, dropout: Dropout = NO_DROPOUT) -> None:
-    """out (F, r), of any strides and P's dtype = scaling · ẑᵀ P[:, :r]; z (T, F), P (T, R) as shrink makes it."""
+def lora_grad(z: Tensor, H: Tensor, out: Tensor, scaling: float, dropout: Dropout = NO_DROPOUT) -> None:
+    """out (features, r) = scaling · dropout(z)ᵀ H[:, :r]: dB from z = dy and H, or dAᵀ from z = x and dH in H's place.
+
+    z is (T, features), and H (T, R) as shrink makes it. out has H's dtype and any strides.
+    """
     z = unit_stride(z)
-    (T, F), R = z.shape, P.shape[1]
-    most = 32 if P.dtype == z.dtype and _on_tensor_cores(z, P) else 16  # ranks a block, as in outer.cu
-    tiles = cdiv(F, _OUTER_FEATURES) * cdiv(R, most)
-    splits, _ = hardware.splits_of(T, _OUTER_TOKENS, tiles, z.device, _MOST_SPLITS)
-    _library.outer(out, z, P, scaling, *_dropout_arguments(dropout), _parts(splits, (F, R), z.device))
+    (T, features), R = z.shape, H.shape[1]
+    most = 32 if H.dtype == z.dtype and _on_tensor_cores(z, H) else 16  # ranks a block, as in lora_grad.cu
+    tiles = cdiv(features, _LORA_GRAD_FEATURES) * cdiv(R, most)
+    splits, _ = hardware.splits_of(T, _LORA_GRAD_TOKENS, tiles, z.device, _MOST_SPLITS)
+    _library.lora_grad(out, z, H, scaling, *_dropout_arguments(dropout), _partials(splits, (features, R), z.device))
 
 
 def epilogue(
     y: Tensor, accumulate: bool, H: Tensor | None, B: Tensor | None, scaling: float, dropout: Dropout,
-    crow: Tensor | None, entries: Tensor | None, x: Tensor | None, x_columns: Tensor | None, D: Tensor | None,
-    in_features: int,
+    crow: Tensor | None, packed_entries: Tensor | None, x: Tensor | None, x_transposed: Tensor | None,
+    row_products: Tensor | None, in_features: int,
 ) -> None:  # fmt: skip
-    """y = (y +) scaling · dropout(H Bᵀ) + x Sᵀ + D at the rows of S that are not empty; see csrc/cuda/kernels.h.
+    """y = (y +) scaling · dropout(H Bᵀ) + x Sᵀ; see csrc/cuda/kernels.h.
 
-    D (T, rows) fp32. x is read in tiles that fit in shared memory, or x_columns (by_columns) in its place.
+    The kernel reads x in tiles that must fit in shared memory; where they do not, x_transposed stands for x. Where S
+    has whole rows, row_products (T, rows that are not empty) fp32 stands for both x and S.
     """
     _library.epilogue(
-        y, accumulate, H, B, scaling, *_dropout_arguments(dropout), crow, entries, x, x_columns, D, in_features,
-        hardware.multiprocessors(y.device),
+        y, accumulate, H, B, scaling, *_dropout_arguments(dropout), crow, packed_entries, x, x_transposed,
+        row_products, in_features, hardware.multiprocessors(y.device),
     )  # fmt: skip
 
 
 def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
-    """(nnz,) Σ_t dy[t, row] x[t, col], by entry."""
-    dy, x = by_columns(dy), by_columns(x)
-    nnz, padded = col.shape[0], x.shape[1]
-    splits, _ = hardware.splits_of(padded, _SDDMM_TOKENS, cdiv(nnz, _SDDMM_ENTRIES), x.device, _MOST_SPLITS)
+    """Σ_t dy[t, row] x[t, col] for each entry (nnz,), one dot product after another."""
+    dy, x = transpose(dy), transpose(x)
+    nnz, padded_tokens = col.shape[0], x.shape[1]
+    tiles = cdiv(nnz, _SDDMM_ENTRIES)
+    splits, _ = hardware.splits_of(padded_tokens, _SDDMM_TOKENS, tiles, x.device, _MOST_SPLITS)
     out = torch.empty(nnz, dtype=dtype, device=x.device)
-    _library.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
+    _library.sddmm(out, dy, x, crow, col, _partials(splits, (nnz,), x.device))
     return out
 
 
-def pick(matrix: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
-    """(nnz,) the entries of a matrix at a pattern's places."""
+def gather_entries(matrix: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of a matrix at a pattern's places, (nnz,)."""
     out = torch.empty(col.shape, dtype=dtype, device=matrix.device)
-    _library.pick(out, unit_stride(matrix), crow, col)
+    _library.gather_entries(out, unit_stride(matrix), crow, col)
     return out
 
 
-def scatter(out: Tensor, base: Tensor | None, S: Sparse) -> Tensor:
-    """out = base + S; base None: S alone, base = out: in place. Returns out."""
-    _library.scatter(out, None if base is None else unit_stride(base), kernel_dtype(S.values), S.crow, S.col)
+def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:
+    """out = weight + S, or S alone where weight is None; weight may be out itself. Returns out."""
+    _library.densify(out, None if weight is None else unit_stride(weight), kernel_dtype(S.values), S.crow, S.col)
     return out
 
 
-def _parts(splits: int, shape, device: torch.device) -> Tensor | None:
+def _partials(splits: int, shape, device: torch.device) -> Tensor | None:
+    """Room for the sums of each split, which a second kernel adds in order; None where nothing is split."""
     return None if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=device)
 
 
@@ -123,15 +137,15 @@ def _dropout_arguments(dropout: Dropout) -> tuple[Tensor | None, int, float]:
 
 
 def _on_tensor_cores(x: Tensor, other: Tensor) -> bool:
-    """As csrc/cuda/arithmetic.h says of their dtypes."""
+    """Whether x and the other operand meet on tensor cores: ON_TENSOR_CORES of csrc/cuda/device_functions.h."""
     return x.dtype == torch.bfloat16 or x.dtype == other.dtype == torch.float16
 
 
 def unit_stride(matrix: Tensor) -> Tensor:
-    """The same numbers with neighbours in a row next to each other in memory."""
+    """The same matrix with neighbours in a row next to each other in memory, copied where they are not."""
     return matrix if matrix.shape[1] <= 1 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def kernel_dtype(tensor: Tensor) -> Tensor:
-    """In a dtype that the kernels read."""
+    """The same numbers in a dtype that the kernels read: float64 becomes float32."""
     return tensor if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor.float()

@@ -9,14 +9,14 @@ from rosa_kernels.backends.gpu.operands import Sparse
 
 def add_in_place(out: Tensor, S: Sparse) -> Tensor:
     """out (N, K), contiguous, plus S; returns out."""
-    return bindings.scatter(out, out, S)
+    return bindings.densify(out, out, S)
 
 
 def sum_with(weight: Tensor, S: Sparse) -> Tensor:
     """weight (N, K) of any strides plus S, a new tensor."""
-    return bindings.scatter(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), weight, S)
+    return bindings.densify(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), weight, S)
 
 
 def dense(S: Sparse, dtype: torch.dtype) -> Tensor:
     """S, in row order, as a matrix (N, K)."""
-    return bindings.scatter(torch.empty(S.shape, dtype=dtype, device=S.values.device), None, S)
+    return bindings.densify(torch.empty(S.shape, dtype=dtype, device=S.values.device), None, S)

@@ -19,12 +19,12 @@ def low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA
     dA = dB = dH = None
     if need_dB:
         dB = torch.empty(B.shape, dtype=B.dtype, device=x.device)
-        bindings.outer(dy, bindings.shrink(x, A, dropout), dB, scaling)
+        bindings.lora_grad(dy, bindings.shrink(x, A, dropout), dB, scaling)
         dB = dB.to(lora_B.dtype)
     if need_dA:
         dH = bindings.shrink(dy, B.T)
         dA = torch.empty(A.shape, dtype=A.dtype, device=x.device)
-        bindings.outer(x, dH, dA.T, scaling, dropout)
+        bindings.lora_grad(x, dH, dA.T, scaling, dropout)
         dA = dA.to(lora_A.dtype)
     return dA, dB, dH
 
@@ -55,7 +55,7 @@ def take_sddmm(way, dy, x, crow, col, structure, dtype, rows=None):
     if way == "entries_columns":
         return bindings.sddmm(dy, x, crow, col, dtype)
     if way == "library":
-        return bindings.pick(matmul(dy.T, x, dtype), crow, col, dtype)
+        return bindings.gather_entries(matmul(dy.T, x, dtype), crow, col, dtype)
     if structure == ROW:
         count = nnz // N
         dy = bindings.gather_whole_rows(dy, crow, count, N) if rows is None else bindings.gather_columns(dy, rows)

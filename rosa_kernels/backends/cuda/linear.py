@@ -49,7 +49,7 @@ def _epilogue(y: Tensor | None, problem: Linear, way: heuristics.CudaWay) -> Ten
     if way.S in ("shared", "global"):
         crow, entries = S.crow, bindings.pack_entries(S)
         shared_x = bindings.unit_stride(x) if way.S == "shared" else None
-        columns = bindings.by_columns(x) if way.S == "global" else None
+        columns = bindings.transpose(x) if way.S == "global" else None
     elif way.S == "rows":
         crow, D = S.crow, few_rows_product(x, problem.operand(S.whole_rows())).contiguous()
     bindings.epilogue(
