@@ -1,5 +1,6 @@
-// torch.ops.rosa_kernels_cuda.*: the CUDA kernels behind PyTorch's stable ABI. Arguments come checked from
-// rosa_kernels/functional.py and laid out by rosa_kernels/backends/cuda/; the checks here are assertions.
+// torch.ops.rosa_kernels_cuda.*: the CUDA kernels behind PyTorch's stable ABI. rosa_kernels/functional.py has checked a
+// user's arguments, and rosa_kernels/backends/cuda/bindings.py, the only caller, has allocated the results. The checks
+// here are assertions.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -25,7 +26,7 @@ struct CurrentStream {
   cudaStream_t stream = nullptr;
 };
 #else
-// Makes a tensor's device the current one for a launch, and gives PyTorch's current stream there.
+// Makes a tensor's device the current one for a launch, and knows PyTorch's current stream there.
 struct CurrentStream {
   explicit CurrentStream(const Tensor& t) : guard(t.get_device_index()) {
     void* current = nullptr;

@@ -1,5 +1,7 @@
-// out = weight + S. A block makes a tile of out, 16 KiB: short rows whole, a piece of a long one, so that neither many
-// short rows nor one row full of entries hold anybody up. It copies weight, then adds the tile's entries.
+// out = weight + S, for csr_add and merged weights, and S as a dense matrix for library GEMMs.
+//
+// A block makes a tile of out, 16 KiB: several short rows, or a piece of a long one, so that neither many short rows
+// nor one row full of entries hold up the others. It copies weight, then adds the tile's entries. Nothing is split.
 #pragma once
 #include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
@@ -8,12 +10,14 @@
 namespace rosa {
 
 constexpr int DENSIFY_THREADS = 256;
-constexpr int DENSIFY_BATCH = 4;  // loads of a thread in flight: out may be weight, so stores hold back later loads
+// Loads that a thread has in flight. They are batched by hand, because out may be weight: the compiler may not move
+// loads before earlier stores.
+constexpr int DENSIFY_BATCH = 4;
 template <typename T>
 constexpr int DENSIFY_TILE = DENSIFY_THREADS * DENSIFY_BATCH * Vector<T>::SIZE;
 
-// The part of a Densify that a kernel reads. Tiles of tile_rows > 1 have all columns; tile_columns is a multiple of a
-// vector, unless it is all columns.
+// What the kernel reads of a Densify. A tile of more than one row has all columns. tile_columns is all columns or a
+// multiple of a vector.
 struct DensifyOperands {
   int64_t rows, columns;
   int64_t tile_rows, tile_columns;
@@ -33,7 +37,7 @@ __device__ __forceinline__ DensifyTile densify_tile(const DensifyOperands& s) {
   return {row, min(s.tile_rows, s.rows - row), column, min(s.tile_columns, s.columns - column)};
 }
 
-// out = weight, or zeros where weight is null
+// Copies weight, or zeros where it is null.
 template <typename T>
 __device__ __forceinline__ void copy_tile(T* out, const T* weight, const DensifyOperands& s, const DensifyTile& tile) {
   constexpr int SIZE = Vector<T>::SIZE;
@@ -57,7 +61,7 @@ __device__ __forceinline__ void copy_tile(T* out, const T* weight, const Densify
   }
 }
 
-// out = weight + value at entries [first, end), all in the tile
+// Adds entries [first, end), all of them in the tile. It reads weight, not what copy_tile wrote.
 template <typename T, typename V>
 __device__ __forceinline__ void add_entries(T* out, const T* weight, const V* values, const DensifyOperands& s,
                                             const DensifyTile& tile, int64_t first, int64_t end) {
@@ -78,7 +82,7 @@ __device__ __forceinline__ void add_entries(T* out, const T* weight, const V* va
   }
 }
 
-// grid: a block a tile, those of the same rows next to each other.
+// A block has a tile. Blocks next to each other have tiles of the same rows.
 template <typename T, typename V>
 __global__ void __launch_bounds__(DENSIFY_THREADS)
     densify_kernel(T* out, const T* weight, const V* values, DensifyOperands s) {

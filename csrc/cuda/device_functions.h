@@ -1,4 +1,4 @@
-// Numbers and 16-byte vectors of them: fp32, bf16 and fp16 in memory, fp32 in sums.
+// Numbers and 16-byte vectors of them. Memory holds fp32, bf16 or fp16; sums are in fp32.
 #pragma once
 #include <type_traits>
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ T converted(From x) {
     return rounded<T>(widened(x));
 }
 
-// Two 16-bit numbers as an mma operand holds them, the first in the low half.
+// Two 16-bit numbers as an mma's operand holds them: the first is in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t packed(T low, T high) {
   static_assert(sizeof(T) == 2, "16-bit numbers");
@@ -46,14 +46,15 @@ __device__ __forceinline__ uint32_t packed(T low, T high) {
   return static_cast<uint32_t>(h) << 16 | l;
 }
 
-// 16 bytes.
+// 16 bytes of numbers.
 template <typename T>
 struct Vector {
   static constexpr int SIZE = 16 / sizeof(T);
   T at[SIZE];
 };
 
-// The first n numbers at p, zeros after; one access where `aligned` says that whole vectors are.
+// The first n numbers at p, then zeros. `aligned` says that p is a multiple of 16 bytes: one access reads a whole
+// vector.
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* p, int64_t n, bool aligned) {
   Vector<T> v;
@@ -80,16 +81,17 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& v, int64_t n
   }
 }
 
-// Whether numbers of T are multiplied by numbers of U on the tensor cores. fp32 beside bf16 goes there as three bf16
-// terms; beside fp16, whose numbers end at 2^-24, no sum of terms holds a small one.
+// Whether tensor cores multiply numbers of T by numbers of U. An fp32 number beside bf16 becomes three bf16 terms. No
+// sum of fp16 terms holds a small fp32 number, because fp16 ends at 2^-24.
 template <typename T, typename U>
 constexpr bool ON_TENSOR_CORES = sizeof(T) == 2 && (std::is_same_v<T, U> || std::is_same_v<T, __nv_bfloat16>);
 
-// Operands of T that stand for one number of U.
+// How many numbers of T stand for one number of U.
 template <typename T, typename U>
 constexpr int TERMS = std::is_same_v<T, U> ? 1 : 3;
 
-// x as a sum of terms, the largest first; three keep fp32's 24 bits. One that rounds to infinity is that alone.
+// Makes x a sum of terms, the largest first. Three bf16 terms keep fp32's 24 bits. Where the first one rounds to
+// infinity, the others are zero.
 template <typename T, int COUNT>
 __device__ __forceinline__ void split(float x, T (&terms)[COUNT]) {
 #pragma unroll
@@ -100,7 +102,7 @@ __device__ __forceinline__ void split(float x, T (&terms)[COUNT]) {
   }
 }
 
-// Two numbers of U as mma operands of T: terms[i] packs their i-th terms.
+// Makes two numbers of U operands of an mma of T: terms[i] holds the i-th terms of both.
 template <typename T, typename U>
 __device__ __forceinline__ void packed_terms(uint32_t (&terms)[TERMS<T, U>], U low, U high) {
   if constexpr (TERMS<T, U> == 1) {

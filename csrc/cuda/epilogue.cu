@@ -32,15 +32,15 @@ EpilogueOperands operands_of(const Epilogue& e) {
   return o;
 }
 
-// Lets a kernel have all the shared memory of the current device but its own; the same for every call, so that calls on
-// several threads do not take it from each other.
+// Lets the kernel ask for all of the device's shared memory but what it declares itself. Every call sets the same
+// limit, so that calls on several threads do not lower each other's.
 template <typename T, typename B_t>
 cudaError_t allow_shared_memory() {
   const auto kernel = &epilogue_kernel<T, B_t, Gather::shared>;
   int device = 0, limit = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  static std::atomic<uint64_t> allowed{0};  // a bit a device, the first 64
+  static std::atomic<uint64_t> allowed{0};  // It has a bit for each of the first 64 devices.
   const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
   if (allowed.load() & bit) return cudaSuccess;
   error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -51,9 +51,9 @@ cudaError_t allow_shared_memory() {
   return error;
 }
 
-// Groups of features a block. Where x is gathered from shared memory, a block fills a multiprocessor and copies its
-// tokens first, which costs it about what a round of its warps does: as many blocks as make the fewest rounds, one
-// after another.
+// How many groups of 32 features a block takes. Where x is gathered from shared memory, a block fills a multiprocessor,
+// and copying its tokens costs it about as much as one round of its warps. So this takes the number of blocks for which
+// copies and rounds together are the fewest.
 int64_t groups_a_block(int64_t tiles, int64_t groups, int64_t warps, int64_t multiprocessors, Gather gather) {
   if (gather != Gather::shared) return ceil_div(groups, std::min(groups, ceil_div(2 * multiprocessors, tiles)));
   int64_t best = groups, fewest = INT64_MAX;

@@ -22,11 +22,8 @@
 
 namespace rosa {
 
-constexpr int EPILOGUE_TOKENS = 16;
 constexpr int EPILOGUE_FEATURES = 32;
 constexpr int LONG_ROW = 128;  // A row of more entries is long: eight times the mean of a 4096 x 4096 S at 0.4 %.
-// More than a block declares, and what rosa_kernels/backends/gpu/hardware.py subtracts from a device's limit.
-constexpr int STATIC_SHARED_BYTES = 1024;
 
 // Dynamic shared memory for the block's tokens of x, transposed.
 template <typename T>

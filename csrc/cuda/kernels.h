@@ -1,7 +1,14 @@
-// What the CUDA kernels compute: plain structs in, one function an operation, each on the given stream of the current
-// device. No torch types here. A launch that CUDA refuses comes back as its error.
+// What the CUDA kernels compute. Each operation is a struct of its operands and a function that launches its kernels on
+// a stream of the current device. Torch's types end in bindings.cpp. A launch that CUDA refuses comes back as its
+// error.
+//
+// Sizes: tokens is T in the documentation (in C++ T is a dtype), nnz counts the entries of S, r is the rank, and R is r
+// rounded up to RANK_STEP. features are in_features where x is multiplied and out_features where dy is. For dx the
+// operations run on dy and the transposed matrices, so that in_features there are the layer's out_features.
 #pragma once
 #include <cstdint>
+
+#include "cuda/constants.h"
 
 #ifdef ROSA_EMULATED
 #include "cuda_emulation.h"
@@ -13,17 +20,17 @@ namespace rosa {
 
 enum class Dtype { float32, bfloat16, float16 };
 
-// Row-major, unit column stride; stride counts elements and may be 0 (expanded rows).
+// A row-major matrix of unit column stride. Its stride counts elements, and is 0 where all rows are the same one.
 struct Matrix {
   void* data = nullptr;
   int64_t stride = 0;
   Dtype dtype = Dtype::float32;
 };
 
-// Philox dropout; see rosa_kernels/dropout.py. seed: on the device, null: none.
+// Dropout by Philox, as rosa_kernels/dropout.py says. The seed lies on the device; where it is null nothing is dropped.
 struct Dropout {
   const int64_t* seed = nullptr;
-  uint64_t threshold = 0;  // random words below it are dropped; 2^32 drops all
+  uint64_t threshold = 0;  // Numbers whose random words are below it are dropped; 2^32 drops all.
   float scale = 1;         // 1 / (1 - p), and 0 for p = 1
 };
 
@@ -32,17 +39,18 @@ struct alignas(8) PackedEntry {
   int32_t col;
   float value;
 };
+static_assert(sizeof(PackedEntry) == PACKED_ENTRY_BYTES, "as Python allocates them");
 
-// out (features, padded_tokens tokens) = xᵀ, zeros beyond the tokens: tokens next to each other in memory.
-// padded_tokens: a multiple of 64; out.stride = padded_tokens. Same dtypes.
+// out (features, padded_tokens) = xᵀ, and zeros beyond the tokens. padded_tokens is a multiple of TOKEN_PADDING and
+// out's stride. out and x have one dtype.
 struct Transpose {
   int64_t tokens, features, padded_tokens;
   Matrix out, x;
 };
 cudaError_t transpose(const Transpose&, cudaStream_t);
 
-// out (tokens, count) = x[:, index]; index[p] = col[p] where col is given, else the p-th row of crow (rows + 1) that is
-// not empty, each of `row_length` entries. Same dtypes.
+// out (tokens, count) = x[:, index]. index is col where col is given. Else index[p] is the p-th row of crow (rows + 1)
+// that is not empty, and each such row has row_length entries. out and x have one dtype.
 struct GatherColumns {
   int64_t tokens, count;
   Matrix out, x;
@@ -52,9 +60,8 @@ struct GatherColumns {
 };
 cudaError_t gather_columns(const GatherColumns&, cudaStream_t);
 
-// packed[e] = {col[e], values[permutation[e]]} (e itself where permutation is null). values: fp32, bf16 or fp16. After
-// the last one there must be room for ENTRY_PADDING more: the epilogue fetches ahead.
-constexpr int ENTRY_PADDING = 32;
+// packed[e] = {col[e], values[permutation[e]]}, or values[e] where permutation is null. values are fp32, bf16 or fp16.
+// Behind the nnz entries there must be room for ENTRY_PADDING more.
 struct PackEntries {
   int64_t nnz;
   PackedEntry* packed;
@@ -65,8 +72,8 @@ struct PackEntries {
 };
 cudaError_t pack_entries(const PackEntries&, cudaStream_t);
 
-// H (tokens, R) = dropout(x) Aᵀ, R = r rounded up to 16, zeros beyond r; contiguous, in A's dtype. A (r, features) in
-// x's dtype or fp32. partials: splits fp32 copies of H, scratch, where splits > 1.
+// H (tokens, R) = dropout(x) Aᵀ, and zeros beyond r. H is contiguous and in A's dtype. A (r, features) is in x's dtype
+// or fp32. Where splits > 1, partials is scratch memory for that many fp32 copies of H.
 struct Shrink {
   int64_t tokens, features, r;
   Matrix x, A;
@@ -77,8 +84,9 @@ struct Shrink {
 };
 cudaError_t shrink(const Shrink&, cudaStream_t);
 
-// out[f * stride_f + k * stride_k] = scaling · Σ_t dropout(z)[t, f] H[t, k] for k < r. H (tokens, R) as shrink makes
-// it, in z's dtype or fp32; out in H's. partials: splits fp32 copies (features, R), scratch, where splits > 1.
+// out[f * stride_f + k * stride_k] = scaling · Σ_t dropout(z)[t, f] H[t, k] for k < r: dB from z = dy, dAᵀ from z = x
+// with dH as H. H (tokens, R) comes from shrink, in z's dtype or fp32; out has H's dtype. Where splits > 1, partials is
+// scratch memory for that many fp32 matrices (features, R).
 struct LoraGrad {
   int64_t tokens, features, r;
   Matrix z;
@@ -93,13 +101,14 @@ struct LoraGrad {
 };
 cudaError_t lora_grad(const LoraGrad&, cudaStream_t);
 
-// y (tokens, out_features) = (its own, where accumulate) + scaling · dropout(H Bᵀ) + x Sᵀ + row_products at the rows of
-// S, summed in fp32 and rounded once. Each part may be absent.
+// y (tokens, out_features) = (y, where accumulate, +) scaling · dropout(H Bᵀ) + x Sᵀ, summed in fp32 and rounded once.
+// Each part may be absent.
 struct Epilogue {
   int64_t tokens, in_features, out_features;
   Matrix y;
   bool accumulate;
-  // H (tokens, R) as shrink makes it, B[o * stride_o + k * stride_k]; both in y's dtype or both in fp32. r = 0: none.
+  // H (tokens, R) comes from shrink; B is B[o * stride_o + k * stride_k]. Both are in y's dtype or both in fp32. There
+  // is no such part where r = 0.
   int64_t r;
   const void* H;
   const void* B;
@@ -107,21 +116,23 @@ struct Epilogue {
   int64_t stride_o, stride_k;
   float scaling;
   Dropout dropout;
-  // S (out_features, in_features) at crow; packed_entries null: none. x.data null: x_transposed (in_features,
-  // padded_tokens) stands for it, else a tile of x has to fit in shared memory (epilogue_shared_bytes).
+  // S (out_features, in_features) has packed_entries, or none where that is null. A block's tokens of x have to fit in
+  // shared memory (epilogue_shared_bytes); where they do not, x.data is null and x_transposed (in_features,
+  // padded_tokens) stands for x.
   const int32_t* crow;
   const PackedEntry* packed_entries;
   Matrix x;
   Matrix x_transposed;
-  // row_products (tokens, rows) fp32: what is added at the p-th row of crow that is not empty. Null: none.
+  // Where S has whole rows, a library GEMM made row_products (tokens, rows) fp32 of x and S. Its column p is added at
+  // the p-th row of crow that is not empty. Null stands for none.
   const float* row_products;
   int64_t rows;
   int multiprocessors;
 };
 cudaError_t epilogue(const Epilogue&, cudaStream_t);
 
-// out[e] (nnz) = Σ_t dy[t, row of e] x[t, col[e]] from transpose copies dy (out_features, padded_tokens), x
-// (in_features, padded_tokens). partials: splits fp32 copies of out, scratch, where splits > 1.
+// out[e] (nnz) = Σ_t dy[row of e, t] x[col[e], t]. Here dy (out_features, padded_tokens) and x (in_features,
+// padded_tokens) come from transpose. Where splits > 1, partials is scratch memory for that many fp32 copies of out.
 struct Sddmm {
   int64_t padded_tokens, out_features, nnz;
   void* out;
@@ -145,8 +156,8 @@ struct GatherEntries {
 };
 cudaError_t gather_entries(const GatherEntries&, cudaStream_t);
 
-// out (rows, columns) = weight + S, each entry summed in fp32 and rounded once. weight.data null: zeros; weight.data =
-// out.data: in place. out and weight in one dtype; values: fp32, bf16 or fp16.
+// out (rows, columns) = weight + S, each entry summed in fp32 and rounded once. Where weight.data is null, zeros stand
+// for the weight; it may be out.data. out and weight have one dtype; values are fp32, bf16 or fp16.
 struct Densify {
   int64_t rows, columns;
   Matrix out, weight;
@@ -157,7 +168,7 @@ struct Densify {
 };
 cudaError_t densify(const Densify&, cudaStream_t);
 
-// Compiler and GPUs: "nvcc 13.0, kernels for 800,900,1000".
+// The compiler and the GPUs that the kernels are for: "nvcc 13.0, kernels for 800,900,1000".
 const char* build_info();
 
 }  // namespace rosa

@@ -1,4 +1,4 @@
-// What every launch needs: the kernel for a dtype, a grid, the last error.
+// What the functions that launch kernels share.
 #pragma once
 #include "cuda/kernels.h"
 #include "cuda/platform.h"
@@ -10,7 +10,7 @@ struct Type {
   using type = T;
 };
 
-// f(Type<T>()) for the T of a dtype.
+// Calls f(Type<T>()) with the T of a dtype.
 template <typename F>
 auto dispatch_dtype(Dtype dtype, F f) {
   switch (dtype) {
@@ -25,7 +25,7 @@ auto dispatch_dtype(Dtype dtype, F f) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether vectors of 16 bytes lie at multiples of 16 in every row.
+// Whether every row begins at a multiple of 16 bytes, so that one access may read or write 16 bytes of it.
 inline bool is_aligned(const Matrix& m) {
   const int64_t size = m.dtype == Dtype::float32 ? 4 : 2;
   return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * size % 16 == 0;

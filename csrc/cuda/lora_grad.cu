@@ -24,7 +24,7 @@ cudaError_t lora_grad(const LoraGrad& o, cudaStream_t stream) {
     using T = typename decltype(type)::type;
     if (o.H_dtype != o.z.dtype) return launch_lora_grad<T, float, 1>(o, stream);
     if constexpr (sizeof(T) == 2) {
-      if (o.r > RANK_STEP) return launch_lora_grad<T, T, 2>(o, stream);
+      if (o.r > RANK_STEP) return launch_lora_grad<T, T, LORA_GRAD_RANKS / RANK_STEP>(o, stream);
     }
     return launch_lora_grad<T, T, 1>(o, stream);
   });

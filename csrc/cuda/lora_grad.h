@@ -1,18 +1,21 @@
-// Sums over tokens of dropout(z)ᵀ H, the gradients of A and B: a skinny product whose cost is reading z once.
+// The gradients of A and B, sums over tokens of outer products: dB = scaling · dyᵀ H, and dAᵀ = scaling · dropout(x)ᵀ
+// dH. Both are zᵀ H here: z is dy or x, H is H or dH. z is large and H small, so that the cost is reading z once.
 //
-// A block takes LORA_GRAD_FEATURES features and 16 or 32 ranks; its warps, then the splits, share the tokens and are
-// added in order. On the tensor cores H is the (16, 16) operand, ranks down and tokens across, and z the (16, 8) one,
-// features across. A lane loads 8 features that lie next to each other of each of its four tokens: one for each of 8
-// fragments.
+// A block computes 64 features by 16 or 32 ranks. The axis that is summed, the tokens, is split: first among the
+// block's eight warps, which take turns at steps of 16 tokens, then among blocks. Both are added in order.
+//
+// On the tensor cores, H is the (16, 16) operand, ranks down and tokens across, and z the (16, 8) one, features across.
+// A lane loads 8 neighbouring features of each of its four tokens, and each of the 8 belongs to another fragment.
 #pragma once
 #include "cuda/shrink.h"
 
 namespace rosa {
 
-constexpr int LORA_GRAD_WARPS = 8;
-constexpr int LORA_GRAD_STEP = 16;  // tokens
+constexpr int LORA_GRAD_STEP = 16;  // tokens that a warp takes at once
+constexpr int LORA_GRAD_WARPS = LORA_GRAD_STEP_TOKENS / LORA_GRAD_STEP;
+static_assert(LORA_GRAD_FEATURES == 2 * WARP, "a lane has two features, and eight fragments have eight each");
 
-// The part of a LoraGrad that a kernel reads. R: columns of H.
+// What the kernel reads of a LoraGrad. H has R columns.
 struct LoraGradOperands {
   int64_t tokens, features, R;
   int64_t z_stride;
@@ -20,18 +23,16 @@ struct LoraGradOperands {
   Dropout dropout;
 };
 
-// What a block sums, and of the steps of tokens each warp's first one and every stride-th after it.
+// What a warp sums: features from `feature` on, ranks from `rank` on, and every stride-th step of tokens.
 struct LoraGradTile {
   int64_t feature, rank;
   int64_t step, stride;
 };
 
-constexpr int LORA_GRAD_FEATURES = 64;
-
-// A warp's sums, in shared memory; + 1: neighbouring features fall into different banks.
+// A warp's sums, which lie in shared memory. The extra column puts neighbouring features into different banks.
 using WarpGradSums = float[LORA_GRAD_FEATURES][RANK_STEP + 1];
 
-// acc[m][n]: ranks 16 m..., fragment n holds feature 8 g + n of column g.
+// Sums the warp's tile on the tensor cores. acc[m][n] has 16 ranks from 16 m on, and in its column g feature 8 g + n.
 template <typename T, typename H_t, int RANK_TILES>
 __device__ __forceinline__ void lora_grad_on_tensor_cores(float (&acc)[RANK_TILES][8][4], const T* z, const H_t* H,
                                                           const LoraGradOperands& o, const LoraGradTile& tile) {
@@ -39,7 +40,7 @@ __device__ __forceinline__ void lora_grad_on_tensor_cores(float (&acc)[RANK_TILE
   const int64_t feature = tile.feature + 8 * g;
   const uint64_t seed = o.dropout.seed ? *o.dropout.seed : 0;
   for (int64_t first = tile.step * LORA_GRAD_STEP; first < o.tokens; first += tile.stride * LORA_GRAD_STEP) {
-    Vector<T> z_rows[4];  // of the fragment's rows 2q, 2q + 1, 2q + 8, 2q + 9
+    Vector<T> z_rows[4];  // They are rows 2q, 2q + 1, 2q + 8 and 2q + 9 of the fragment.
     H_t numbers[RANK_TILES][2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -56,7 +57,7 @@ __device__ __forceinline__ void lora_grad_on_tensor_cores(float (&acc)[RANK_TILE
     }
 #pragma unroll
     for (int m = 0; m < RANK_TILES; ++m) {
-      uint32_t pairs[4][TERMS<T, H_t>];  // of the fragment of Hᵀ
+      uint32_t pairs[4][TERMS<T, H_t>];  // They make the fragment of Hᵀ.
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         packed_terms<T, H_t>(pairs[i], numbers[m][i % 2][i / 2 * 2], numbers[m][i % 2][i / 2 * 2 + 1]);
@@ -74,7 +75,7 @@ __device__ __forceinline__ void lora_grad_on_tensor_cores(float (&acc)[RANK_TILE
   }
 }
 
-// By fused multiply-adds: each lane multiplies 2 neighbouring features by 16 ranks.
+// Sums the warp's tile by fused multiply-adds. Each lane multiplies 2 neighbouring features by 16 ranks.
 template <typename T>
 __device__ __forceinline__ void lora_grad_by_lanes(float (&acc)[2][RANK_STEP], const T* z, const float* H,
                                                    const LoraGradOperands& o, const LoraGradTile& tile) {
@@ -104,13 +105,13 @@ __device__ __forceinline__ void lora_grad_by_lanes(float (&acc)[2][RANK_STEP], c
   }
 }
 
-// Adds the warps' sums in order and writes them. ranks: from tile.rank on, RANK_STEP of them.
+// Adds the warps' sums in order and writes them, for RANK_STEP ranks from first_rank on.
 template <typename Out>
 __device__ __forceinline__ void write_sums(const WarpGradSums (&sums)[LORA_GRAD_WARPS], const SumOutput& out,
                                            float* partials, const LoraGradOperands& o, int64_t first_feature,
                                            int64_t first_rank) {
   for (int at = threadIdx.x; at < LORA_GRAD_FEATURES * RANK_STEP; at += LORA_GRAD_WARPS * WARP) {
-    // neighbouring threads write neighbours in memory
+    // Neighbouring threads are to write neighbours in memory.
     const bool ranks_first = partials || out.stride_column == 1;
     const int f = ranks_first ? at / RANK_STEP : at % LORA_GRAD_FEATURES,
               k = ranks_first ? at % RANK_STEP : at / LORA_GRAD_FEATURES;
@@ -127,7 +128,8 @@ __device__ __forceinline__ void write_sums(const WarpGradSums (&sums)[LORA_GRAD_
   }
 }
 
-// grid: slabs of features, rank tiles, splits of the tokens. Writes out, or partials (splits, features, R) where given.
+// The grid has tiles of features in x, tiles of ranks in y, and splits of the tokens in z. The kernel writes out, or
+// its share to partials (splits, features, R) where there are several splits.
 template <typename T, typename H_t, int RANK_TILES>
 __global__ void __launch_bounds__(LORA_GRAD_WARPS* WARP)
     lora_grad_kernel(SumOutput out, float* partials, const T* z, const H_t* H, LoraGradOperands o) {

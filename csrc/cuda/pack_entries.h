@@ -1,4 +1,5 @@
-// Entries of S as the epilogue reads them: column and value next to each other.
+// Puts the column and the fp32 value of each entry of S next to each other, so that the epilogue reads an entry in one
+// access of 8 bytes. A thread packs one entry. For dx, permutation brings the values into the order of Sᵀ.
 #pragma once
 #include "cuda/device_functions.h"
 #include "cuda/kernels.h"

@@ -1,4 +1,5 @@
-// Dropout bits: Philox4x32-10 with counter (feature / 4, token, 0, 0), word feature % 4; see rosa_kernels/dropout.py.
+// Dropout's random bits, the same as in every backend: rosa_kernels/dropout.py says how Philox4x32-10 makes them. The
+// counter (feature / 4, token, 0, 0) gives four words, one for each of four features.
 #pragma once
 #include "cuda/kernels.h"
 #include "cuda/platform.h"

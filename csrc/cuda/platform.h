@@ -1,4 +1,5 @@
-// The CUDA that the kernels use. Under ROSA_EMULATED the same sources run on the CPU: tests/cuda_emulation.h stands in.
+// What the kernels use of CUDA. Under ROSA_EMULATED the same sources run on the CPU, and tests/cuda/cuda_emulation.h
+// stands in for CUDA.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,7 +11,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// T* name: the block's dynamic shared memory.
+// Declares T* name, the block's dynamic shared memory.
 #define ROSA_DYNAMIC_SHARED(T, name)                             \
   extern __shared__ __align__(16) unsigned char rosa_dynamic_[]; \
   T* name = reinterpret_cast<T*>(rosa_dynamic_)
@@ -19,9 +20,11 @@
 
 namespace rosa {
 
-// acc (16, 8) += a (16, 16) b (16, 8): the tensor core's mma.m16n8k16, whose fragments the PTX ISA lays out. Lane 4 g +
-// q holds in a rows g, g + 8, g, g + 8 at columns 2q, 2q + 1 (twice), then 2q + 8, 2q + 9 (twice); in b rows 2q, 2q +
-// 1, then 2q + 8, 2q + 9 of column g; in acc rows g, g, g + 8, g + 8 at columns 2q, 2q + 1, 2q, 2q + 1.
+// acc (16, 8) += a (16, 16) b (16, 8) on the tensor cores, by the instruction mma.m16n8k16. The PTX ISA says which lane
+// holds which numbers. Every kernel here calls a lane's group g = lane / 4 and its place in the group q = lane % 4:
+// - a[0] and a[1] are rows g and g + 8 at columns 2q and 2q + 1; a[2] and a[3] the same rows at columns 2q + 8, 2q + 9.
+// - b[0] is rows 2q and 2q + 1 of column g, b[1] rows 2q + 8 and 2q + 9.
+// - acc[0] and acc[1] are row g at columns 2q and 2q + 1, acc[2] and acc[3] row g + 8.
 template <typename T>
 __device__ void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 

@@ -1,7 +1,10 @@
-// dS: out[e] = Σ_t dy[t, row of e] x[t, col[e]], or the same gathered from dyᵀ x.
+// The gradient of S's values: out[e] = Σ_t dy[t, row of e] x[t, col[e]]. sddmm computes each entry's dot product.
+// gather_entries only collects them from all of dyᵀ x, which a library GEMM made: that is faster for a dense S.
 //
-// A warp takes 8 neighbouring entries, so that a long row holds nobody up, and a lane 16 bytes of tokens at a time. The
-// cost is reading x from L2 once an entry, nnz · tokens numbers; dy is read once a row of the 8 entries.
+// sddmm reads dy and x transposed, so that tokens are next to each other. A block computes 64 entries, whatever rows
+// they are in, so that a long row does not hold up others. A warp has 8 neighbouring entries, and each lane takes 16
+// bytes of tokens at a time. The tokens are split among blocks, and split_k.h adds the splits. The cost is reading x
+// from L2 once for each entry; dy is read once for each row of the 8 entries.
 #pragma once
 #include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
@@ -9,14 +12,14 @@
 
 namespace rosa {
 
-constexpr int SDDMM_WARPS = 8;
-constexpr int SDDMM_ENTRIES = 8;  // a warp
+constexpr int SDDMM_ENTRIES = 8;  // those of a warp
+constexpr int SDDMM_WARPS = SDDMM_BLOCK_ENTRIES / SDDMM_ENTRIES;
 
-// Tokens a warp takes at once; splits begin at multiples of it.
+// Tokens that a warp takes at once. Splits begin at multiples of it.
 template <typename T>
 constexpr int SDDMM_STEP = WARP * Vector<T>::SIZE;
 
-// The part of an Sddmm that the kernel reads. tokens: of a split.
+// What the kernel reads of an Sddmm. A split has so many `tokens`.
 struct SddmmOperands {
   int64_t padded_tokens, out_features, nnz, tokens;
   int64_t dy_stride, x_stride;
@@ -30,7 +33,7 @@ __device__ __forceinline__ void widen(float (&numbers)[Vector<T>::SIZE], const V
   for (int i = 0; i < Vector<T>::SIZE; ++i) numbers[i] = widened(v.at[i]);
 }
 
-// bf16 is the upper half of fp32.
+// bf16 is the upper half of fp32, so that one instruction widens a number.
 __device__ __forceinline__ void widen(float (&numbers)[8], const Vector<__nv_bfloat16>& v) {
   uint32_t pairs[4];
   memcpy(pairs, &v, 16);
@@ -41,7 +44,7 @@ __device__ __forceinline__ void widen(float (&numbers)[8], const Vector<__nv_bfl
   }
 }
 
-// A lane's part of the sums over tokens [first, end), multiples of a vector.
+// Adds a lane's share of the sums over tokens [first, end), both multiples of a vector.
 template <typename T>
 __device__ __forceinline__ void sum_products(float (&acc)[SDDMM_ENTRIES], const T* dy, const T* x,
                                              const SddmmOperands& s, const int (&row)[SDDMM_ENTRIES],
@@ -56,7 +59,7 @@ __device__ __forceinline__ void sum_products(float (&acc)[SDDMM_ENTRIES], const 
 #pragma unroll
     for (int j = 0; j < SDDMM_ENTRIES; ++j) x_vector[j] = load_vector(x_row[j] + token, SIZE, true);
     Vector<T> dy_vector = load_vector(dy + row[0] * s.dy_stride + token, SIZE, true);
-    __syncwarp();  // the compiler must not put off loads: all are to be in flight together
+    __syncwarp();  // The compiler must not put off any of these loads: all are to be in flight together.
     if (t >= end) break;
     float dy_numbers[SIZE];
     widen(dy_numbers, dy_vector);
@@ -74,7 +77,7 @@ __device__ __forceinline__ void sum_products(float (&acc)[SDDMM_ENTRIES], const 
   }
 }
 
-// grid: blocks of entries, splits of the tokens. out (splits, nnz).
+// The grid has blocks of entries in x and splits of the tokens in y. The kernel writes out (splits, nnz).
 template <typename T, typename O>
 __global__ void __launch_bounds__(SDDMM_WARPS* WARP) sddmm_kernel(O* out, const T* dy, const T* x, SddmmOperands s) {
   const int lane = threadIdx.x % WARP;
@@ -102,21 +105,22 @@ __global__ void __launch_bounds__(SDDMM_WARPS* WARP) sddmm_kernel(O* out, const 
 }
 
 constexpr int GATHER_ENTRIES_THREADS = 256;
-constexpr int GATHER_ENTRIES_A_THREAD = 4;  // a thread
+constexpr int GATHER_ENTRIES_A_THREAD = 4;
 
-// The part of a GatherEntries that the kernel reads.
+// What the kernel reads of a GatherEntries.
 struct GatherEntriesOperands {
   int64_t rows, nnz, stride;
   const int32_t* crow;
   const int32_t* col;
 };
 
-// grid: blocks of entries.
+// A block gathers 1024 neighbouring entries. It first finds the rows of its first and last entry, between which each
+// thread then searches.
 template <typename T, typename O>
 __global__ void __launch_bounds__(GATHER_ENTRIES_THREADS)
     gather_entries_kernel(O* out, const T* matrix, GatherEntriesOperands p) {
   constexpr int ENTRIES = GATHER_ENTRIES_THREADS * GATHER_ENTRIES_A_THREAD;
-  __shared__ int64_t rows_of_block[2];  // of its first and last entry
+  __shared__ int64_t rows_of_block[2];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * ENTRIES, end = min(first + ENTRIES, p.nnz);
   if (threadIdx.x < 2) rows_of_block[threadIdx.x] = row_of_entry(p.crow, p.rows, threadIdx.x ? end - 1 : first);
   __syncthreads();

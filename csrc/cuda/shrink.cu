@@ -17,17 +17,19 @@ cudaError_t launch_shrink(const Shrink& s, cudaStream_t stream) {
   return error != cudaSuccess || !partials ? error : sum_partials(out, partials, s.tokens, R, s.splits, stream);
 }
 
-// As many ranks at once as leave the registers to the loads in flight; rosa_kernels/backends/cuda/bindings.py counts
-// tiles.
+// The most ranks of a block: so many that registers are left for the loads in flight.
 template <typename T, typename A_t>
+constexpr int MOST_RANKS = !ON_TENSOR_CORES<T, A_t> ? SHRINK_RANKS_BY_LANES
+                           : TERMS<T, A_t> == 1     ? SHRINK_RANKS
+                                                    : SHRINK_RANKS_IN_TERMS;
+
+// Chooses the fewest ranks that hold r, halving them from the most on.
+template <typename T, typename A_t, int RANKS = MOST_RANKS<T, A_t>>
 cudaError_t launch_by_rank(const Shrink& s, cudaStream_t stream) {
-  if constexpr (ON_TENSOR_CORES<T, A_t> && TERMS<T, A_t> == 1) {
-    if (s.r > 32) return launch_shrink<T, A_t, 8>(s, stream);
+  if constexpr (RANKS > RANK_STEP) {
+    if (s.r <= RANKS / 2) return launch_by_rank<T, A_t, RANKS / 2>(s, stream);
   }
-  if constexpr (ON_TENSOR_CORES<T, A_t>) {
-    if (s.r > 16) return launch_shrink<T, A_t, 4>(s, stream);
-  }
-  return launch_shrink<T, A_t, 2>(s, stream);
+  return launch_shrink<T, A_t, RANKS / 8>(s, stream);
 }
 
 }  // namespace

@@ -1,8 +1,12 @@
-// H = dropout(x) Aᵀ: a skinny product whose cost is reading x once.
+// H = dropout(x) Aᵀ for the forward, and dH = dy B for the backward, where dy stands for x and Bᵀ for A. The name is
+// this field's: shrink takes many features to r, expand (in epilogue.h) takes r to many. x is large and A small, so
+// that the cost is reading x once.
 //
-// A warp takes 16 tokens and every WARPS-th step of features; the block's warps, then the splits, are added in order.
-// Sums over features may take them in any order, so a lane of the mma fragment owns 8 features that lie next to each
-// other: 16-byte loads of x and A straight into fragments, no shared memory on the way.
+// A block computes 16 tokens by up to 64 ranks. The axis that is summed, the features, is split: first among the
+// block's eight warps, which take turns at steps of 64 bytes, then among blocks. Both are added in order.
+//
+// The order of a sum over features is free. So a lane of an mma's fragment takes 8 features that lie next to each
+// other, and 16-byte loads of x and A go straight into fragments, without shared memory.
 #pragma once
 #include "cuda/device_functions.h"
 #include "cuda/kernels.h"
@@ -11,11 +15,9 @@
 
 namespace rosa {
 
-constexpr int SHRINK_WARPS = 8;
-constexpr int SHRINK_TOKENS = 16;
-constexpr int RANK_STEP = 16;  // H's columns are padded to a multiple of it
+constexpr int SHRINK_WARPS = SHRINK_STEP_BYTES / (4 * 16);  // A warp takes 16 bytes in each of a token's four lanes.
 
-// The part of a Shrink that a kernel reads.
+// What the kernel reads of a Shrink.
 struct ShrinkOperands {
   int64_t tokens, features, r;
   int64_t x_stride, A_stride;
@@ -23,7 +25,8 @@ struct ShrinkOperands {
   Dropout dropout;
 };
 
-// Zeroes what dropout drops of the numbers at (token, feature...), feature a multiple of 4.
+// Zeroes those of a vector's numbers that dropout drops. The vector begins at (token, feature); feature is a multiple
+// of 4.
 template <typename T>
 __device__ __forceinline__ void drop(Vector<T>& v, const Dropout& dropout, uint64_t seed, int64_t token,
                                      int64_t feature) {
@@ -38,14 +41,14 @@ __device__ __forceinline__ void drop(Vector<T>& v, const Dropout& dropout, uint6
   }
 }
 
-// Numbers [feature, feature + SIZE) of row `row`, zeros where there are none.
+// Numbers [feature, feature + SIZE) of a row; zeros stand beyond the matrix.
 template <typename T>
 __device__ __forceinline__ Vector<T> row_vector(const T* matrix, int64_t row, int64_t rows, int64_t stride,
                                                 int64_t feature, int64_t features, bool aligned) {
   return load_vector(matrix + row * stride + feature, row < rows ? features - feature : 0, aligned);
 }
 
-// 8 numbers of A (r, features) as mma operands of T, in pairs: pairs[i][term].
+// 8 neighbouring numbers of A (r, features) as operands of an mma of T: pairs[i][term] holds numbers 2 i and 2 i + 1.
 template <typename T, typename A_t>
 __device__ __forceinline__ void load_rank_pairs(uint32_t (&pairs)[4][TERMS<T, A_t>], const A_t* A, int64_t row,
                                                 const ShrinkOperands& s, int64_t feature) {
@@ -58,21 +61,21 @@ __device__ __forceinline__ void load_rank_pairs(uint32_t (&pairs)[4][TERMS<T, A_
   }
 }
 
-// What a warp sums: 16 tokens, some ranks, and of the steps of features every stride-th.
+// What a warp sums: 16 tokens from `token` on, ranks from `rank` on, and every stride-th step of features.
 struct ShrinkTile {
   int64_t token, rank;
   int64_t step, stride, steps;
 };
 
-// Features a step: 16 bytes for each of the four lanes of a token.
+// Features in a step: each of a token's four lanes reads 16 bytes.
 template <typename T>
 constexpr int STEP = 4 * Vector<T>::SIZE;
 
-// A warp's sums (SHRINK_TOKENS, 8 * RANK_TILES), in shared memory.
+// A warp's sums, which lie in shared memory.
 template <int RANK_TILES>
 using WarpSums = float[SHRINK_TOKENS][8 * RANK_TILES];
 
-// On the tensor cores.
+// Sums the warp's tile on the tensor cores.
 template <typename T, typename A_t, int RANK_TILES>
 __device__ __forceinline__ void shrink_on_tensor_cores(WarpSums<RANK_TILES>& sums, const T* x, const A_t* A,
                                                        const ShrinkOperands& s, const ShrinkTile& tile) {
@@ -97,7 +100,7 @@ __device__ __forceinline__ void shrink_on_tensor_cores(WarpSums<RANK_TILES>& sum
 #pragma unroll
       for (int term = 0; term < TERMS<T, A_t>; ++term) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {  // of the 32 features
+        for (int half = 0; half < 2; ++half) {  // Each half of the step's 32 features is one mma.
           const uint32_t x_fragment[4] = {x_pairs[0][2 * half], x_pairs[1][2 * half], x_pairs[0][2 * half + 1],
                                           x_pairs[1][2 * half + 1]};
           const uint32_t A_fragment[2] = {pairs[2 * half][term], pairs[2 * half + 1][term]};
@@ -112,7 +115,8 @@ __device__ __forceinline__ void shrink_on_tensor_cores(WarpSums<RANK_TILES>& sum
     for (int i = 0; i < 4; ++i) sums[g + 8 * (i / 2)][8 * ranks + 2 * q + i % 2] = acc[ranks][i];
 }
 
-// By fused multiply-adds: each lane multiplies its own features, and the four lanes of a token are added by shuffles.
+// Sums the warp's tile by fused multiply-adds. Each lane multiplies its own features; shuffles add a token's four
+// lanes.
 template <typename T, int RANK_TILES>
 __device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, const T* x, const float* A,
                                                 const ShrinkOperands& s, const ShrinkTile& tile) {
@@ -151,7 +155,8 @@ __device__ __forceinline__ void shrink_by_lanes(WarpSums<RANK_TILES>& sums, cons
     }
 }
 
-// grid: token tiles, rank tiles, splits of the features. Writes H in out, or partials (splits, tokens, R) where given.
+// The grid has tiles of tokens in x, tiles of ranks in y, and splits of the features in z. The kernel writes H to out,
+// or its share to partials (splits, tokens, R) where there are several splits.
 template <typename T, typename A_t, int RANK_TILES>
 __global__ void __launch_bounds__(SHRINK_WARPS* WARP, ON_TENSOR_CORES<T, A_t> ? 2 : 1)
     shrink_kernel(SumOutput out, float* partials, const T* x, const A_t* A, ShrinkOperands s, int64_t R) {

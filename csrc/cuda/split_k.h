@@ -1,20 +1,22 @@
-// Sums over a split dimension: each split wrote an fp32 part; they are added in order and rounded once.
+// The second step of a sum that several blocks share. Where the tiles of a result are too few to fill the GPU, the axis
+// that is summed is split, and each split writes its partial sums in fp32. sum_partials adds these in order and rounds
+// once. No atomic adds floats, so that every run gives the same bits. Launchers of shrink, lora_grad and sddmm call it.
 #pragma once
 #include "cuda/device_functions.h"
 #include "cuda/launch.h"
 
 namespace rosa {
 
-// Where a matrix (rows, columns) of sums goes: element (i, k) to data[i * stride_row + k * stride_column], times scale.
+// Where a matrix (rows, columns) of sums goes: scale times element (i, k) to data[i * stride_row + k * stride_column].
 struct SumOutput {
   void* data;
   Dtype dtype;
   int64_t stride_row, stride_column;
-  int64_t columns;  // those of the partials beyond are padding
+  int64_t columns;  // Further columns of the partials are padding.
   float scale;
 };
 
-// partials (splits, rows, width) -> out (rows, out.columns)
+// Adds partials (splits, rows, width) into out (rows, out.columns). A thread has one element.
 template <typename T>
 __global__ void sum_partials_kernel(SumOutput out, const float* partials, int64_t rows, int64_t width, int splits) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;

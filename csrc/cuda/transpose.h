@@ -1,4 +1,6 @@
-// Columns of x: all of them as rows (transpose), or a few gathered (gather_columns). Both move each number once.
+// Columns of x. transpose writes all of them as rows, for kernels that read x at S's columns: the epilogue where shared
+// memory is too small, and sddmm. gather_columns collects a few, those that whole rows or columns of S need, for
+// library GEMMs. Both move each number once.
 #pragma once
 #include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
@@ -6,22 +8,23 @@
 
 namespace rosa {
 
-constexpr int TRANSPOSE_TILE = 64;  // tokens and features
+constexpr int TRANSPOSE_TILE = TOKEN_PADDING;  // tokens, and as many features
 constexpr int TRANSPOSE_THREADS = 256;
 
-// The part of a Transpose that the kernel reads.
+// What the kernel reads of a Transpose.
 struct TransposeOperands {
   int64_t tokens, features;
   int64_t out_stride, x_stride;
   bool out_aligned, x_aligned;
 };
 
-// grid: a block a tile, those of the same tokens next to each other.
+// A block turns a tile of 64 tokens by 64 features. Blocks next to each other have the same tokens.
 template <typename T>
 __global__ void __launch_bounds__(TRANSPOSE_THREADS) transpose_kernel(T* out, const T* x, TransposeOperands c) {
   constexpr int SIZE = Vector<T>::SIZE, VECTORS = TRANSPOSE_TILE / SIZE;
-  constexpr int PER_WORD = 4 / sizeof(T), WORDS = TRANSPOSE_TILE / PER_WORD;  // tokens in a 32-bit word
-  // Features by vectors of tokens, vector v of feature f at v ^ (f / SIZE): lanes next to each other meet other banks.
+  constexpr int PER_WORD = 4 / sizeof(T), WORDS = TRANSPOSE_TILE / PER_WORD;  // PER_WORD tokens share 32 bits.
+  // A row for each feature holds vectors of tokens. Vector v of feature f lies at v ^ (f / SIZE), so that neighbouring
+  // lanes meet different banks.
   __shared__ uint4 tile[TRANSPOSE_TILE][VECTORS];
   const int64_t feature_tiles = (c.features + TRANSPOSE_TILE - 1) / TRANSPOSE_TILE;
   const int64_t first_token = blockIdx.x / feature_tiles * TRANSPOSE_TILE;
@@ -54,16 +57,16 @@ __global__ void __launch_bounds__(TRANSPOSE_THREADS) transpose_kernel(T* out, co
     const uint4 raw = tile[row][vector ^ row / SIZE];
     Vector<T> v;
     memcpy(&v, &raw, 16);
-    const int64_t token = first_token | vector * SIZE;  // a sum, but nvcc 13.0 splits 16-byte stores at one
+    const int64_t token = first_token | vector * SIZE;  // This is a sum, but nvcc 13.0 splits 16-byte stores at a +.
     store_vector(out + feature * c.out_stride + token, v, SIZE, c.out_aligned);
   }
 }
 
-constexpr int GATHER_COLUMNS = WARP;  // a lane a column
+constexpr int GATHER_COLUMNS = WARP;  // one for each lane
 constexpr int GATHER_WARPS = 8;
-constexpr int GATHER_TOKENS = 8;  // a warp, in flight together
+constexpr int GATHER_TOKENS = 8;  // those of a warp, whose loads are in flight together
 
-// The part of a GatherColumns that the kernel reads.
+// What the kernel reads of a GatherColumns.
 struct GatherColumnsOperands {
   int64_t tokens, count;
   int64_t out_stride, x_stride;
@@ -72,7 +75,7 @@ struct GatherColumnsOperands {
   int64_t rows, row_length;
 };
 
-// grid: a block a tile of columns and tokens, those of the same tokens next to each other.
+// A block gathers 32 columns of 64 tokens. Blocks next to each other have the same tokens.
 template <typename T>
 __global__ void __launch_bounds__(GATHER_WARPS* WARP)
     gather_columns_kernel(T* out, const T* x, GatherColumnsOperands g) {

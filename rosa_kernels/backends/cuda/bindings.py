@@ -13,22 +13,28 @@ from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Dropout, Sparse
 from rosa_kernels.backends.gpu.split_bf16_gemm import ALIGNMENT
 from rosa_kernels.backends.shapes import cdiv
 
+# csrc/cuda/constants.h says what these are; tests/cuda/test_constants.py fails where the two differ.
 RANK_STEP = 16
-"""H has a multiple of it as columns; those beyond r are zeros."""
-_SHRINK_TOKENS, _SHRINK_BYTES = 16, 512
-_LORA_GRAD_FEATURES, _LORA_GRAD_TOKENS = 64, 128
-_SDDMM_ENTRIES, _SDDMM_TOKENS = 64, 512
-_TOKEN_PADDING = 64
+TOKEN_PADDING = 64
+ENTRY_PADDING, PACKED_ENTRY_BYTES = 32, 8
+STATIC_SHARED_BYTES = 1024
+SHRINK_TOKENS, SHRINK_STEP_BYTES = 16, 512
+SHRINK_RANKS, SHRINK_RANKS_IN_TERMS, SHRINK_RANKS_BY_LANES = 64, 32, 16
+LORA_GRAD_FEATURES, LORA_GRAD_RANKS, LORA_GRAD_STEP_TOKENS = 64, 32, 128
+SDDMM_BLOCK_ENTRIES = 64
+EPILOGUE_TOKENS = 16
+
+_SDDMM_SPLIT_TOKENS = 512
+"""A split of sddmm takes at least so many tokens, the kernel's longest step twice."""
 _MOST_SPLITS = 16
-_ENTRY_PADDING = 32
 _library = torch.ops.rosa_kernels_cuda
 
 
 def transpose(x: Tensor) -> Tensor:
-    """xᵀ (features, T rounded up to 64) of x (T, features), with zeros beyond T."""
+    """xᵀ (features, T rounded up to TOKEN_PADDING) of x (T, features), with zeros beyond T."""
     x = unit_stride(x)
     T, features = x.shape
-    out = torch.empty(features, cdiv(T, _TOKEN_PADDING) * _TOKEN_PADDING, dtype=x.dtype, device=x.device)
+    out = torch.empty(features, cdiv(T, TOKEN_PADDING) * TOKEN_PADDING, dtype=x.dtype, device=x.device)
     _library.transpose(out, x)
     return out
 
@@ -56,7 +62,7 @@ def _gather(x: Tensor, count: int, columns: Tensor | None, crow: Tensor | None, 
 
 def pack_entries(S: Sparse) -> Tensor:
     """S's entries as the epilogue reads them: 8 bytes each, the column and the fp32 value; then room for padding."""
-    packed_entries = torch.empty(S.nnz + _ENTRY_PADDING, dtype=torch.int64, device=S.values.device)
+    packed_entries = torch.empty(S.nnz + ENTRY_PADDING, dtype=torch.int64, device=S.values.device)
     _library.pack_entries(packed_entries, S.col, S.permutation, kernel_dtype(S.values))
     return packed_entries
 
@@ -65,9 +71,9 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     """H = dropout(x) Aᵀ (T, R) in A's dtype; x (T, features), A (r, features) in x's dtype or fp32."""
     x, A = unit_stride(x), unit_stride(A)
     (T, features), R = x.shape, cdiv(A.shape[0], RANK_STEP) * RANK_STEP
-    most = 16 if not _on_tensor_cores(x, A) else 64 if A.dtype == x.dtype else 32  # ranks a block, as in shrink.cu
-    tiles = cdiv(T, _SHRINK_TOKENS) * cdiv(R, most)
-    splits, _ = hardware.splits_of(features, _SHRINK_BYTES // x.element_size(), tiles, x.device, _MOST_SPLITS)
+    ranks = SHRINK_RANKS if A.dtype == x.dtype else SHRINK_RANKS_IN_TERMS
+    tiles = cdiv(T, SHRINK_TOKENS) * cdiv(R, ranks if _on_tensor_cores(x, A) else SHRINK_RANKS_BY_LANES)
+    splits, _ = hardware.splits_of(features, SHRINK_STEP_BYTES // x.element_size(), tiles, x.device, _MOST_SPLITS)
     H = torch.empty(T, R, dtype=A.dtype, device=x.device)
     _library.shrink(H, x, A, *_dropout_arguments(dropout), _partials(splits, H.shape, x.device))
     return H
@@ -80,9 +86,9 @@ def lora_grad(z: Tensor, H: Tensor, out: Tensor, scaling: float, dropout: Dropou
     """
     z = unit_stride(z)
     (T, features), R = z.shape, H.shape[1]
-    most = 32 if H.dtype == z.dtype and _on_tensor_cores(z, H) else 16  # ranks a block, as in lora_grad.cu
-    tiles = cdiv(features, _LORA_GRAD_FEATURES) * cdiv(R, most)
-    splits, _ = hardware.splits_of(T, _LORA_GRAD_TOKENS, tiles, z.device, _MOST_SPLITS)
+    ranks = LORA_GRAD_RANKS if H.dtype == z.dtype and _on_tensor_cores(z, H) else RANK_STEP
+    tiles = cdiv(features, LORA_GRAD_FEATURES) * cdiv(R, ranks)
+    splits, _ = hardware.splits_of(T, LORA_GRAD_STEP_TOKENS, tiles, z.device, _MOST_SPLITS)
     _library.lora_grad(out, z, H, scaling, *_dropout_arguments(dropout), _partials(splits, (features, R), z.device))
 
 
@@ -106,8 +112,8 @@ def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) 
     """Σ_t dy[t, row] x[t, col] for each entry (nnz,), one dot product after another."""
     dy, x = transpose(dy), transpose(x)
     nnz, padded_tokens = col.shape[0], x.shape[1]
-    tiles = cdiv(nnz, _SDDMM_ENTRIES)
-    splits, _ = hardware.splits_of(padded_tokens, _SDDMM_TOKENS, tiles, x.device, _MOST_SPLITS)
+    tiles = cdiv(nnz, SDDMM_BLOCK_ENTRIES)
+    splits, _ = hardware.splits_of(padded_tokens, _SDDMM_SPLIT_TOKENS, tiles, x.device, _MOST_SPLITS)
     out = torch.empty(nnz, dtype=dtype, device=x.device)
     _library.sddmm(out, dy, x, crow, col, _partials(splits, (nnz,), x.device))
     return out

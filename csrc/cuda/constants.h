@@ -1,0 +1,34 @@
+// The numbers that the kernels share with Python, which allocates what they write and divides their sums among blocks.
+// rosa_kernels/backends/cuda/bindings.py has each of them under the same name; tests/cuda/test_constants.py reads both
+// sides, so that every constant here is one line: constexpr int NAME = number;
+#pragma once
+
+namespace rosa {
+
+// H has a multiple of so many columns. Those beyond r are zeros.
+constexpr int RANK_STEP = 16;
+
+// xᵀ has a multiple of so many tokens in each row. Those beyond T are zeros.
+constexpr int TOKEN_PADDING = 64;
+
+// The epilogue fetches ahead, and may read so many packed entries beyond the last one.
+constexpr int ENTRY_PADDING = 32;
+constexpr int PACKED_ENTRY_BYTES = 8;
+
+// More static shared memory than any block of the epilogue declares.
+constexpr int STATIC_SHARED_BYTES = 1024;
+
+// What one block computes, and how much of the split axis it takes at a time. A block of shrink takes fewer ranks where
+// each number of an fp32 A is a sum of three bf16 terms, and fewer still without tensor cores.
+constexpr int SHRINK_TOKENS = 16;
+constexpr int SHRINK_RANKS = 64;
+constexpr int SHRINK_RANKS_IN_TERMS = 32;
+constexpr int SHRINK_RANKS_BY_LANES = 16;
+constexpr int SHRINK_STEP_BYTES = 512;
+constexpr int LORA_GRAD_FEATURES = 64;
+constexpr int LORA_GRAD_RANKS = 32;
+constexpr int LORA_GRAD_STEP_TOKENS = 128;
+constexpr int SDDMM_BLOCK_ENTRIES = 64;
+constexpr int EPILOGUE_TOKENS = 16;
+
+}  // namespace rosa
