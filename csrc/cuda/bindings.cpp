@@ -94,7 +94,7 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) 
   return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<uint64_t>(threshold), static_cast<float>(scale)};
 }
 
-int splits_of(const OptionalTensor& partials) { return partials ? static_cast<int>(partials->size(0)) : 1; }
+int splits_of(const OptionalTensor& parts) { return parts ? static_cast<int>(parts->size(0)) : 1; }
 
 void transpose_op(Tensor out, const Tensor x) {
   run("transpose", transpose, {x.size(0), x.size(1), out.size(1), matrix_of(out), matrix_of(x)}, x);
@@ -116,20 +116,20 @@ void pack_entries_op(Tensor packed_entries, const Tensor col, const OptionalTens
 }
 
 void shrink_op(Tensor H, const Tensor x, const Tensor A, const OptionalTensor seed, int64_t threshold, double scale,
-               OptionalTensor partials) {
+               OptionalTensor parts) {
   run("shrink", shrink,
       {x.size(0), x.size(1), A.size(0), matrix_of(x), matrix_of(A), contiguous_data(H),
-       dropout_of(seed, threshold, scale), splits_of(partials), floats_of(partials)},
+       dropout_of(seed, threshold, scale), splits_of(parts), floats_of(parts)},
       x);
 }
 
 void lora_grad_op(Tensor out, const Tensor z, const Tensor H, double scaling, const OptionalTensor seed,
-                  int64_t threshold, double scale, OptionalTensor partials) {
+                  int64_t threshold, double scale, OptionalTensor parts) {
   STD_TORCH_CHECK(out.scalar_type() == H.scalar_type(), "out and H of one dtype");
   run("lora_grad", lora_grad,
       {z.size(0), z.size(1), out.size(1), matrix_of(z), contiguous_data(H), dtype_of(H), out.data_ptr(), out.stride(0),
-       out.stride(1), static_cast<float>(scaling), dropout_of(seed, threshold, scale), splits_of(partials),
-       floats_of(partials)},
+       out.stride(1), static_cast<float>(scaling), dropout_of(seed, threshold, scale), splits_of(parts),
+       floats_of(parts)},
       z);
 }
 
@@ -165,11 +165,11 @@ void epilogue_op(Tensor y, bool accumulate, const OptionalTensor H, const Option
 }
 
 void sddmm_op(Tensor out, const Tensor dy_transposed, const Tensor x_transposed, const Tensor crow, const Tensor col,
-              OptionalTensor partials) {
+              OptionalTensor parts) {
   run("sddmm", sddmm,
       {x_transposed.size(1), dy_transposed.size(0), out.numel(), contiguous_data(out), dtype_of(out),
-       matrix_of(dy_transposed), matrix_of(x_transposed), ints_of(crow), ints_of(col), splits_of(partials),
-       floats_of(partials)},
+       matrix_of(dy_transposed), matrix_of(x_transposed), ints_of(crow), ints_of(col), splits_of(parts),
+       floats_of(parts)},
       out);
 }
 
@@ -196,18 +196,17 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cuda, m) {
   m.def("transpose(Tensor(a!) out, Tensor x) -> ()");
   m.def("gather_columns(Tensor(a!) out, Tensor x, Tensor? col, Tensor? crow, int row_length) -> ()");
   m.def("pack_entries(Tensor(a!) packed_entries, Tensor col, Tensor? permutation, Tensor values) -> ()");
-  m.def(
-      "shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? partials) -> ()");
+  m.def("shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? parts) -> ()");
   m.def(
       "lora_grad(Tensor(a!) out, Tensor z, Tensor H, float scaling, Tensor? seed, int threshold, float scale, "
-      "Tensor(b!)? partials) -> ()");
+      "Tensor(b!)? parts) -> ()");
   m.def(
       "epilogue(Tensor(a!) y, bool accumulate, Tensor? H, Tensor? B, float scaling, Tensor? seed, int threshold, "
       "float scale, Tensor? crow, Tensor? packed_entries, Tensor? x, Tensor? x_transposed, Tensor? row_products, int "
       "in_features, "
       "int multiprocessors) -> ()");
   m.def(
-      "sddmm(Tensor(a!) out, Tensor dy_transposed, Tensor x_transposed, Tensor crow, Tensor col, Tensor(b!)? partials) "
+      "sddmm(Tensor(a!) out, Tensor dy_transposed, Tensor x_transposed, Tensor crow, Tensor col, Tensor(b!)? parts) "
       "-> ()");
   m.def("gather_entries(Tensor(a!) out, Tensor matrix, Tensor crow, Tensor col) -> ()");
   m.def("densify(Tensor(a!) out, Tensor? weight, Tensor values, Tensor crow, Tensor col) -> ()");

@@ -81,6 +81,13 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& v, int64_t n
   }
 }
 
+// Numbers [feature, feature + SIZE) of a row; zeros stand beyond the matrix.
+template <typename T>
+__device__ __forceinline__ Vector<T> row_vector(const T* matrix, int64_t row, int64_t rows, int64_t stride,
+                                                int64_t feature, int64_t features, bool aligned) {
+  return load_vector(matrix + row * stride + feature, row < rows ? features - feature : 0, aligned);
+}
+
 // Whether tensor cores multiply numbers of T by numbers of U. An fp32 number beside bf16 becomes three bf16 terms. No
 // sum of fp16 terms holds a small fp32 number, because fp16 ends at 2^-24.
 template <typename T, typename U>

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cuda/launch.h"
+
 namespace rosa {
 namespace {
 
@@ -97,8 +99,8 @@ cudaError_t launch_by_gather(const Epilogue& e, cudaStream_t stream) {
 
 cudaError_t epilogue(const Epilogue& e, cudaStream_t stream) {
   if (e.tokens == 0 || e.out_features == 0) return cudaSuccess;
-  return dispatch_dtype(e.y.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
+  return dispatch_dtype(e.y.dtype, [&](auto number) {
+    using T = decltype(number);
     if (e.r == 0 || e.B_dtype == e.y.dtype) return launch_by_gather<T, T>(e, stream);
     return launch_by_gather<T, float>(e, stream);
   });

@@ -14,11 +14,13 @@
 // x Sᵀ is gathered: for each entry of S, a lane reads its two tokens of x at the entry's column. For that, the block
 // first copies its 16 tokens of x, transposed, into shared memory, which serves such reads faster than L2
 // (rosa_kernels/backends/cuda/heuristics.py). Where shared memory cannot hold all features, x comes transposed from
-// global memory (transpose.h). The eight lanes of one q read the same row of S, and the four q's four rows. A long row
+// global memory (transpose.cu). The eight lanes of one q read the same row of S, and the four q's four rows. A long row
 // is divided among the four q's instead. Few tokens make few blocks, and then the rows of S are all the parallelism
 // that is left: eight warps share 32 features, and each lane has a row of its own.
 #pragma once
-#include "cuda/shrink.h"
+#include "cuda/device_functions.h"
+#include "cuda/kernels.h"
+#include "cuda/philox.h"
 
 namespace rosa {
 
@@ -49,7 +51,7 @@ struct EpilogueOperands {
   int64_t x_transposed_stride;
   const float* row_products;
   int64_t rows;
-  bool row_by_row;  // eight warps share 32 features
+  bool row_by_row;  // Eight warps share 32 features, because there are few tokens.
 };
 
 constexpr unsigned ALL_FEATURES = 0xff;  // a bit for each of a lane's 8 features

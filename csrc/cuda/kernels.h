@@ -73,19 +73,19 @@ struct PackEntries {
 cudaError_t pack_entries(const PackEntries&, cudaStream_t);
 
 // H (tokens, R) = dropout(x) Aᵀ, and zeros beyond r. H is contiguous and in A's dtype. A (r, features) is in x's dtype
-// or fp32. Where splits > 1, partials is scratch memory for that many fp32 copies of H.
+// or fp32. Where splits > 1, parts is scratch memory for that many fp32 copies of H.
 struct Shrink {
   int64_t tokens, features, r;
   Matrix x, A;
   void* H;
   Dropout dropout;
   int splits;
-  float* partials;
+  float* parts;
 };
 cudaError_t shrink(const Shrink&, cudaStream_t);
 
 // out[f * stride_f + k * stride_k] = scaling · Σ_t dropout(z)[t, f] H[t, k] for k < r: dB from z = dy, dAᵀ from z = x
-// with dH as H. H (tokens, R) comes from shrink, in z's dtype or fp32; out has H's dtype. Where splits > 1, partials is
+// with dH as H. H (tokens, R) comes from shrink, in z's dtype or fp32; out has H's dtype. Where splits > 1, parts is
 // scratch memory for that many fp32 matrices (features, R).
 struct LoraGrad {
   int64_t tokens, features, r;
@@ -97,7 +97,7 @@ struct LoraGrad {
   float scaling;
   Dropout dropout;
   int splits;
-  float* partials;
+  float* parts;
 };
 cudaError_t lora_grad(const LoraGrad&, cudaStream_t);
 
@@ -132,7 +132,7 @@ struct Epilogue {
 cudaError_t epilogue(const Epilogue&, cudaStream_t);
 
 // out[e] (nnz) = Σ_t dy[row of e, t] x[col[e], t]. Here dy (out_features, padded_tokens) and x (in_features,
-// padded_tokens) come from transpose. Where splits > 1, partials is scratch memory for that many fp32 copies of out.
+// padded_tokens) come from transpose. Where splits > 1, parts is scratch memory for that many fp32 copies of out.
 struct Sddmm {
   int64_t padded_tokens, out_features, nnz;
   void* out;
@@ -141,7 +141,7 @@ struct Sddmm {
   const int32_t* crow;
   const int32_t* col;
   int splits;
-  float* partials;
+  float* parts;
 };
 cudaError_t sddmm(const Sddmm&, cudaStream_t);
 

@@ -5,21 +5,16 @@
 
 namespace rosa {
 
-template <typename T>
-struct Type {
-  using type = T;
-};
-
-// Calls f(Type<T>()) with the T of a dtype.
+// Calls f with a number of the dtype's type.
 template <typename F>
 auto dispatch_dtype(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::bfloat16:
-      return f(Type<__nv_bfloat16>());
+      return f(__nv_bfloat16{});
     case Dtype::float16:
-      return f(Type<__half>());
+      return f(__half{});
     default:
-      return f(Type<float>());
+      return f(0.0f);
   }
 }
 

@@ -1,8 +1,8 @@
 // Dropout's random bits, the same as in every backend: rosa_kernels/dropout.py says how Philox4x32-10 makes them. The
 // counter (feature / 4, token, 0, 0) gives four words, one for each of four features.
 #pragma once
+#include "cuda/device_functions.h"
 #include "cuda/kernels.h"
-#include "cuda/platform.h"
 
 namespace rosa {
 
@@ -25,6 +25,22 @@ __device__ __forceinline__ unsigned keep_bits(uint64_t seed, uint64_t threshold,
 #pragma unroll
   for (int i = 0; i < 4; ++i) bits |= static_cast<unsigned>(c[i] >= static_cast<uint32_t>(threshold)) << i;
   return bits;
+}
+
+// Zeroes those of a vector's numbers that dropout drops. The vector begins at (token, feature); feature is a multiple
+// of 4.
+template <typename T>
+__device__ __forceinline__ void drop(Vector<T>& v, const Dropout& dropout, uint64_t seed, int64_t token,
+                                     int64_t feature) {
+  if (!dropout.seed) return;
+#pragma unroll
+  for (int group = 0; group < Vector<T>::SIZE / 4; ++group) {
+    const unsigned bits =
+        keep_bits(seed, dropout.threshold, static_cast<uint32_t>(token), static_cast<uint32_t>(feature / 4 + group));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(bits >> i & 1)) v.at[4 * group + i] = rounded<T>(0.0f);
+  }
 }
 
 }  // namespace rosa

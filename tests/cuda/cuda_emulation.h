@@ -1,4 +1,5 @@
-// Runs the CUDA C++ kernels on the CPU, for correctness alone: compile the .cu as C++17 with -DROSA_EMULATED -I tests.
+// Runs the CUDA C++ kernels on the CPU, for correctness alone. tests/support/cuda_emulation.py compiles each .cu as
+// C++17 with -DROSA_EMULATED and this folder among the includes. Here is what the kernels use of CUDA, and no more.
 //
 // A CUDA thread is a fiber. A block's threads take turns, and blocks follow each other, in a fixed order, which
 // ROSA_EMULATION_ORDER=reversed in the environment turns round: code that leans on an order fails in one of them.
@@ -12,7 +13,6 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
@@ -28,23 +28,8 @@
 
 // Numbers and vectors
 
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
 };
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -93,27 +78,12 @@ inline __half __float2half_rn(float x) {
   return {static_cast<uint16_t>(sign | magnitude)};
 }
 
-inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); }
-inline __half __float2half(float x) { return __float2half_rn(x); }
-
 // What one thread computes
 
 template <typename T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
-template <typename T>
-T max(T a, T b) {
-  return a < b ? b : a;
-}
-template <typename T>
-T __ldg(const T* p) {
-  return *p;
-}
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
 
 template <typename T>
 T atomicAdd(T* p, T x) {
@@ -143,12 +113,6 @@ T shuffle(unsigned mask, T value, unsigned source, Site here) {
   return value;
 }
 
-inline unsigned vote(unsigned mask, bool predicate, Site here) {
-  current->value = predicate;
-  collective("vote", count_votes, mask, here);
-  return static_cast<unsigned>(current->value);
-}
-
 inline unsigned segment(int width) { return current->lane & ~(static_cast<unsigned>(width) - 1); }
 
 }  // namespace cuda_emulation
@@ -171,21 +135,10 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULA
   return cuda_emulation::shuffle(mask, value, source < cuda_emulation::segment(width) + width ? source : own, here);
 }
 
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATION_HERE) {
-  const unsigned own = cuda_emulation::current->lane;
-  const bool reached = own >= cuda_emulation::segment(width) + delta;
-  return cuda_emulation::shuffle(mask, value, reached ? own - delta : own, here);
-}
-
 inline unsigned __ballot_sync(unsigned mask, bool predicate, EMULATION_HERE) {
-  return cuda_emulation::vote(mask, predicate, here);
-}
-inline int __any_sync(unsigned mask, bool predicate, EMULATION_HERE) {
-  return cuda_emulation::vote(mask, predicate, here) != 0;
-}
-inline int __all_sync(unsigned mask, bool predicate, EMULATION_HERE) {
-  return cuda_emulation::vote(mask, !predicate, here) == 0;
+  cuda_emulation::current->value = predicate;
+  cuda_emulation::collective("vote", cuda_emulation::count_votes, mask, here);
+  return static_cast<unsigned>(cuda_emulation::current->value);
 }
 
 namespace rosa {
@@ -236,12 +189,13 @@ struct dim3 {
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
 namespace cuda_emulation {
 
 constexpr int SHARED_MEMORY = 48 << 10;  // bytes that a kernel may ask for until cudaFuncSetAttribute allows more
-inline int multiprocessors = 3, shared_memory_optin = 227 << 10;
+constexpr int SHARED_MEMORY_OPTIN = 227 << 10;  // bytes that it may allow
+
 inline std::map<const void*, int> shared_memory_of;  // kernel: bytes
 inline cudaError_t last_error = cudaSuccess;
 
@@ -271,7 +225,6 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStre
 #define ROSA_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_emulation::current->block->shared)
 
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_emulation::last_error, cudaSuccess); }
-inline cudaError_t cudaPeekAtLastError() { return cuda_emulation::last_error; }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -289,15 +242,14 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_emulation::multiprocessors
-                                                       : cuda_emulation::shared_memory_optin;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_emulation::SHARED_MEMORY_OPTIN;
   return cudaSuccess;
 }
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > cuda_emulation::shared_memory_optin) return cuda_emulation::last_error = cudaErrorInvalidValue;
+  if (bytes > cuda_emulation::SHARED_MEMORY_OPTIN) return cuda_emulation::last_error = cudaErrorInvalidValue;
   cuda_emulation::shared_memory_of[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }

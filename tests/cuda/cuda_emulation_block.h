@@ -39,14 +39,15 @@ struct Site {
 struct Block;
 struct Thread;
 
-// What lanes of a warp do together, done for all that take part by the last to arrive.
+// What lanes of a warp do together. The last lane to arrive does it for all that take part.
 using Collective = void (*)(Thread* lanes, unsigned mask);
 
 enum class State { ready, at_barrier, at_collective, done };
 
 struct Warp {
   Thread* lanes;
-  unsigned ready, waiting, absent;  // bits of lanes; waiting: at a collective, absent: exited or beyond the block
+  unsigned ready, waiting,
+      absent;  // A bit for each lane. waiting: at a collective; absent: exited or beyond the block.
   Meeting meeting;
 };
 
@@ -130,7 +131,7 @@ inline void complete(const Thread& t) {
   for (unsigned left = mask; left; left &= left - 1) run_on(warp.lanes[__builtin_ctz(left)]);
 }
 
-// When no thread can run: those left wait at one barrier, or for ever.
+// Runs when no thread is ready. Then all that are left wait at one barrier, which ends, or they would wait for ever.
 inline void end_barrier(Block& block) {
   const Thread* first = nullptr;
   for (const Thread& t : block.threads) {
@@ -156,7 +157,8 @@ inline void finish(Thread& t) {
   }
 }
 
-// Of the same warp if any is ready there, since its lanes wait for each other; null if none is.
+// The thread to run next: one of the same warp where any is ready, since its lanes wait for each other. Null where no
+// thread of the block is ready.
 inline Thread* next_ready(Block& block, Warp* warp) {
   if (!warp->ready) {
     const auto is_ready = [](const Warp& w) { return w.ready != 0; };
@@ -217,7 +219,7 @@ inline void count_votes(Thread* lanes, unsigned mask) {
   for (unsigned left = mask; left; left &= left - 1) lanes[__builtin_ctz(left)].value = votes;
 }
 
-// All threads at the start of the at-th block of the grid.
+// Sets all threads to the start of the at-th block of the grid.
 inline void prepare(Block& block, uint64_t at) {
   const uint64_t x = block.grid.x, y = block.grid.y;
   block.index = {static_cast<unsigned>(at % x), static_cast<unsigned>(at / x % y), static_cast<unsigned>(at / x / y)};
@@ -262,7 +264,7 @@ inline void collective(const char* operation, Collective serve, unsigned mask, S
   t.warp->meeting.leave();
 }
 
-// Where a thread begins.
+// Every fiber begins here.
 inline void run_thread() {
   arrived();
   Thread* self;

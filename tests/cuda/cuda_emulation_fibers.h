@@ -80,7 +80,7 @@ constexpr size_t STACK_SIZE = 64 << 10;
 constexpr size_t STACK_STEP = STACK_SIZE + 320;  // tops a power of two apart would share their cache sets
 constexpr uint64_t END_OF_STACK = 0x0123456789abcdef;
 
-// A stack and where it was left; default: the thread's own.
+// A stack, and where it was left. A default one stands for the operating system's thread.
 struct Fiber {
   void* stack_pointer = nullptr;
   const void* stack = nullptr;
@@ -90,7 +90,7 @@ struct Fiber {
 
 inline Fiber* last_left = nullptr;
 
-// First thing on a fiber that was switched to.
+// A fiber calls this first when it was switched to.
 inline void arrived([[maybe_unused]] void* fake_stack = nullptr) {
 #ifdef EMULATION_ADDRESS_SANITIZER
   __sanitizer_finish_switch_fiber(fake_stack, &last_left->stack, &last_left->stack_size);
@@ -117,7 +117,7 @@ constexpr size_t MOST_FIBERS = 1024;
 inline void* known_to_thread_sanitizer[MOST_FIBERS];  // made once: that takes long
 #endif
 
-// After fibers were left in the middle, whose records are of no use then.
+// Call this when fibers were left in the middle: their records are of no use afterwards.
 inline void forget_abandoned() {
 #ifdef EMULATION_THREAD_SANITIZER
   std::fill_n(known_to_thread_sanitizer, MOST_FIBERS, nullptr);

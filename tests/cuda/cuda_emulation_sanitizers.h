@@ -1,4 +1,4 @@
-// What the sanitizers are told of fibers that share memory; nothing in a build without them.
+// Tells the sanitizers about fibers that share memory. In a build without them it does nothing.
 #pragma once
 
 #if defined(__has_feature)

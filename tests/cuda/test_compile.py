@@ -20,8 +20,8 @@ if reason := cuda_compile.missing_tools():
 DTYPES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
 KERNELS = sorted(
     name
-    for header in (CSRC / "cuda").glob("*.h")
-    for name in re.findall(r"__global__[^{;]*?(\w+_kernel)\(", header.read_text(encoding="utf-8"))
+    for source in (*SOURCES, *(CSRC / "cuda").glob("*.h"))
+    for name in re.findall(r"__global__[^{;]*?(\w+_kernel)\(", source.read_text(encoding="utf-8"))
 )
 REGISTERS, SHARED = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 """Of a multiprocessor; a block takes 1 KiB of shared memory more than it asks for."""
@@ -234,7 +234,8 @@ def table(kernels_of: dict[str, list[Kernel]]) -> str:
     """A kernel a line, a GPU a column."""
     release = re.search(r"release (\S+),", output_of(nvcc(), "--version"))[1]
     lines = [
-        f"nvcc {release}. Registers / static shared / instructions, on tensor cores. fp16 is as bf16, or as fp32 beside it.",
+        f"nvcc {release}. Registers / static shared / instructions, on tensor cores. "
+        "fp16 is as bf16, or as fp32 beside it.",
         "",
         "| kernel | " + " | ".join(kernels_of) + " |",
         "|---" * (1 + len(kernels_of)) + "|",

@@ -55,10 +55,11 @@ def output_of(*command: str | Path, text: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An instantiation. arguments: its template's, as C++ writes them.
+    """An instantiation of a kernel, and what nvcc made of it.
 
-    shared: static bytes. spills: bytes. threads: a block's, at most. blocks: that one multiprocessor is to hold. opcodes: how often each
-    instruction stands in the code, modifiers included; None without nvdisasm.
+    arguments are its template's, as C++ writes them. shared, stack and spills count bytes. A block has at most
+    `threads`, and a multiprocessor is to hold `blocks`. opcodes counts each instruction of the code, modifiers
+    included; it is None without nvdisasm.
     """
 
     name: str

@@ -128,5 +128,5 @@ def install(library: str) -> None:
 
 
 def takes(item) -> bool:
-    """Whether an emulated run takes a test: those of a backend, and those of this one's ways."""
+    """Whether an emulated run takes a test: it takes those of a backend, and those of this backend's algorithms."""
     return "backend" in item.fixturenames or item.path.parent.name == "cuda"

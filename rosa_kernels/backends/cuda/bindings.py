@@ -75,7 +75,7 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     tiles = cdiv(T, SHRINK_TOKENS) * cdiv(R, ranks if _on_tensor_cores(x, A) else SHRINK_RANKS_BY_LANES)
     splits, _ = hardware.splits_of(features, SHRINK_STEP_BYTES // x.element_size(), tiles, x.device, _MOST_SPLITS)
     H = torch.empty(T, R, dtype=A.dtype, device=x.device)
-    _library.shrink(H, x, A, *_dropout_arguments(dropout), _partials(splits, H.shape, x.device))
+    _library.shrink(H, x, A, *_dropout_arguments(dropout), _parts(splits, H.shape, x.device))
     return H
 
 
@@ -89,7 +89,7 @@ def lora_grad(z: Tensor, H: Tensor, out: Tensor, scaling: float, dropout: Dropou
     ranks = LORA_GRAD_RANKS if H.dtype == z.dtype and _on_tensor_cores(z, H) else RANK_STEP
     tiles = cdiv(features, LORA_GRAD_FEATURES) * cdiv(R, ranks)
     splits, _ = hardware.splits_of(T, LORA_GRAD_STEP_TOKENS, tiles, z.device, _MOST_SPLITS)
-    _library.lora_grad(out, z, H, scaling, *_dropout_arguments(dropout), _partials(splits, (features, R), z.device))
+    _library.lora_grad(out, z, H, scaling, *_dropout_arguments(dropout), _parts(splits, (features, R), z.device))
 
 
 def epilogue(
@@ -115,7 +115,7 @@ def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) 
     tiles = cdiv(nnz, SDDMM_BLOCK_ENTRIES)
     splits, _ = hardware.splits_of(padded_tokens, _SDDMM_SPLIT_TOKENS, tiles, x.device, _MOST_SPLITS)
     out = torch.empty(nnz, dtype=dtype, device=x.device)
-    _library.sddmm(out, dy, x, crow, col, _partials(splits, (nnz,), x.device))
+    _library.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
     return out
 
 
@@ -132,7 +132,7 @@ def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:
     return out
 
 
-def _partials(splits: int, shape, device: torch.device) -> Tensor | None:
+def _parts(splits: int, shape, device: torch.device) -> Tensor | None:
     """Room for the sums of each split, which a second kernel adds in order; None where nothing is split."""
     return None if splits == 1 else torch.empty(splits, *shape, dtype=torch.float32, device=device)
 
