@@ -5,7 +5,7 @@ import platform
 import torch
 
 import rosa_kernels
-from rosa_kernels import dispatch
+from rosa_kernels import direct_call, dispatch
 from rosa_kernels.backends import cpu, cuda
 from rosa_kernels.ops import OP_NAMES
 
@@ -41,6 +41,9 @@ def main() -> None:
         print(f"  cpu kernels: {cpu.instruction_set()} in use{base}; {cpu.build_info()}")
     if cuda.unavailable_reason() is None:
         print(f"  cuda kernels: {cuda.build_info()}")
+    if direct_call.missing_names:
+        names = ", ".join(f"torch._C.{name}" for name in direct_call.missing_names)
+        print(f"  every call goes through PyTorch's dispatcher, 10 us more: this PyTorch has no {names}")
     print('\nwith backend "auto"')
     print(service_table())
 

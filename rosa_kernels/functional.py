@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rosa_kernels import dispatch, dropout, ops
+from rosa_kernels import direct_call, dispatch, dropout, ops
 from rosa_kernels.autograd import CSRAddFunction, RoSALinearFunction, SDDMMFunction, SpMMFunction
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern
 
@@ -135,8 +135,8 @@ def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, drop
     structure = UNSTRUCTURED
     if isinstance(pattern, CSRPattern):
         crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
-    watched = ops.watched((x, weight, bias, lora_A, lora_B, values, crow, col))
-    if watched or not _fits(x, weight, bias, lora_A, lora_B, values, pattern):
+    through_dispatcher = direct_call.needs_dispatcher((x, weight, bias, lora_A, lora_B, values, crow, col))
+    if through_dispatcher or not _fits(x, weight, bias, lora_A, lora_B, values, pattern):
         x, weight, bias = _checked(x, weight, bias, lora_A, lora_B, values, pattern)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a number in [0, 1], got {dropout_p}")
@@ -149,14 +149,15 @@ def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, drop
         return RoSALinearFunction.apply(
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, *transposed, structure, dropout_p, seed
         )
-    call = ops.rosa_linear if watched else dispatch.backend_for(x).rosa_linear
+    call = ops.rosa_linear if through_dispatcher else dispatch.backend_for(x).rosa_linear
     return call(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
 
 
 def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
     """Whether a call is of the common kind and passes every check of _checked, which takes 10 us on a cold cache.
 
-    The common kind: a weight and lora_A and lora_B, all on one device. Outside autocast, which ops.watched has seen to.
+    The common kind has a weight, lora_A and lora_B, all on one device, and is outside autocast: there
+    direct_call.needs_dispatcher says yes, and _checked runs.
     """
     return (
         isinstance(x, Tensor)

@@ -7,7 +7,7 @@ this module, named as the ops, are what the package itself calls; they may retur
 
 import torch
 
-from rosa_kernels import dispatch
+from rosa_kernels import direct_call, dispatch
 
 _SCHEMAS = {
     "rosa_linear": (
@@ -51,42 +51,14 @@ for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
 
-_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, list, type(None)))
-
-
-def _keys(*names: str) -> int:
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-    for name in names:
-        keys = keys.add(getattr(torch._C.DispatchKey, name))
-    return keys.raw_repr()
-
-
-_PLAIN_KEYS = frozenset((_keys(), _keys("ADInplaceOrView")))  # in inference mode; elsewhere
-
-
-def watched(args) -> bool:
-    """Whether anything around may want to see the op itself: only then does a call pay for its dispatch, 10 us.
-
-    Sound, because whatever a backend does is ops again, each with its own dispatch: a direct call differs for those alone
-    who look for this op. They are Dynamo, which reads the source; subclasses of Tensor, here among the arguments; modes of
-    __torch_function__; autocast; the profiler; and all that the dispatcher knows by a key included in this thread: modes of
-    __torch_dispatch__ (fake tensors, make_fx), functorch's transforms, functionalisation, torch.jit.trace.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or not _PLAIN_TYPES.issuperset(map(type, args))
-        or torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_KEYS
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._profiler_enabled()
-    )
-
 
 def _entry(name: str):
     op = getattr(torch.ops.rosa_kernels, name)
 
     def call(*args):
-        return op(*args) if watched(args) else getattr(dispatch.backend_for(args[0]), name)(*args)
+        if direct_call.needs_dispatcher(args):
+            return op(*args)
+        return getattr(dispatch.backend_for(args[0]), name)(*args)
 
     return call
 

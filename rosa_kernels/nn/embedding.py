@@ -83,8 +83,10 @@ class RoSAEmbedding(AdapterLayer):
         return total.to(y.dtype)
 
     def _adapts_rows(self, ids: Tensor) -> bool:
-        """Whether there are fewer rows to adapt than tokens to look up. Not where a base is watched, or the tokens are
-        traced, whose number may change."""
+        """Whether there are fewer rows to adapt than tokens to look up.
+
+        Not where the base layer has hooks, which must run, nor under tracing, where the number of tokens may change.
+        """
         adapted = self.r or (self.masks_selected and self.sparse_values.shape[0])
         return (
             bool(adapted)

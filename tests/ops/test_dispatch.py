@@ -7,13 +7,9 @@ import threading
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rosa_kernels as rk
-from rosa_kernels import dispatch, ops
+from rosa_kernels import dispatch
 from rosa_kernels.backends import cuda, triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -239,72 +235,3 @@ def test_environment_variable_with_an_unknown_name():
     run = in_a_new_process("import rosa_kernels", "fastest")
     assert run.returncode == 1 and "ValueError: ROSA_KERNELS_BACKEND: expected one of" in run.stderr
     assert "'fastest'" in run.stderr
-
-
-class TestWhoSeesTheOp:
-    """An eager call goes to its backend at once, unless something around looks for torch.ops.rosa_kernels.*."""
-
-    @staticmethod
-    def call(x):
-        return rk.lora_linear(x, torch.ones(5, 6), None, torch.ones(2, 6), torch.ones(5, 2), 1.0)
-
-    def test_a_plain_call_goes_to_its_backend(self):
-        args = torch.ones(3, 6), None, 1.0, torch.nn.Parameter(torch.ones(2))
-        assert not ops.watched(args)
-        with torch.no_grad():
-            assert not ops.watched(args)
-        with torch.inference_mode():
-            assert not ops.watched(args)
-
-    def test_modes_of_torch_dispatch(self):
-        seen = []
-
-        class Record(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                seen.append(func)
-                return func(*args, **(kwargs or {}))
-
-        with Record():
-            self.call(torch.ones(3, 6))
-        assert torch.ops.rosa_kernels.rosa_linear.default in seen
-        with FakeTensorMode():
-            assert type(self.call(torch.ones(3, 6))) is FakeTensor
-
-    def test_modes_of_torch_function(self):
-        seen = []
-
-        class Record(TorchFunctionMode):
-            def __torch_function__(self, func, types, args=(), kwargs=None):
-                seen.append(func)
-                return func(*args, **(kwargs or {}))
-
-        with Record():
-            self.call(torch.ones(3, 6))
-        assert torch.ops.rosa_kernels.rosa_linear in seen
-
-    def test_a_subclass_outside_its_mode(self):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            x = torch.ones(3, 6)
-        values, crow = torch.ones(PATTERN.nnz), PATTERN.crow_indices
-        assert ops.watched((x, values, crow)) and ops.watched((values, x, crow))
-
-    def test_tracing(self):
-        traced = make_fx(self.call)(torch.ones(3, 6))
-        assert torch.ops.rosa_kernels.rosa_linear.default in [node.target for node in traced.graph.nodes]
-        traced = torch.jit.trace(self.call, torch.ones(3, 6))
-        assert "rosa_kernels::rosa_linear" in str(traced.graph)
-
-    def test_the_transforms_of_functorch(self):
-        seen = []
-        asks = lambda x: (seen.append(ops.watched((x,))), x.sum())[1]
-        torch.func.grad(asks)(torch.ones(3))
-        torch.func.vmap(asks)(torch.ones(3, 2))
-        torch.func.functionalize(asks)(torch.ones(3))
-        assert seen == [True] * 3
-
-    def test_the_profiler_and_autocast(self):
-        with torch.profiler.profile() as profile:
-            self.call(torch.ones(3, 6))
-        assert "rosa_kernels::rosa_linear" in {event.name for event in profile.events()}
-        with torch.autocast("cpu", torch.bfloat16):
-            assert ops.watched((torch.ones(3),))

@@ -13,7 +13,7 @@ ROOMS = [
     ["backends.cpu", "backends.gpu"],
     ["backends.triton", "backends.cuda"],
     ["dispatch"],
-    ["ops"],
+    ["direct_call", "ops"],
     ["autograd"],
     ["functional"],
     ["nn"],
