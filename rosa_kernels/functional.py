@@ -172,7 +172,7 @@ def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
         and lora_A.dtype in _FLOATING
         and lora_B.dtype in _FLOATING
         and len(shape := weight.shape) == 2
-        and (shape_x := x.shape)
+        and len(shape_x := x.shape) > 0
         and shape_x[-1] == shape[1]
         and len(shape_A := lora_A.shape) == 2
         and shape_A[0] > 0
@@ -213,15 +213,15 @@ def _checked(x, weight, bias, lora_A, lora_B, values, pattern) -> tuple[Tensor, 
             _check_type(name, tensor, Tensor)
     if pattern is not None:
         _check_type("pattern", pattern, CSRPattern)
-    x, weight, bias = _autocast(x, weight, bias)
-    out_features = _check_base(x, weight, bias, lora_B, pattern)
-    in_features = x.shape[-1]
     if (lora_A is None) != (lora_B is None):
         raise ValueError("lora_A and lora_B: expected both or neither")
     if (values is None) != (pattern is None):
         raise ValueError("values and pattern: expected both or neither")
     if lora_A is None and pattern is None:
         raise ValueError("expected lora_A and lora_B, or values and pattern, or both")
+    x, weight, bias = _autocast(x, weight, bias)
+    out_features = _check_base(x, weight, bias, lora_B, pattern)
+    in_features = x.shape[-1]
     if lora_A is not None:
         _check_lora(lora_A, lora_B, in_features, out_features, x.device)
     if pattern is not None:
@@ -238,13 +238,13 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 def _autocast(x: Tensor, *parameters: Tensor | None):
     """x, weight and bias as torch.nn.functional.linear sees them under torch.autocast; adapters keep their dtype."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not ops.autocast_enabled(device_type):
         return x, *parameters
-    target = torch.get_autocast_dtype(device_type)
+    autocast_dtype = torch.get_autocast_dtype(device_type)
 
     def cast(tensor):
         eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(target) if eligible else tensor
+        return tensor.to(autocast_dtype) if eligible else tensor
 
     return cast(x), *(cast(p) for p in parameters)
 
@@ -252,12 +252,14 @@ def _autocast(x: Tensor, *parameters: Tensor | None):
 def _check_base(x, weight, bias, lora_B, pattern) -> int:
     """Checks x, weight and bias; returns out_features."""
     if weight is None:
-        if lora_B is None and pattern is None:
-            raise ValueError("rosa_delta: expected lora_A and lora_B, or values and pattern, or both")
         _check_floating("x", x)
         if x.dim() < 1:
             raise ValueError("x: expected shape (..., in_features), got a 0-D tensor")
-        return lora_B.shape[0] if lora_B is not None else pattern.shape[0]
+        if lora_B is None:
+            return pattern.shape[0]
+        if lora_B.dim() != 2:
+            raise ValueError(f"lora_B: expected shape (out_features, r), got {tuple(lora_B.shape)}")
+        return lora_B.shape[0]
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape

@@ -28,11 +28,16 @@ _SCHEMAS = {
 _library = torch.library.Library("rosa_kernels", "DEF")
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether torch.autocast is on for tensors of this device type; "meta" has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _implementation(name: str):
     def call(*args):
         device_type = args[0].device.type
         serve = getattr(dispatch.backend_for(args[0]), name)
-        if torch.is_autocast_enabled(device_type):  # applied to x and weight before; ops keep the dtypes they are given
+        if autocast_enabled(device_type):  # functional.py has cast x and weight; an op keeps the dtypes it is given
             with torch.autocast(device_type, enabled=False):
                 return _tensors(serve(*args), args[0])
         return _tensors(serve(*args), args[0])

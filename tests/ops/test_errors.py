@@ -47,6 +47,7 @@ LINEAR_FAULTS = {
     "lora_A device": ("lora_A", {"lora_A": torch.randn(R, I, device="meta")}),
     "lora_B rank": ("lora_B", {"lora_B": torch.randn(O, R + 1)}),
     "lora_B features": ("lora_B", {"lora_B": torch.randn(O + 1, R)}),
+    "lora_B 0-D": ("lora_B", {"lora_B": torch.tensor(1.0)}),
     "lora_B 1-D": ("lora_B", {"lora_B": torch.randn(O)}),
     "lora_B transposed": ("lora_B", {"lora_B": torch.randn(R, O)}),
     "lora_B integer": ("lora_B", {"lora_B": torch.ones(O, R, dtype=torch.int32)}),
@@ -102,6 +103,13 @@ def test_rosa_delta_whose_parts_disagree(wrong):
     del arguments["weight"], arguments["bias"]
     with pytest.raises(ValueError, match="x|lora_A|lora_B|pattern"):
         rk.rosa_delta(**arguments)
+
+
+def test_tensors_without_a_device_to_run_on():
+    """Tensors on "meta" get the shape of the result, through the full check too."""
+    x, weight, values = (torch.empty(size, device="meta") for size in ((T, I), (O, I), (NNZ,)))
+    y = rk.sparse_linear(x, weight, None, values, PATTERN.to("meta"))
+    assert y.shape == (T, O) and y.is_meta
 
 
 def test_rosa_delta_of_nothing():
