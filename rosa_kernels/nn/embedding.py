@@ -9,21 +9,28 @@ from rosa_kernels.pattern import ROW, CSRPattern
 
 
 class RoSAEmbedding(AdapterLayer):
-    """y[t] = W[ids[t]] + scaling · B A[:, ids[t]] + S[ids[t]], W frozen, S non-zero on whole token rows.
+    """An nn.Embedding with a low-rank adapter, a sparse adapter of whole token rows, or both; W is frozen.
 
-    The row of ``padding_idx`` gets no adapter, as it gets no gradient.
+    y[t] = W[ids[t]] + scaling · B A[:, ids[t]] + S[ids[t]]. The row of ``padding_idx`` gets no adapter, as it gets no
+    gradient.
 
     Args:
         base_layer: an nn.Embedding (num_embeddings, embedding_dim) without max_norm.
-        r: rank, at least 0. ``lora_embedding_A.default`` is (r, num_embeddings), zero at first,
-            ``lora_embedding_B.default`` (embedding_dim, r), as PEFT has them.
-        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
-        density: share of the token rows in use, one at least: ``values.default`` has rows · embedding_dim entries.
-        pattern: which rows, known from the start: a CSRPattern of whole rows, (num_embeddings, embedding_dim).
+        r: the rank, at least 0. The parameter ``lora_embedding_A.default`` is (r, num_embeddings), zero at first;
+            ``lora_embedding_B.default`` is (embedding_dim, r). These are PEFT's names and shapes.
+        lora_alpha: the numerator of scaling, which is lora_alpha / r.
+        density: the share in [0, 1] of the token rows that S may hold, at least one row where it is not 0. The
+            parameter ``values.default`` has as many times embedding_dim entries, zero at first. They take part once
+            select_masks or place_pattern says which rows they are.
+        pattern: a CSRPattern (num_embeddings, embedding_dim) of whole rows that says so from the start.
+        use_rslora: scaling is lora_alpha / sqrt(r) (arXiv 2312.03732).
+        adapter_name: the last part of the parameters' names, in place of "default".
 
     Raises:
-        ValueError: a number out of range, a pattern of something else than whole rows, max_norm.
-        TypeError: base_layer is not exactly an nn.Embedding: what a subclass adds could be lost.
+        ValueError: a number is out of its range, the pattern has other entries than whole rows or one for padding_idx,
+            or base_layer has a max_norm.
+        TypeError: an argument has the wrong Python type, or base_layer is not exactly an nn.Embedding, as what a
+            subclass adds could be lost.
     """
 
     factor_names = ("lora_embedding_A", "lora_embedding_B")
@@ -36,7 +43,16 @@ class RoSAEmbedding(AdapterLayer):
             raise TypeError(f"base_layer: expected exactly an nn.Embedding, got {type(base_layer).__name__}")
         if base_layer.max_norm is not None:
             raise ValueError("base_layer: expected max_norm=None; it rewrites the frozen weight at every look-up")
-        super().__init__(base_layer, r, lora_alpha, 0.0, density, pattern, "row", 1, use_rslora, adapter_name)
+        super().__init__(
+            base_layer,
+            r=r,
+            lora_alpha=lora_alpha,
+            density=density,
+            pattern=pattern,
+            structure="row",
+            use_rslora=use_rslora,
+            adapter_name=adapter_name,
+        )
 
     def _new_factors(self, factory: dict) -> tuple[Tensor, Tensor]:
         vocabulary, dim = self.weight_shape
@@ -67,7 +83,7 @@ class RoSAEmbedding(AdapterLayer):
         super().place_pattern(pattern)
 
     def _factor_product(self, dtype: torch.dtype) -> Tensor:
-        A, B = self.low_rank_factors()
+        A, B = self._factors()
         return A.to(dtype).T @ B.to(dtype).T
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -99,34 +115,33 @@ class RoSAEmbedding(AdapterLayer):
         """W + scaling · (B A)ᵀ + S (num_embeddings, embedding_dim) in float32, or in float64 over a float64 base."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         table = self.weight.to(dtype)
-        with torch.autocast(
-            table.device.type, enabled=False
-        ):  # as a look-up of the weight, which autocast leaves alone
+        # Autocast leaves a look-up alone, and so the table that is looked up.
+        with torch.autocast(table.device.type, enabled=False):
             if self.r:
-                A, B = (factor.to(dtype) for factor in self.low_rank_factors())
+                A, B = (factor.to(dtype) for factor in self._factors())
                 table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
             if self.masks_selected and self.sparse_values.shape[0]:
                 rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
                 add = (
                     table.index_add_ if self.r else table.index_add
-                )  # in place where the table is not the weight itself
+                )  # in place where the table is no longer the weight
                 table = add(0, self._adapted_tokens(rows.shape[0]), rows)
         return table
 
     def _adapted_tokens(self, count: int) -> Tensor:
-        """The tokens that have a row in S, of which there are `count`."""
-        crow = self.sparse_pattern().crow_indices
+        """The tokens that have a row in S, of which there are ``count``."""
+        crow = self._pattern_buffers.crow_indices
         starts = torch.arange(count, dtype=crow.dtype, device=crow.device) * self.embedding_dim
         return torch.searchsorted(crow, starts, right=True) - 1
 
     def _low_rank(self, ids: Tensor) -> Tensor:
-        A, B = self.low_rank_factors()
+        A, B = self._factors()
         return F.linear(F.embedding(ids, A.T, self.padding_idx), self.scaling * B)
 
     def _token_rows(self, ids: Tensor) -> Tensor:
         """S[ids] (..., embedding_dim), zero for tokens without a row of their own."""
         dim = self.embedding_dim
-        crow = self.sparse_pattern().crow_indices
+        crow = self._pattern_buffers.crow_indices
         row_of_token = torch.where(crow.diff() > 0, crow[:-1] // dim + 1, 0)  # from 1 on; 0: a row of zeros
         rows = F.pad(self.sparse_values.view(-1, dim), (0, 0, 1, 0))
         return F.embedding(row_of_token[ids], rows, padding_idx=0)

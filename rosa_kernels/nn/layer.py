@@ -3,6 +3,7 @@
 import math
 import sys
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,36 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 
 class AdapterLayer(nn.Module):
-    """A frozen ``base_layer`` and beside it scaling · B A, a sparse S, or both, kept under one adapter name.
+    """A frozen ``base_layer``, and beside it a low-rank adapter scaling · B A, a sparse one S, or both.
 
-    Parameters: ``lora_A.<name>`` and ``lora_B.<name>`` where r > 0, ``values.<name>`` (nnz,) where there is an S. The
-    values exist from the start, so that an optimiser holds them, but take no part before a pattern is placed. Adapters
-    have the base weight's dtype, float32 where that is narrower. A new adapter adds exactly zero.
+    The adapters' parameters carry the adapter's name: ``lora_A.<name>`` and ``lora_B.<name>`` where r > 0, and
+    ``values.<name>`` (nnz,) where there is an S. The values exist from the start, so that an optimiser holds them, but
+    they take no part before a pattern is placed. Adapters have the base weight's dtype, or float32 where that is
+    narrower. A new adapter adds exactly zero.
 
-    Subclasses say what the factors are called and define ``forward``.
+    LoRALinear, RoSALinear and RoSAEmbedding are such layers; isinstance(module, AdapterLayer) finds them in a model.
+
+    Attributes: ``r``, ``lora_alpha``, ``lora_dropout``, ``scaling``, ``density``, ``structure`` and ``block_size``, the
+    settings; ``merged``, whether merge() has been called; ``adapter_enabled``, which rk.disable_adapters sets.
     """
 
+    base_layer: Any  # an nn.Linear, an nn.Embedding, or a module with the same attributes
+    unmerged_weight: Any  # the base layer's own weight while merged, else None
+
     def __init__(
-        self, base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout: float, density: float,
-        pattern: CSRPattern | None, structure: str, block_size: int, use_rslora: bool, adapter_name: str,
-    ):  # fmt: skip
+        self,
+        base_layer: nn.Module,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        density: float = 0.0,
+        pattern: CSRPattern | None = None,
+        structure: str = "unstructured",
+        block_size: int = 1,
+        use_rslora: bool = False,
+        adapter_name: str = "default",
+    ):
         super().__init__()
         check_integer("r", r, 0)
         check_number("lora_alpha", lora_alpha)
@@ -59,10 +77,10 @@ class AdapterLayer(nn.Module):
         self.register_state_dict_post_hook(_with_unmerged_weight)
 
     factor_names: tuple[str, str]
-    """The ParameterDicts that hold A and B."""
+    """The names of the ParameterDicts that hold A and B."""
 
     def _new_factors(self, factory: dict) -> tuple[Tensor, Tensor]:
-        """A and B of the given dtype and device, their product zero."""
+        """A and B of the given dtype and device; their product is zero."""
         raise NotImplementedError
 
     def _add_low_rank(self) -> None:
@@ -71,9 +89,11 @@ class AdapterLayer(nn.Module):
             setattr(self, name, nn.ParameterDict({self.adapter_name: nn.Parameter(factor)}))
 
     def low_rank_factors(self) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """A and B, None where r is 0."""
-        if not self.r:
-            return None
+        """A and B, or None where r is 0."""
+        return self._factors() if self.r else None
+
+    def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of a layer whose r is not 0."""
         modules, (name_A, name_B) = self._modules, self.factor_names  # every forward: no detour by __getattr__
         return getattr(modules[name_A], self.adapter_name), getattr(modules[name_B], self.adapter_name)
 
@@ -95,7 +115,7 @@ class AdapterLayer(nn.Module):
         dtype = self.base_layer.weight.dtype
         return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
-    # What the base layer is
+    # The base layer
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -104,11 +124,12 @@ class AdapterLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The base layer's weight, or while merged the merged one."""
         return self.base_layer.weight
 
     @property
     def base_is_plain(self) -> bool:
-        """Whether the base is a stock module around an ordinary strided tensor that nothing watches."""
+        """Whether the base layer is exactly an nn.Linear or nn.Embedding, without hooks and with an ordinary weight."""
         base = self.base_layer
         weight = base.weight
         hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
@@ -119,20 +140,22 @@ class AdapterLayer(nn.Module):
 
     @property
     def masks_selected(self) -> bool:
+        """Whether S has a pattern yet."""
         return self.has_sparse and self._pattern_buffers.selected
 
     @property
     def _pattern_buffers(self) -> PatternBuffers:
-        return self._modules["patterns"]._modules[self.adapter_name]
+        modules: Any = self._modules  # every forward: no detour by __getattr__
+        return modules["patterns"]._modules[self.adapter_name]
 
     @property
     def sparse_values(self) -> nn.Parameter:
-        """(nnz,): the entries of S."""
+        """(nnz,): the values of S."""
         return getattr(self._modules["values"], self.adapter_name)
 
     @property
     def entries_a_unit(self) -> int:
-        """Entries in a row, column or block, whichever S consists of; 1 where unstructured."""
+        """How many entries a unit of S has: a row, a column, a block, or where unstructured an entry."""
         out_features, in_features = self.weight_shape
         return {"unstructured": 1, "row": in_features, "column": out_features, "block": self.block_size**2}[
             self.structure
@@ -140,7 +163,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def unit_grid(self) -> tuple[int, int]:
-        """How many units S has room for, down and across."""
+        """How many units the whole weight has, down and across."""
         out_features, in_features = self.weight_shape
         size = self.block_size
         blocks = (-(-out_features // size), -(-in_features // size))
@@ -153,24 +176,28 @@ class AdapterLayer(nn.Module):
 
     @property
     def unit_budget(self) -> int:
-        """How many entries, rows, columns or blocks the density buys; at least one row, column or block."""
+        """How many units the density allows: at least one row, column or block."""
         down, across = self.unit_grid
         budget = round(self.density * down * across)
         return max(1, budget) if self.structure != "unstructured" and self.density else budget
 
     def sparse_pattern(self) -> CSRPattern | None:
-        """The pattern of S, None until one is placed."""
+        """The pattern of S, or None where none is placed."""
         return self._pattern_buffers.pattern() if self.has_sparse else None
 
     def place_pattern(self, pattern: CSRPattern) -> None:
-        """Let S live at ``pattern``, its values zero. Their Parameter stays the same, resized where nnz differs."""
+        """Give S this pattern and values of zero. Their Parameter stays the same and is resized where nnz differs.
+
+        Raises:
+            ValueError: the layer has no sparse part, or the pattern has another shape than the weight.
+        """
         if not self.has_sparse:
             raise ValueError("pattern: expected a layer with a density above 0")
         self._pattern_buffers.place(pattern)
         self._reset_values(pattern.nnz)
 
     def clear_pattern(self) -> None:
-        """Back to a layer whose mask nobody has chosen."""
+        """Take the pattern of S away, as before select_masks; the values are zero."""
         self._pattern_buffers.clear()
         self._reset_values(self.unit_budget * self.entries_a_unit)
 
@@ -185,25 +212,25 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """scaling · B A + S as a dense (out_features, in_features) tensor, float32 (float64 over a float64 base)."""
+        """scaling · B A + S as a dense (out_features, in_features) tensor, float32, or float64 where the weight is."""
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         if self.r:
-            delta = self.scaling * self._factor_product(dtype)
+            low_rank = self.scaling * self._factor_product(dtype)
         else:
-            delta = torch.zeros(self.weight_shape, dtype=dtype, device=self.weight.device)
+            low_rank = torch.zeros(self.weight_shape, dtype=dtype, device=self.weight.device)
         pattern = self.sparse_pattern()
-        return delta if pattern is None else csr_add(delta, self.sparse_values.to(dtype), pattern)
+        return low_rank if pattern is None else csr_add(low_rank, self.sparse_values.to(dtype), pattern)
 
     def _factor_product(self, dtype: torch.dtype) -> Tensor:
-        """The low-rank product (out_features, in_features), unscaled, computed in the given dtype."""
+        """B A (out_features, in_features), computed in the given dtype."""
         raise NotImplementedError
 
     @torch.no_grad()
     def merge(self) -> None:
         """Put weight + delta_weight(), rounded once, in the base weight's place, for inference.
 
-        The weight itself is set aside untouched, and a module that shares it keeps seeing it. While merged the layer is
-        its base layer alone, its adapter does not train, and state_dict() holds what it would unmerged.
+        The weight itself is set aside unchanged, and a module that shares it keeps it. While merged the layer computes
+        its base layer alone, its adapter does not train, and state_dict() is that of the unmerged layer.
 
         Raises:
             RuntimeError: the base weight is quantised or otherwise no ordinary tensor.
@@ -221,7 +248,7 @@ class AdapterLayer(nn.Module):
         self.merged = True
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit."""
+        """Put the weight that merge() set aside back, bit for bit."""
         if not self.merged:
             warnings.warn("unmerge: not merged, nothing changes", stacklevel=2)
             return
@@ -229,7 +256,7 @@ class AdapterLayer(nn.Module):
         self.unmerged_weight = None
         self.merged = False
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "AdapterLayer":
         if mode and self.merged:
             warnings.warn("train: the adapter is merged and will not train; unmerge it first", stacklevel=2)
         return super().train(mode)
@@ -254,14 +281,14 @@ class AdapterLayer(nn.Module):
         return ", ".join(parts + ["merged"] * self.merged)
 
 
-def _with_unmerged_weight(layer: AdapterLayer, state_dict: dict, prefix: str, local_metadata) -> None:
-    """State-dict hook: a merged layer writes its base weight as it is unmerged."""
+def _with_unmerged_weight(layer: AdapterLayer, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """A hook of state_dict(): a merged layer writes the weight that merge() set aside."""
     if layer.merged:
         state_dict[prefix + "base_layer.weight"] = state_dict.pop(prefix + "unmerged_weight")
 
 
 def loaded_types(module_name: str, *type_names: str) -> tuple[type, ...]:
-    """Types of a module for isinstance, none before it is imported: slow imports stay with those who use them."""
+    """A module's types for isinstance, or none where nobody has imported the module, as its import may be slow."""
     module = sys.modules.get(module_name)
     return () if module is None else tuple(getattr(module, name) for name in type_names)
 

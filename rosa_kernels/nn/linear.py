@@ -1,6 +1,7 @@
 """nn.Linear with a low-rank adapter, a sparse one, or both."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,16 @@ from rosa_kernels.pattern import CSRPattern
 class _AdaptedLinear(AdapterLayer):
     """base_layer(x) + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ.
 
-    A plain nn.Linear takes the fused ops. Any other base (quantised, tensor subclass, hooked) computes its own part.
+    Over a plain nn.Linear one op computes all of it. Any other base layer (quantised, with hooks, of a tensor subclass)
+    computes base_layer(x) itself, and rosa_delta the rest.
     """
 
     factor_names = ("lora_A", "lora_B")
 
-    def __init__(self, base_layer: nn.Module, *settings):
+    def __init__(self, base_layer: nn.Module, **settings: Any):
         if not isinstance(base_layer, nn.Module) or not hasattr(base_layer, "in_features"):
             raise TypeError(f"base_layer: expected an nn.Linear or a module like it, got {type(base_layer).__name__}")
-        super().__init__(base_layer, *settings)
+        super().__init__(base_layer, **settings)
 
     def _new_factors(self, factory: dict) -> tuple[Tensor, Tensor]:
         out_features, in_features = self.weight_shape
@@ -47,7 +49,7 @@ class _AdaptedLinear(AdapterLayer):
         return self.base_layer.out_features
 
     def _factor_product(self, dtype: torch.dtype) -> Tensor:
-        lora_A, lora_B = self.low_rank_factors()
+        lora_A, lora_B = self._factors()
         return lora_B.to(dtype) @ lora_A.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,35 +57,42 @@ class _AdaptedLinear(AdapterLayer):
         base = self.base_layer
         if self.merged or not self.adapter_enabled:
             return base(x)
-        lora_A, lora_B = self.low_rank_factors() or (None, None)
         pattern = self.sparse_pattern()
-        if lora_A is None and pattern is None:
+        if not self.r and pattern is None:
             return base(x)
-        values = None if pattern is None else self.sparse_values
-        dropout = {"dropout_p": self.lora_dropout, "training": self.training}
+        dropout: dict[str, Any] = {"dropout_p": self.lora_dropout, "training": self.training}
         if not self.base_is_plain:
             y = base(x)
+            lora_A, lora_B = self.low_rank_factors() or (None, None)
+            values = None if pattern is None else self.sparse_values
             return y + rosa_delta(x, lora_A, lora_B, self.scaling, values, pattern, **dropout).to(y.dtype)
         if pattern is None:
-            return lora_linear(x, base.weight, base.bias, lora_A, lora_B, self.scaling, **dropout)
-        if lora_A is None:
-            return sparse_linear(x, base.weight, base.bias, values, pattern)
-        return rosa_linear(x, base.weight, base.bias, lora_A, lora_B, self.scaling, values, pattern, **dropout)
+            return lora_linear(x, base.weight, base.bias, *self._factors(), self.scaling, **dropout)
+        if not self.r:
+            return sparse_linear(x, base.weight, base.bias, self.sparse_values, pattern)
+        lora_A, lora_B = self._factors()
+        return rosa_linear(
+            x, base.weight, base.bias, lora_A, lora_B, self.scaling, self.sparse_values, pattern, **dropout
+        )
 
 
 class LoRALinear(_AdaptedLinear):
-    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ (arXiv 2106.09685), W and b frozen.
+    """An nn.Linear with a low-rank adapter (LoRA, arXiv 2106.09685); W and b are frozen.
+
+    y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ.
 
     Args:
-        base_layer: an nn.Linear (out_features, in_features); its parameters stop requiring gradients.
-        r: rank, at least 1. ``lora_A.default`` is (r, in_features), ``lora_B.default`` (out_features, r) and zero at
-            first.
-        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
-        lora_dropout: chance in [0, 1] that an element of x is dropped on its way to A, in training.
-        adapter_name: the name in place of "default".
+        base_layer: an nn.Linear, or a module with its attributes. Its parameters stop requiring gradients.
+        r: the rank, at least 1. The parameter ``lora_A.default`` is (r, in_features), initialised as the weight of an
+            nn.Linear; ``lora_B.default`` is (out_features, r), zero at first.
+        lora_alpha: the numerator of scaling, which is lora_alpha / r.
+        lora_dropout: the chance in [0, 1] that an element of x is zeroed on its way to A, in training.
+        use_rslora: scaling is lora_alpha / sqrt(r) (arXiv 2312.03732).
+        adapter_name: the last part of the parameters' names, in place of "default".
 
     Raises:
-        ValueError: a number out of range, a DTensor or uninitialised weight.
+        ValueError: a number is out of its range, or the weight is a DTensor or uninitialised.
+        TypeError: an argument has the wrong Python type, or base_layer carries an adapter already.
     """
 
     def __init__(
@@ -92,20 +101,32 @@ class LoRALinear(_AdaptedLinear):
     ):  # fmt: skip
         check_integer("r", r, 1)
         super().__init__(
-            base_layer, r, lora_alpha, lora_dropout, 0.0, None, "unstructured", 1, use_rslora, adapter_name
+            base_layer,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            adapter_name=adapter_name,
         )
 
 
 class RoSALinear(_AdaptedLinear):
-    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ (arXiv 2401.04679), W and b frozen, S sparse.
+    """An nn.Linear with a low-rank and a sparse adapter (RoSA, arXiv 2401.04679); W and b are frozen.
+
+    y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ.
 
     Args:
         base_layer, lora_alpha, lora_dropout, use_rslora, adapter_name: as in LoRALinear.
-        r: rank, at least 0; 0 makes the adapter sparse only.
-        density: share of S's entries in use. ``values.default`` holds them, (round(density · out_features ·
-            in_features),) and zero at first; they take part once select_masks or place_pattern says where they sit.
-        pattern: where they sit, known from the start, instead of a density.
-        structure, block_size: what select_masks picks: single entries, or whole "row"s, "column"s or "block"s.
+        r: the rank, at least 0; with 0 the adapter is sparse alone.
+        density: the share in [0, 1] of S's entries that may be non-zero. The parameter ``values.default`` holds them,
+            (round(density · out_features · in_features),) and zero at first. They take part once select_masks or
+            place_pattern says where they sit.
+        pattern: a CSRPattern that says so from the start, in place of a density.
+        structure: what select_masks picks: single entries ("unstructured"), "row", "column" or "block".
+        block_size: the side of a block.
+
+    Raises:
+        ValueError, TypeError: as LoRALinear. ValueError too: r and density are both 0, or the pattern does not fit.
     """
 
     def __init__(
@@ -114,5 +135,14 @@ class RoSALinear(_AdaptedLinear):
         use_rslora: bool = False, adapter_name: str = "default",
     ):  # fmt: skip
         super().__init__(
-            base_layer, r, lora_alpha, lora_dropout, density, pattern, structure, block_size, use_rslora, adapter_name
+            base_layer,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            density=density,
+            pattern=pattern,
+            structure=structure,
+            block_size=block_size,
+            use_rslora=use_rslora,
+            adapter_name=adapter_name,
         )

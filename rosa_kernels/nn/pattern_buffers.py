@@ -1,22 +1,30 @@
-"""A CSRPattern as the buffers of a module, so that .to(), state_dict and deepcopy carry it along."""
+"""A CSRPattern as the buffers of a module, so that .to(), state_dict() and deepcopy take it along."""
+
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern, block_structure
 
 
 class PatternBuffers(nn.Module):
-    """Where a layer's S may be non-zero, or that nobody has chosen yet.
+    """Where a layer's S may be non-zero, once a pattern is placed.
 
-    ``crow_indices`` and ``col_indices`` (int32) are in the state dict, both empty until a pattern is placed; what
-    the backward needs of the transpose is made again from them. Indices that come from a state dict are validated.
+    ``crow_indices`` and ``col_indices`` (int32) are in the state dict, both empty before that. The pattern by columns,
+    which the backward needs, is computed from them again. Indices that come from a state dict are checked.
 
     Args:
         shape: (out_features, in_features) of S.
         block_size: side of the squares where S is meant to consist of squares, else None.
         device: where the buffers live.
     """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    ccol_indices: Tensor
+    row_indices: Tensor
+    permutation: Tensor
 
     _PERSISTENT = ("crow_indices", "col_indices")
     _TRANSPOSED = ("ccol_indices", "row_indices", "permutation")
@@ -43,14 +51,15 @@ class PatternBuffers(nn.Module):
             raise ValueError(f"pattern: expected shape {self.shape}, got {pattern.shape}")
         pattern = pattern.to(self.crow_indices.device)
         self.structure = pattern.structure
-        if self.structure == UNSTRUCTURED and self._consists_of_blocks(pattern):
-            self.structure = block_structure(self.block_size)
+        size = self.block_size
+        if size is not None and self.structure == UNSTRUCTURED and self._consists_of_blocks(pattern, size):
+            self.structure = block_structure(size)
         self.crow_indices, self.col_indices = pattern.crow_indices, pattern.col_indices
         self.ccol_indices, self.row_indices, self.permutation = pattern.transpose()
 
     def pattern(self) -> CSRPattern | None:
         """The placed pattern, around the buffers themselves: no copy, no validation, no synchronisation."""
-        buffers = self._buffers  # every forward: no detour by __getattr__
+        buffers: dict[str, Any] = self._buffers  # every forward: no detour by __getattr__
         crow_indices = buffers["crow_indices"]
         if crow_indices.shape[0] == 0:
             return None
@@ -58,15 +67,12 @@ class PatternBuffers(nn.Module):
         return CSRPattern._trusted(crow_indices, buffers["col_indices"], self.shape, self.structure, transposed)
 
     def clear(self) -> None:
-        """Forget the pattern: nobody has chosen one."""
+        """Forget the pattern, as if none had been placed."""
         for name in (*self._PERSISTENT, *self._TRANSPOSED):
             setattr(self, name, torch.empty(0, dtype=torch.int32, device=self.crow_indices.device))
         self.structure = UNSTRUCTURED
 
-    def _consists_of_blocks(self, pattern: CSRPattern) -> bool:
-        if self.block_size is None:
-            return False
-        size = self.block_size
+    def _consists_of_blocks(self, pattern: CSRPattern, size: int) -> bool:
         blocks = torch.zeros(-(-self.shape[0] // size), -(-self.shape[1] // size), dtype=torch.bool)
         blocks[pattern.row_of_entry().cpu() // size, pattern.col_indices.cpu().long() // size] = True
         return CSRPattern.from_blocks(blocks, size, self.shape) == pattern.to("cpu")
