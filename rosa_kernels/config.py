@@ -3,7 +3,9 @@
 import math
 import numbers
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from rosa_kernels.pattern import STRUCTURES
 
@@ -13,19 +15,23 @@ MASK_SCOPES = ("layer", "global")
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What add_adapters adds: scaling · B A (arXiv 2106.09685) on each target.
+    """Which modules get a low-rank adapter, scaling · B A (LoRA, arXiv 2106.09685), and of what size.
+
+    The fields have the names and the meaning of PEFT's LoraConfig.
 
     Args:
-        r: rank, at least 1.
-        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora (arXiv 2312.03732).
-        lora_dropout: chance in [0, 1] that an input element is dropped on the low-rank path, in training.
-        target_modules: a list of names, each a module's full name or its last dotted part or parts; or a regular
-            expression that matches full names; or "all-linear": every nn.Linear, the output head included unless
-            modules_to_save or exclude_modules names it. An nn.Embedding is a target only by name or expression.
-        exclude_modules: a list of names or a regular expression; what matches is no target.
-        modules_to_save: names of modules that train whole, a new classification head for example.
-        rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha of the targets whose full name, or the
-            end of it after a dot, matches}; the first match counts.
+        r: the rank, at least 1.
+        lora_alpha: the numerator of scaling, which is lora_alpha / r.
+        lora_dropout: the chance in [0, 1] that an element of the input is zeroed on its way to A, in training.
+        target_modules: the modules to adapt. A list holds names, each a module's full name or the last dotted part or
+            parts of it. A string is a regular expression that matches full names. "all-linear" means every nn.Linear,
+            the output head too, unless modules_to_save or exclude_modules names it. An nn.Embedding is adapted only
+            where a name or an expression matches it.
+        exclude_modules: a list of names or a regular expression; a module that matches is not adapted.
+        modules_to_save: a list of names of modules that train whole, for example a new classification head.
+        use_rslora: scaling is lora_alpha / sqrt(r) (arXiv 2312.03732).
+        rank_pattern, alpha_pattern: {name or regular expression: another r or lora_alpha}. An entry holds for the
+            modules whose full name, or its end after a dot, it matches; the first match counts.
 
     Raises:
         ValueError: a number is out of its range, or an expression does not compile.
@@ -80,7 +86,7 @@ class LoRAConfig:
                 value = {key: _plain_number(number) for key, number in value.items()}
             object.__setattr__(self, field.name, _plain_number(value))
 
-    def _check_pattern(self, field: str, check_value) -> None:
+    def _check_pattern(self, field: str, check_value: Callable[[str, Any], None]) -> None:
         pattern = getattr(self, field)
         if pattern is None:
             return
@@ -97,7 +103,7 @@ class LoRAConfig:
         return self._override(self.alpha_pattern, name, self.lora_alpha)
 
     @staticmethod
-    def _override(pattern: dict | None, name: str, default):
+    def _override(pattern: dict | None, name: str, default: Any) -> Any:
         matches = (value for key, value in (pattern or {}).items() if matches_end(key, name))
         return next(matches, default)
 
@@ -108,21 +114,23 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class RoSAConfig(LoRAConfig):
-    """What add_adapters adds: scaling · B A + S (arXiv 2401.04679), S sparse; the fields of LoRAConfig and these.
+    """Which modules get a low-rank and a sparse adapter, scaling · B A + S (RoSA, arXiv 2401.04679), and of what size.
+
+    All fields of LoRAConfig are fields here too, and its errors are raised here too.
 
     Args:
-        r: rank, at least 0; 0 makes the adapter sparse only.
-        density: share in [0, 1] of each weight's entries that S holds; 0 makes it LoRA only.
-        density_pattern: {name or regular expression: density}, as rank_pattern.
-        structure: "unstructured", "row", "column" or "block": S consists of single entries, whole rows, whole columns
-            or squares. On an nn.Embedding S always consists of whole rows, one a token.
-        block_size: side of a square.
-        mask: the score by which select_masks picks the entries: the loss gradient's magnitude ("gradient"), its mean
-            square ("fisher"), |gradient · weight| ("snip", arXiv 1810.02340), |weight| ("magnitude") or chance
-            ("random").
-        mask_scope: "layer": each layer gets its own density; "global": single entries of all linear layers compete, the
-            total staying the same.
-        warmup_steps: steps of LoRA alone that a training loop takes before it calls select_masks.
+        r: the rank, at least 0; with 0 the adapter is sparse alone.
+        density: the share in [0, 1] of a weight's entries that S holds; with 0 the adapter is low-rank alone.
+        density_pattern: {name or regular expression: another density}, as rank_pattern.
+        structure: what S consists of: single entries ("unstructured"), whole rows ("row"), whole columns ("column") or
+            squares ("block"). On an nn.Embedding S always consists of whole rows, one a token.
+        block_size: the side of a square.
+        mask: the score by which select_masks picks the entries: the magnitude of the loss's gradient ("gradient"), the
+            mean of its square ("fisher"), |gradient · weight| ("snip", arXiv 1810.02340), |weight| ("magnitude"), or
+            chance ("random").
+        mask_scope: with "layer" each layer has its own density; with "global" the entries of all linear layers compete
+            for the same total.
+        warmup_steps: how many steps a training loop should take with LoRA alone before it calls select_masks.
         mask_batches: how many batches select_masks reads at most.
     """
 
@@ -178,7 +186,7 @@ def config_from_dict(fields_by_name: dict) -> LoRAConfig:
         raise ValueError(f"{adapter_type}: {error}") from error
 
 
-def _plain_number(value):
+def _plain_number(value: Any) -> Any:
     if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
@@ -198,27 +206,26 @@ def check_expression(argument: str, expression: str) -> None:
         raise ValueError(f"{argument}: {expression!r} is not a regular expression: {error}") from error
 
 
-def check_integer(argument: str, value, smallest: int) -> None:
+def check_integer(argument: str, value: Any, smallest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
     if value < smallest:
         raise ValueError(f"{argument}: expected at least {smallest}, got {value}")
 
 
-def check_number(argument: str, value) -> None:
+def check_number(argument: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{argument}: expected a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{argument}: expected a finite number, got {value}")
 
 
-def check_fraction(argument: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{argument}: expected a number, got {value!r}")
+def check_fraction(argument: str, value: Any) -> None:
+    check_number(argument, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{argument}: expected a number in [0, 1], got {value}")
 
 
-def check_choice(argument: str, value, choices: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

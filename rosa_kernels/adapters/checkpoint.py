@@ -10,38 +10,46 @@ digest is the model file's, and not where a crash between the two files left an 
 import hashlib
 import json
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rosa_kernels.adapters.inject import adapter_record
-from rosa_kernels.adapters.load_state import restore_adapters
+from rosa_kernels.adapters.load_state import PatternMaker, restore_adapters
 from rosa_kernels.adapters.safetensors_io import CONFIG_FILE, MODEL_FILE, read_config, read_tensors, write_pair
+from rosa_kernels.adapters.target_modules import saved_module_tensors
 from rosa_kernels.config import LoRAConfig, config_from_dict
 from rosa_kernels.nn import AdapterLayer
 from rosa_kernels.nn.layer import is_dtensor
 from rosa_kernels.pattern import COLUMN, ROW, CSRPattern
 
-_FORMAT = "rosa_kernels 1"
+_FORMAT_VERSION = 1
+_FORMAT = f"rosa_kernels {_FORMAT_VERSION}"
 _METADATA_KEY = "rosa_kernels"
 _UNSELECTED = "unselected"
 
 
 def save_adapters(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Write the adapters and the modules of modules_to_save, nothing of the frozen base.
+    """Write the adapters and the modules of config.modules_to_save, and nothing of the frozen base layers.
 
-    The same adapters give the same bytes. Merged adapters are written as they are unmerged, masks not chosen as such.
+    The files are adapter_config.json and adapter_model.safetensors. Equal adapters give equal bytes. Merged adapters
+    are written as they are unmerged. Where select_masks has not been called yet, the file says so.
 
     Args:
-        model: after add_adapters, in a wrapper or not; not sharded by FSDP.
-        directory: made where it is missing; an adapter in it is replaced, or kept whole if this fails.
+        model: a model that add_adapters has adapted, also inside a wrapper; not sharded by FSDP.
+        directory: a folder, which is made where it is missing. An adapter in it is replaced, or kept whole if this
+            fails.
+
+    Raises:
+        ValueError: the model has no adapters, or a parameter is sharded over ranks.
     """
     root, record = adapter_record(model)
     tensors: dict[str, Tensor] = {}
     patterns: dict[str, str] = {}
-    for name in record.layer_names:
-        layer = root.get_submodule(name)
+    for name, layer in record.layers(root).items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in low_rank_tensors(layer).items()}
         if layer.has_sparse:
             patterns[name], sparse = _encoded(layer)
@@ -63,17 +71,17 @@ def load_adapters(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Give the model the adapters that save_adapters wrote; its outputs are then those of the saved one, bit for bit.
 
     Args:
-        model: the base model without adapters, which are added as add_adapters does; or one that carries adapters of
+        model: the base model without adapters, which are added as add_adapters adds them; or a model with adapters of
             the same config, whose Parameters are then filled in place.
-        directory: with adapter_config.json and adapter_model.safetensors.
+        directory: a folder with adapter_config.json and adapter_model.safetensors. An edited config takes effect.
 
     Returns:
         The same model.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or does not belong to this model; the message names the file, layer or shape. The
-            model is then as it was.
+        ValueError: a file is damaged, was written by a newer rosa_kernels, or does not belong to this model; the
+            message names the file, layer or shape. The model is then as it was.
     """
     tensors, metadata = read_tensors(directory)
     model_path = os.path.join(directory, MODEL_FILE)
@@ -94,15 +102,6 @@ def low_rank_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
     """The low-rank factors under the names of their ParameterDicts; empty where r is 0."""
     factors = layer.low_rank_factors()
     return {} if factors is None else dict(zip(layer.factor_names, factors, strict=True))
-
-
-def saved_module_tensors(root: nn.Module, module_names: tuple[str, ...]) -> dict[str, Tensor]:
-    """{full name: tensor} of the parameters and persistent buffers of whole modules."""
-    return {
-        f"{name}.{key}": tensor
-        for name in module_names
-        for key, tensor in root.get_submodule(name).state_dict().items()
-    }
 
 
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,10 +132,14 @@ _INDEX_NAMES = {
     "csr": ("crow_indices", "col_indices"),
     _UNSELECTED: (),
 }
-_MAKERS = {"rows": CSRPattern.from_rows, "columns": CSRPattern.from_columns, "csr": CSRPattern}
+_MAKERS: dict[str, Callable[..., CSRPattern]] = {
+    "rows": CSRPattern.from_rows,
+    "columns": CSRPattern.from_columns,
+    "csr": CSRPattern,
+}
 
 
-def _take_pattern(tensors: dict[str, Tensor], layer: str, kind: str):
+def _take_pattern(tensors: dict[str, Tensor], layer: str, kind: str) -> PatternMaker | None:
     """Take a layer's indices out of tensors; what comes back makes its validated pattern from a shape, or None."""
     keys = [f"{layer}.{name}" for name in _INDEX_NAMES[kind]]
     missing = [key for key in keys if key not in tensors]
@@ -168,11 +171,10 @@ def _parsed(text: str | None, source: str) -> _Description:
 
 def _described(raw: object, source: str) -> _Description:
     """The description in its checked form. Raises ValueError naming the source and the field."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{source}: expected a JSON object, got {type(raw).__name__}")
+    _check_format(raw, source)
     kinds = {"adapter_name": str, "config": dict, "patterns": dict, "digest": str}
-    if not isinstance(raw, dict) or raw.get("format") != _FORMAT:
-        found = raw.get("format") if isinstance(raw, dict) else raw
-        hint = "; from_peft reads it" if isinstance(raw, dict) and "peft_type" in raw else ""
-        raise ValueError(f"{source}: expected format {_FORMAT!r}, got {found!r}{hint}")
     for field, kind in kinds.items():
         if not isinstance(raw.get(field), kind):
             raise ValueError(f"{source}: expected {field} to be a {kind.__name__}, got {raw.get(field)!r}")
@@ -185,6 +187,20 @@ def _described(raw: object, source: str) -> _Description:
         raise ValueError(f"{source}: {error}") from error
     as_hashed = {key: value for key, value in raw.items() if key != "digest"}
     return _Description(raw["adapter_name"], config, raw["patterns"], raw["digest"], as_hashed)
+
+
+def _check_format(description: dict, source: str) -> None:
+    found = description.get("format")
+    if found == _FORMAT:
+        return
+    version = re.fullmatch(r"rosa_kernels ([1-9]\d{0,8})", found) if isinstance(found, str) else None
+    if version and int(version[1]) > _FORMAT_VERSION:
+        raise ValueError(
+            f"{source}: was written by a newer rosa_kernels, in format {found!r}; this one reads {_FORMAT!r}: upgrade "
+            f"rosa_kernels to load it"
+        )
+    hint = "; from_peft reads it" if "peft_type" in description else ""
+    raise ValueError(f"{source}: expected format {_FORMAT!r}, got {found!r}{hint}")
 
 
 def _digest(description: dict, tensors: dict[str, Tensor]) -> str:

@@ -1,11 +1,13 @@
 """Adapters on a whole model: put them in, count them, merge them, switch them off, take them out."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
-from rosa_kernels.adapters.target_modules import Target, find_targets, module_names, saved_modules
+from rosa_kernels.adapters.target_modules import TargetModule, find_target_modules, module_names, saved_modules
 from rosa_kernels.config import LoRAConfig, RoSAConfig
 from rosa_kernels.nn import AdapterLayer, LoRALinear, RoSAEmbedding, RoSALinear
 from rosa_kernels.nn.layer import check_adapter_name, loaded_types
@@ -22,33 +24,38 @@ class AdapterRecord:
     layer_names: tuple[str, ...]
     saved_module_names: tuple[str, ...]
 
+    def layers(self, root: nn.Module) -> dict[str, AdapterLayer]:
+        """{full name: layer} in the model that carries this record."""
+        return {name: cast(AdapterLayer, root.get_submodule(name)) for name in self.layer_names}
+
 
 def add_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
-    """Put an adapter beside every module that the config targets, in place, and freeze the rest.
+    """Put an adapter beside every module that the config names, in place, and freeze the rest.
 
     Afterwards exactly the adapters and the modules of config.modules_to_save require gradients. The latter train where
     they are, without a copy: disable_adapters does not bring their first state back, and a weight that they share with
-    another module trains there too. A module that several names lead to gets one adapter, active under every name; of
-    two modules that share a weight each gets its own.
+    another module trains there too. A module with several names gets one adapter, which acts under every name. Of two
+    modules that share a weight each gets its own adapter.
 
     Args:
-        model: any nn.Module with targets below it; not yet in DDP, FSDP or DTensor form.
-        config: LoRAConfig, or RoSAConfig for a sparse part, which waits for select_masks.
-        adapter_name: the last part of the adapter parameters' names. One model carries one adapter.
+        model: any nn.Module that contains the modules to adapt; not yet wrapped in DDP or FSDP, nor of DTensors.
+        config: a LoRAConfig; or a RoSAConfig, whose sparse part takes part after select_masks.
+        adapter_name: the last part of the names of the adapters' parameters. A model carries one adapter.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: a name matches nothing, a target cannot be adapted, or the model has adapters already. The model is
+        ValueError: a name matches nothing, a module cannot be adapted, or the model has adapters already. The model is
             then as it was.
+        TypeError: config is no LoRAConfig.
     """
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"config: expected a LoRAConfig or RoSAConfig, got {type(config).__name__}")
     root = uncompiled(model)
     check_adapter_name(adapter_name)
     _check_model(root)
-    targets = find_targets(root, config)
+    targets = find_target_modules(root, config)
     saved = tuple(saved_modules(root, config))
     trainable_before = [p for p in root.parameters() if p.requires_grad]
     try:
@@ -68,8 +75,8 @@ def add_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str = "defa
     return model
 
 
-def _adapted(target: Target, config: LoRAConfig, adapter_name: str) -> AdapterLayer:
-    common = {"use_rslora": config.use_rslora, "adapter_name": adapter_name}
+def _adapted(target: TargetModule, config: LoRAConfig, adapter_name: str) -> AdapterLayer:
+    common: dict[str, Any] = {"use_rslora": config.use_rslora, "adapter_name": adapter_name}
     module, r, alpha = target.module, target.r, target.lora_alpha
     try:
         if isinstance(module, nn.Embedding):
@@ -118,7 +125,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def adapted_root(model: nn.Module) -> tuple[nn.Module, AdapterRecord | None]:
     """The module that add_adapters was given, found again inside any wrapper, and what was done to it.
 
-    Where layers were put in by hand, the model itself and None.
+    Where add_adapters has not put them in, the model itself and None.
     """
     for module in model.modules():
         record = module.__dict__.get(_RECORD)
@@ -128,7 +135,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, AdapterRecord | None]:
 
 
 def adapter_record(model: nn.Module) -> tuple[nn.Module, AdapterRecord]:
-    """As adapted_root. Raises ValueError where add_adapters has not been."""
+    """As adapted_root. Raises ValueError where add_adapters has not put the adapters in."""
     root, record = adapted_root(model)
     if record is None:
         raise ValueError("model: has no adapters; call add_adapters first")
@@ -143,7 +150,10 @@ def _layers(model: nn.Module) -> list[AdapterLayer]:
 
 
 def trainable_parameters(model: nn.Module) -> dict:
-    """{"trainable": entries that require gradients, "total": all, adapters included, "percent": 100 · the ratio}."""
+    """{"trainable": number of entries that require gradients, "total": of all, "percent": 100 · their ratio}.
+
+    The entries of the adapters are in the total.
+    """
     set_aside = {id(layer.unmerged_weight) for layer in adapter_layers(model).values() if layer.merged}
     parameters = [p for p in model.parameters() if id(p) not in set_aside]
     total = sum(p.numel() for p in parameters)
@@ -152,29 +162,48 @@ def trainable_parameters(model: nn.Module) -> dict:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print the counts of trainable_parameters in one line."""
+    """Print what trainable_parameters counts, in one line."""
     counts = trainable_parameters(model)
     print(f"trainable parameters: {counts['trainable']:,} of {counts['total']:,} ({counts['percent']:.4f} %)")
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """merge() every layer that is not merged yet; for inference, see AdapterLayer.merge."""
+    """Put weight + scaling · B A + S, rounded once, in each base weight's place, for inference; see AdapterLayer.merge.
+
+    Layers that are merged already stay so.
+
+    Raises:
+        ValueError: the model has no adapters.
+        RuntimeError: a base weight is quantised or otherwise no ordinary tensor.
+    """
     for layer in _layers(model):
         if not layer.merged:
             layer.merge()
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """unmerge() every merged layer: the weights are back, bit for bit."""
+    """Put the original weight of every merged layer back, bit for bit.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
     for layer in _layers(model):
         if layer.merged:
             layer.unmerge()
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merge every adapter and leave the plain base layers in its place; the model is as before add_adapters but tuned.
+    """Merge every adapter and put the plain base layers back in place: the model's outputs stay, its adapters are gone.
 
-    A weight that another module shared is no longer shared: only the adapted one changed. Parameters stay frozen.
+    Parameters stay frozen. A weight that an adapted layer shared with another module is no longer shared: only the
+    adapted layer's has changed.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model has no adapters.
+        RuntimeError: a base weight is quantised or otherwise no ordinary tensor.
     """
     root = uncompiled(model)
     merge_adapters(root)
@@ -187,10 +216,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def disable_adapters(model: nn.Module):
-    """Inside the ``with`` every adapted layer computes what its base layer does; merged ones are unmerged for it.
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the ``with`` every adapted layer computes what its base layer does, and the ``with`` yields the model.
 
-    Modules of modules_to_save trained in place and stay as they are.
+    Merged layers are unmerged inside and merged again afterwards. Modules of modules_to_save were trained in place and
+    stay as they are.
+
+    Raises:
+        ValueError: the model has no adapters.
     """
     layers = _layers(model)
     before = [(layer, layer.adapter_enabled, layer.merged) for layer in layers]

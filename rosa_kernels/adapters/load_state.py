@@ -1,4 +1,4 @@
-"""Adapters from tensors: everything is checked against the model before the first of its bits changes."""
+"""Adapters from tensors. Everything is checked against the model before the first of its bits changes."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rosa_kernels.adapters.inject import adapter_layers, adapter_record, add_adapters, uncompiled
-from rosa_kernels.adapters.target_modules import Target, find_targets, saved_modules
+from rosa_kernels.adapters.target_modules import TargetModule, find_target_modules, saved_module_tensors, saved_modules
 from rosa_kernels.config import LoRAConfig
 from rosa_kernels.nn import AdapterLayer
 from rosa_kernels.nn.layer import is_dtensor
@@ -25,70 +25,69 @@ def restore_adapters(
     patterns: dict[str, PatternMaker | None],
     last_check: Callable[[], None] = lambda: None,
 ) -> nn.Module:
-    """Add the config's adapters, or take those that are there, and fill them and the modules to save.
+    """Fill the config's adapters and the modules to save; the adapters are added where the model has none.
 
     Args:
         model: without adapters, or with those of the same config and name.
         tensors: ``<layer>.<factor name>``, ``<layer>.values``, and the states of the modules to save, nothing else.
-        patterns: for each layer with a sparse part what makes its pattern from the weight's shape, raising ValueError
+        patterns: for each layer with a sparse part what makes the pattern from the weight's shape, or raises ValueError
             where it does not fit; None where no mask is chosen.
-        last_check: raises ValueError to stop everything; called when all other checks have passed.
+        last_check: is called when all other checks have passed, and raises ValueError to stop.
 
     Raises:
-        ValueError: something is missing, too much, or does not fit; it is named, and the model is as it was.
+        ValueError: something is missing, superfluous, or does not fit. It is named, and the model is as it was.
     """
     root = uncompiled(model)
     present = bool(adapter_layers(root))
-    targets = _present_targets(root, config, adapter_name) if present else find_targets(root, config)
+    targets = _target_modules_of_adapters(root, config, adapter_name) if present else find_target_modules(root, config)
     made = _made_patterns(targets, patterns)
-    saved_names = saved_modules(root, config)
-    saved = {f"{name}.{key}": t for name in saved_names for key, t in root.get_submodule(name).state_dict().items()}
+    saved = saved_module_tensors(root, saved_modules(root, config))
     _check_tensors(tensors, _adapter_shapes(targets, made), saved)
     last_check()
     if not present:
         add_adapters(root, config, adapter_name)
-    for target in targets:
-        _fill(adapter_record(root)[0].get_submodule(target.name), target.name, tensors, made.get(target.name))
+    root, record = adapter_record(root)
+    for name, layer in record.layers(root).items():
+        _fill(layer, name, tensors, made.get(name))
     with torch.no_grad():
         for key, tensor in saved.items():
             tensor.copy_(tensors[key])
     return model
 
 
-def _present_targets(root: nn.Module, config: LoRAConfig, adapter_name: str) -> list[Target]:
+def _target_modules_of_adapters(root: nn.Module, config: LoRAConfig, adapter_name: str) -> list[TargetModule]:
     """The targets of the adapters that the model carries, if they are those of the config."""
-    record = adapter_record(root)[1]
+    root, record = adapter_record(root)
     if (record.config, record.adapter_name) != (config, adapter_name):
         raise ValueError(
             f"model: carries adapter {record.adapter_name!r} of {record.config}, not {adapter_name!r} of {config}"
         )
     targets = []
-    for name in record.layer_names:
-        layer = root.get_submodule(name)
+    for name, layer in record.layers(root).items():
         if layer.merged:
             raise ValueError(f"{name}: is merged; unmerge_adapters first")
         if any(is_dtensor(p) for p in layer.parameters()):
             raise ValueError(f"{name}: is sharded over ranks; load adapters before fully_shard")
         density = layer.density if layer.has_sparse else 0.0
-        targets.append(Target(name, layer.base_layer, layer.r, layer.lora_alpha, density))
+        targets.append(TargetModule(name, layer.base_layer, layer.r, layer.lora_alpha, density))
     return targets
 
 
-def _weight_shape(target: Target) -> tuple[int, int]:
+def _weight_shape(target: TargetModule) -> tuple[int, int]:
     module = target.module
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     return module.out_features, module.in_features
 
 
-def _made_patterns(targets: list[Target], patterns: dict[str, PatternMaker | None]) -> dict[str, CSRPattern | None]:
+def _made_patterns(targets: list[TargetModule], patterns: dict[str, PatternMaker | None]) -> dict[str, CSRPattern]:
     sparse = {target.name for target in targets if target.density}
     if sparse != set(patterns):
         raise ValueError(
             f"patterns: the model has none to fill for {sorted(set(patterns) - sparse)}, and none came for "
             f"{sorted(sparse - set(patterns))}"
         )
-    made: dict[str, CSRPattern | None] = {}
+    made: dict[str, CSRPattern] = {}
     for target in targets:
         maker = patterns.get(target.name)
         if maker is None:
@@ -100,7 +99,7 @@ def _made_patterns(targets: list[Target], patterns: dict[str, PatternMaker | Non
     return made
 
 
-def _adapter_shapes(targets: list[Target], made: dict[str, CSRPattern | None]) -> dict[str, tuple[int, ...]]:
+def _adapter_shapes(targets: list[TargetModule], made: dict[str, CSRPattern]) -> dict[str, tuple[int, ...]]:
     """{tensor name: shape} of what fills the adapters."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in targets:
@@ -136,8 +135,8 @@ def _check_tensors(tensors: dict[str, Tensor], adapter: dict[str, tuple], saved:
 def _fill(layer: AdapterLayer, name: str, tensors: dict[str, Tensor], pattern: CSRPattern | None) -> None:
     """Give the layer's Parameters, which stay the same objects, the tensors' bits and dtype."""
     device = layer.weight.device
-    if layer.r:
-        for factor_name, parameter in zip(layer.factor_names, layer.low_rank_factors(), strict=True):
+    if (factors := layer.low_rank_factors()) is not None:
+        for factor_name, parameter in zip(layer.factor_names, factors, strict=True):
             parameter.data = tensors[f"{name}.{factor_name}"].to(device, copy=True)
     if pattern is not None:
         layer.place_pattern(pattern)

@@ -1,15 +1,15 @@
-"""select_masks: score the entries of the base weights, keep the best, and let the sparse parts live there."""
+"""select_masks: score the entries of the base weights, and give the sparse parts the places of the best."""
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rosa_kernels.adapters.inject import adapted_root, adapter_layers, wrapped_for_data_parallel
-from rosa_kernels.config import RoSAConfig
+from rosa_kernels.config import LoRAConfig, RoSAConfig
 from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
 from rosa_kernels.pattern import CSRPattern
 
@@ -24,41 +24,45 @@ def select_masks(
     config: RoSAConfig | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, CSRPattern]:
-    """Choose where each sparse part lives, in the midst of training: the next forward uses it.
+    """Choose where each sparse part has its entries, in mid-training too. It acts from the next forward on.
 
-    Scores come from the gradient of the loss to each whole base weight, summed in float32 over the batches (see
-    RoSAConfig.mask); each layer takes exactly the entries, rows, columns or blocks with the highest scores that its
-    density buys, the first ones among equals. No ``.grad`` changes and the base stays frozen; the values are the same
-    Parameters as before, at zero, so an optimiser that was built before goes on. Forward passes run in the model's
-    current mode, not under reentrant checkpointing, which torch.autograd.grad cannot enter. Takes one gradient and one
-    float32 sum of each adapted weight in memory.
+    The scores come from the gradient of the loss with respect to each whole base weight, summed in float32 over the
+    batches (see RoSAConfig.mask). Each layer takes exactly as many entries, rows, columns or blocks as its density
+    allows, those with the highest scores and the first ones among equals. No ``.grad`` changes, and base weights stay
+    frozen. The values are the same Parameters as before, at zero, so an optimiser that was built before goes on.
 
-    Under torch.distributed every rank calls it, and all choose the same from the sum of their scores. Until then
-    DistributedDataParallel needs find_unused_parameters=True, as the values take no part.
+    The forward passes run in the model's current mode. They cannot be under reentrant checkpointing, which
+    torch.autograd.grad cannot enter. The memory for one gradient and one float32 sum of each adapted weight is needed.
+
+    Under torch.distributed every rank calls it, and all choose the same from the sum of their scores. Before that
+    DistributedDataParallel needs find_unused_parameters=True, as the values take no part yet.
 
     Args:
-        model: with adapters, merged or FSDP-sharded nowhere.
-        batches: what loss_fn understands; the first config.mask_batches are read. Not needed for masks "magnitude" and
-            "random".
-        loss_fn: loss_fn(model, batch) -> scalar loss tensor.
-        config: in place of the one that add_adapters was given; for layers that were put in by hand RoSAConfig().
+        model: a model with adapters, none of them merged or sharded by FSDP.
+        batches: what loss_fn understands; the first config.mask_batches are read. The masks "magnitude" and "random"
+            need none.
+        loss_fn: loss_fn(model, batch) returns a scalar loss tensor.
+        config: a RoSAConfig in place of the one that add_adapters was given. Without either it is RoSAConfig().
         generator: a CPU generator for the mask "random", in place of PyTorch's default one.
 
     Returns:
-        {layer's full name: its pattern} of the layers that got one; layers with a pattern already keep it.
+        {layer's full name: its pattern} of the layers that got one. Layers that had a pattern keep it.
 
     Raises:
-        ValueError: nothing to choose, no batches, a loss that does not depend on an adapted layer, scores that are not
-            finite, a model whose values cannot be resized any more. No layer is then changed.
+        ValueError: there is nothing to choose, there are no batches, the loss does not depend on an adapted layer,
+            scores are not finite, or the values cannot be resized any more. No layer is then changed.
+        TypeError: config is no RoSAConfig.
     """
     root, record = adapted_root(model)
     layers = _layers_to_select(root)
-    config = config or (record.config if record else RoSAConfig())
-    if config.mask in _NEEDS_BATCHES:
+    selection: LoRAConfig = config or (record.config if record else RoSAConfig())
+    if not isinstance(selection, RoSAConfig):
+        raise TypeError(f"config: expected a RoSAConfig, got {type(selection).__name__}")
+    if selection.mask in _NEEDS_BATCHES:
         if batches is None or loss_fn is None:
-            raise ValueError(f"batches and loss_fn: the mask {config.mask!r} needs both")
-        statistics = _gradient_statistics(model, layers, config, batches, loss_fn)
-    elif config.mask == "magnitude":
+            raise ValueError(f"batches and loss_fn: the mask {selection.mask!r} needs both")
+        statistics = _gradient_statistics(model, layers, selection, batches, loss_fn)
+    elif selection.mask == "magnitude":
         statistics = {name: layer.weight.detach().float() for name, layer in layers.items()}
     else:
         statistics = {name: torch.rand(layer.weight_shape, generator=generator) for name, layer in layers.items()}
@@ -66,7 +70,7 @@ def select_masks(
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
             raise ValueError(f"{name}: its scores are not finite; the loss or a gradient overflowed or is NaN")
-    patterns = _best(layers, scores, config.mask_scope)
+    patterns = _best(layers, scores, selection.mask_scope)
     _check_resizable(model, layers, patterns)
     for name, pattern in patterns.items():
         layers[name].place_pattern(pattern)
@@ -90,7 +94,13 @@ def _layers_to_select(model: nn.Module) -> dict[str, AdapterLayer]:
     return layers
 
 
-def _gradient_statistics(model, layers, config, batches, loss_fn) -> dict[str, Tensor]:
+def _gradient_statistics(
+    model: nn.Module,
+    layers: dict[str, AdapterLayer],
+    config: RoSAConfig,
+    batches: Iterable,
+    loss_fn: Callable[[nn.Module, object], Tensor],
+) -> dict[str, Tensor]:
     """{name: (out_features, in_features) float32}: the sum of gradients, of their squares, or sum · weight."""
     sums = {name: torch.zeros(layer.weight_shape, device=layer.weight.device) for name, layer in layers.items()}
     reached = set()
@@ -111,7 +121,12 @@ def _gradient_statistics(model, layers, config, batches, loss_fn) -> dict[str, T
     return sums
 
 
-def _base_gradients(model, layers, batch, loss_fn) -> dict[str, Tensor]:
+def _base_gradients(
+    model: nn.Module,
+    layers: dict[str, AdapterLayer],
+    batch: object,
+    loss_fn: Callable[[nn.Module, object], Tensor],
+) -> dict[str, Tensor]:
     """{name: d loss / d base weight} of the layers that the loss depends on."""
     with torch.enable_grad(), _weights_as_leaves(layers) as leaves:
         loss = loss_fn(model, batch)
@@ -126,7 +141,7 @@ def _base_gradients(model, layers, batch, loss_fn) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _weights_as_leaves(layers: dict[str, AdapterLayer]):
+def _weights_as_leaves(layers: dict[str, AdapterLayer]) -> Iterator[dict[str, nn.Parameter]]:
     """Each base weight stands in as a Parameter of its own that requires gradients and shares the weight's memory.
 
     So the frozen Parameters are never touched, and a weight that two modules share is scored for each on its own.

@@ -5,11 +5,11 @@ import re
 
 from torch import Tensor, nn
 
-from rosa_kernels.adapters.checkpoint import detached, low_rank_tensors, saved_module_tensors
+from rosa_kernels.adapters.checkpoint import detached, low_rank_tensors
 from rosa_kernels.adapters.inject import adapter_record, uncompiled
 from rosa_kernels.adapters.load_state import restore_adapters
 from rosa_kernels.adapters.safetensors_io import CONFIG_FILE, MODEL_FILE, read_config, read_tensors, write_pair
-from rosa_kernels.adapters.target_modules import module_names
+from rosa_kernels.adapters.target_modules import module_names, saved_module_tensors
 from rosa_kernels.config import LoRAConfig, matches_end
 from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
 
@@ -27,12 +27,12 @@ _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def from_peft(directory: str | os.PathLike, model: nn.Module) -> nn.Module:
-    """Give the model the LoRA adapter that PEFT saved; outputs and gradients are then PEFT's, to rounding.
+    """Give the model the LoRA adapter that PEFT saved; outputs and gradients are then PEFT's, up to rounding.
 
-    Which modules are adapted is read from the names of the weights, rank and alpha from the config.
+    The names of the saved weights say which modules are adapted, the saved config says rank and alpha.
 
     Args:
-        directory: with PEFT's adapter_config.json and adapter_model.safetensors.
+        directory: a folder with PEFT's adapter_config.json and adapter_model.safetensors.
         model: the base model, as it was before get_peft_model.
 
     Returns:
@@ -55,13 +55,18 @@ def from_peft(directory: str | os.PathLike, model: nn.Module) -> nn.Module:
 
 
 def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Write the model's LoRA adapter and modules to save; PeftModel.from_pretrained(base, directory) reads them.
+    """Write the model's LoRA adapter as PEFT does: PeftModel.from_pretrained(base, directory) reads it.
+
+    Args:
+        model: a model that add_adapters or from_peft has given LoRA adapters. The modules of config.modules_to_save are
+            written too.
+        directory: a folder, which is made where it is missing.
 
     Raises:
-        ValueError: the model has no adapters, or sparse ones, which PEFT's format has no place for.
+        ValueError: the model has no adapters, or sparse ones, for which PEFT's format has no place.
     """
     root, record = adapter_record(model)
-    layers = {name: root.get_submodule(name) for name in record.layer_names}
+    layers = record.layers(root)
     sparse = [name for name, layer in layers.items() if layer.has_sparse]
     if sparse:
         raise ValueError(f"model: PEFT's files cannot hold the sparse parts of {', '.join(sparse)}; use save_adapters")
@@ -93,7 +98,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike) -> None:
     write_pair(directory, fields, detached(tensors), {"format": "pt"})
 
 
-def _deviations(layers: dict[str, AdapterLayer], attribute: str, default) -> dict[str, int | float]:
+def _deviations(layers: dict[str, AdapterLayer], attribute: str, default: float) -> dict[str, int | float]:
     """{expression that matches one layer's full name and no other: its number, where that is not the default}."""
     numbers = {name: getattr(layer, attribute) for name, layer in layers.items()}
     return {"^" + re.escape(name): number for name, number in numbers.items() if number != default}

@@ -1,4 +1,4 @@
-"""adapter_config.json and adapter_model.safetensors: no crash leaves half a file, and what is read is suspected."""
+"""adapter_config.json and adapter_model.safetensors: no crash leaves half a file, and a damaged one is an error."""
 
 import json
 import os
@@ -68,6 +68,7 @@ def read_tensors(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: is damaged or no safetensors file: {error}") from error

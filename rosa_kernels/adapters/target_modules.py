@@ -1,10 +1,12 @@
-"""Which modules of a model a config means."""
+"""Which modules of a model a config adapts."""
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rosa_kernels.config import LoRAConfig, RoSAConfig, check_expression, matches_end
 
@@ -12,22 +14,22 @@ ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
-class Target:
-    """A module to adapt: its full name (the first, where several lead to it), and the adapter's sizes there."""
+class TargetModule:
+    """A module to adapt, its full name (the first of several), and the sizes of its adapter."""
 
     name: str
-    module: nn.Module
+    module: Any  # an nn.Linear, an nn.Embedding or a module like them
     r: int
     lora_alpha: float
     density: float
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
+def find_target_modules(model: nn.Module, config: LoRAConfig) -> list[TargetModule]:
     """The modules that the config adapts, in the order of model.named_modules().
 
     Raises:
-        ValueError: a name or expression that matches nothing (with the nearest names), a matched module that cannot be
-            adapted (with the reason), nothing left to adapt.
+        ValueError: a name or expression matches nothing (the message has the nearest names), a module that it matches
+            cannot be adapted (the message has the reason), or nothing is left to adapt.
     """
     names = module_names(model)
     saved = saved_modules(model, config)
@@ -46,7 +48,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[Target]:
             distinct.setdefault(id(names[name]), name)
     if not distinct:
         raise ValueError(f"target_modules: {config.target_modules!r} leaves no nn.Linear or nn.Embedding to adapt")
-    targets = [_target(config, name, names[name]) for name in distinct.values()]
+    targets = [_target_module(config, name, names[name]) for name in distinct.values()]
     saved_parameters = {id(p) for name in saved for p in names[name].parameters()}
     for target in targets:
         _check_adaptable(target, names, saved)
@@ -66,9 +68,14 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     return _matching(module_names(model), config.modules_to_save, "modules_to_save")
 
 
-def _target(config: LoRAConfig, name: str, module: nn.Module) -> Target:
+def saved_module_tensors(root: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """{full name: tensor} of the parameters and persistent buffers of whole modules."""
+    return {f"{name}.{key}": tensor for name in names for key, tensor in root.get_submodule(name).state_dict().items()}
+
+
+def _target_module(config: LoRAConfig, name: str, module: nn.Module) -> TargetModule:
     density = config.density_of(name) if isinstance(config, RoSAConfig) else 0.0
-    return Target(name, module, config.r_of(name), config.lora_alpha_of(name), density)
+    return TargetModule(name, module, config.r_of(name), config.lora_alpha_of(name), density)
 
 
 def _matching(names: dict[str, nn.Module], wanted: str | tuple[str, ...], argument: str) -> list[str]:
@@ -90,11 +97,11 @@ def _is_end(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
 
 
-def _ends(names, end: str) -> bool:
+def _ends(names: Iterable[str], end: str) -> bool:
     return any(_is_end(name, end) for name in names)
 
 
-def _near(names, wanted: str) -> str:
+def _near(names: Iterable[str], wanted: str) -> str:
     depth = wanted.count(".") + 1
     ends = sorted({".".join(name.split(".")[-depth:]) for name in names})
     near = difflib.get_close_matches(wanted, ends, n=5, cutoff=0.5)
@@ -105,7 +112,7 @@ def _inside(name: str, containers: list[str]) -> bool:
     return any(name == container or name.startswith(container + ".") for container in containers)
 
 
-def _check_adaptable(target: Target, names: dict[str, nn.Module], saved: list[str]) -> None:
+def _check_adaptable(target: TargetModule, names: dict[str, nn.Module], saved: list[str]) -> None:
     name, module = target.name, target.module
     if not isinstance(module, (nn.Linear, nn.Embedding)):
         raise ValueError(f"target_modules: {name} is a {type(module).__name__}; only nn.Linear and nn.Embedding adapt")
@@ -132,7 +139,7 @@ def _check_parents(name: str, names: dict[str, nn.Module]) -> None:
             )
 
 
-def _check_overrides_used(config: LoRAConfig, targets: list[Target]) -> None:
+def _check_overrides_used(config: LoRAConfig, targets: list[TargetModule]) -> None:
     for field in ("rank_pattern", "alpha_pattern", "density_pattern"):
         for key in getattr(config, field, None) or ():
             if not any(matches_end(key, target.name) for target in targets):

@@ -208,12 +208,12 @@ def rewrite_config(folder, change):
     (folder / CONFIG).write_text(json.dumps(config))
 
 
-def rewrite_model(folder, change, keep_metadata=True):
+def rewrite_model(folder, change=lambda tensors: None, change_metadata=lambda metadata: metadata):
     tensors = safetensors.torch.load_file(folder / MODEL)
     with safetensors.safe_open(folder / MODEL, "pt") as file:
         metadata = file.metadata()
     change(tensors)
-    safetensors.torch.save_file(tensors, folder / MODEL, metadata if keep_metadata else None)
+    safetensors.torch.save_file(tensors, folder / MODEL, change_metadata(metadata))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
@@ -294,8 +294,32 @@ def test_rows_that_are_wrong(tmp_path):
 
 
 def test_a_file_without_metadata(saved):
-    rewrite_model(saved, lambda tensors: None, keep_metadata=False)
+    rewrite_model(saved, change_metadata=lambda metadata: None)
     refused(saved, "metadata")
+
+
+@pytest.mark.parametrize("file", [CONFIG, MODEL])
+@pytest.mark.parametrize(
+    "found, text",
+    [
+        ("rosa_kernels 2", r"was written by a newer rosa_kernels, in format 'rosa_kernels 2'.*upgrade"),
+        ("rosa_kernels 10", r"was written by a newer rosa_kernels, in format 'rosa_kernels 10'.*upgrade"),
+        ("rosa_kernels 0", r"expected format 'rosa_kernels 1', got 'rosa_kernels 0'"),
+        ("rosa_kernels 2 beta", r"expected format 'rosa_kernels 1', got 'rosa_kernels 2 beta'"),
+        ("safetensors", r"expected format 'rosa_kernels 1', got 'safetensors'"),
+        (2, r"expected format 'rosa_kernels 1', got 2"),
+        (None, r"expected format 'rosa_kernels 1', got None"),
+    ],
+)
+def test_files_of_another_format(saved, file, found, text):
+    def with_format(metadata):
+        return {key: json.dumps(json.loads(value) | {"format": found}) for key, value in metadata.items()}
+
+    if file == CONFIG:
+        rewrite_config(saved, lambda config: config.update(format=found))
+    else:
+        rewrite_model(saved, change_metadata=with_format)
+    refused(saved, rf"{file}: {text}")
 
 
 def test_missing_files(saved, tmp_path_factory):

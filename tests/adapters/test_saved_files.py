@@ -75,9 +75,13 @@ def test_the_outputs_are_those_of_the_saved_model(model, outputs, name):
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_saving_again_keeps_every_tensor(model, name, tmp_path):
+def test_saving_again_keeps_the_config_and_every_tensor(model, name, tmp_path):
     rk.load_adapters(model, SAVED / name).eval()
     rk.save_adapters(model, tmp_path)
+    config = "adapter_config.json"
+    assert (tmp_path / config).read_bytes() == (
+        SAVED / name / config
+    ).read_bytes()  # its digest is over the tensors too
     again, expected = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors"), written_tensors(name)
     assert again.keys() == expected.keys()
     for key, tensor in expected.items():
