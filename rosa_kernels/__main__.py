@@ -1,4 +1,4 @@
-"""python -m rosa_kernels: what runs where on this machine, and what would be needed for the rest."""
+"""python -m rosa_kernels: which backends run on this machine, what the others lack, and who serves which dtype."""
 
 import platform
 
@@ -20,7 +20,7 @@ def devices() -> list[torch.device]:
 
 
 def service_table() -> str:
-    """A row a device and dtype: the backend that "auto" gives the ops there."""
+    """For each device and dtype a row with the backend that "auto" chooses, and the ops that it has."""
     lines = [f"{'device':<8}{'dtype':<10}{'backend':<11}ops"]
     for device in devices():
         for dtype in DTYPES:
@@ -37,8 +37,8 @@ def main() -> None:
         print(f"  {name:<10} {'ready' if reason is None else 'not available: ' + reason}")
     if cpu.unavailable_reason() is None:
         own = [str(dtype).removeprefix("torch.") for dtype in DTYPES[:2] if cpu.own_gemm(dtype)]
-        base = f", multiplying the base's weight too in {' and '.join(own)}" if own else ""
-        print(f"  cpu kernels: {cpu.instruction_set()} in use{base}; {cpu.build_info()}")
+        gemm = f", with a GEMM of their own in {' and '.join(own)}" if own else ""
+        print(f"  cpu kernels: {cpu.instruction_set()} in use{gemm}; {cpu.build_info()}")
     if cuda.unavailable_reason() is None:
         print(f"  cuda kernels: {cuda.build_info()}")
     if direct_call.missing_names:

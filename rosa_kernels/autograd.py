@@ -1,7 +1,7 @@
-"""The torch.autograd.Functions: which tensors an op saves and which gradients it owes. Mathematics: README.md.
+"""The torch.autograd.Functions: which tensors an op saves for its backward, and which gradients it returns.
 
-Nothing is saved but inputs, so activation checkpointing, FSDP and autograd's own in-place checks see all of it, and
-nothing derived from a trainable tensor outlives a call.
+Only inputs are saved. So activation checkpointing, FSDP and autograd's checks for in-place changes see all that is, and
+nothing that was computed from a trainable tensor outlives a call.
 """
 
 from torch.autograd import Function
@@ -12,7 +12,7 @@ from rosa_kernels.pattern import transposed_structure
 
 
 class RoSALinearFunction(Function):
-    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; every part but x may be None."""
+    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; W, b, A with B, and S may each be None."""
 
     @staticmethod
     def forward(

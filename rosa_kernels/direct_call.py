@@ -5,6 +5,7 @@ dispatcher: the results are the same, only later, and ``python -m rosa_kernels``
 """
 
 import operator
+from collections.abc import Iterable
 
 import torch
 
@@ -35,7 +36,7 @@ _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, li
 
 if missing_names:
 
-    def needs_dispatcher(args) -> bool:
+    def needs_dispatcher(args: Iterable[object]) -> bool:
         """Whether a call with these arguments must go through PyTorch's dispatcher: always, as a name is missing."""
         return True
 
@@ -53,7 +54,7 @@ else:
     _PLAIN_KEYS = frozenset((_inference_keys.raw_repr(), _inference_keys.add(DispatchKey.ADInplaceOrView).raw_repr()))
     """The keys that are included in a thread where nothing watches: in inference mode, and elsewhere."""
 
-    def needs_dispatcher(args) -> bool:
+    def needs_dispatcher(args: Iterable[object]) -> bool:
         """Whether a call with these arguments must go through PyTorch's dispatcher, because something looks for the op.
 
         Nothing else can tell the difference, because whatever a backend does is ops again, each with its own dispatch.

@@ -2,13 +2,15 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
 from rosa_kernels.backends import cpu, cuda, reference, triton
 
 BACKENDS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
-"""In the order that "auto" asks them; reference serves whatever is left."""
+"""Their order is the one in which "auto" asks them; reference, the last, serves everything."""
 
 _ENVIRONMENT = "ROSA_KERNELS_BACKEND"
 
@@ -23,15 +25,16 @@ _chosen = _checked_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
 
 
 @contextlib.contextmanager
-def use_backend(name: str):
-    """Run the ops inside the ``with`` on one backend: "reference", "cpu", "triton", "cuda" or "auto" (the default).
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the ``with`` on a backend: "reference", "cpu", "triton", "cuda" or "auto".
 
-    Holds for the whole process, backward threads included. A backend asked for by name never hands a call on: where it
-    cannot serve one, that call raises RuntimeError with the reason. The environment variable ROSA_KERNELS_BACKEND
-    sets the choice outside any ``with``.
+    "auto", the default, takes the first of cpu, triton, cuda and reference that serves x's device and dtype. A backend
+    asked for by name never hands a call on: where it cannot serve one, that call raises RuntimeError with the reason.
+    The choice holds for the whole process, other threads and the backward included. Outside any ``with`` it is that of
+    the environment variable ROSA_KERNELS_BACKEND.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: the name is unknown.
     """
     global _chosen
     before, _chosen = _chosen, _checked_name(name, "use_backend")
@@ -42,7 +45,7 @@ def use_backend(name: str):
 
 
 def available_backends() -> dict[str, str | None]:
-    """{backend name: None where it can run on this machine, else the reason why not}."""
+    """Each backend's name with None where it can run on this machine, else with the reason why not."""
     return {name: module.unavailable_reason() for name, module in BACKENDS.items()}
 
 
@@ -61,7 +64,7 @@ def automatic_choice(device: torch.device, dtype: torch.dtype) -> str:
     raise AssertionError("reference serves everything")
 
 
-def backend_for(tensor: torch.Tensor):
+def backend_for(tensor: torch.Tensor) -> ModuleType:
     """The backend module that serves ops on this tensor (x, dy or weight: they share device and dtype)."""
     key = _chosen, tensor.device, tensor.dtype
     module = _served.get(key)
@@ -70,10 +73,10 @@ def backend_for(tensor: torch.Tensor):
     return module
 
 
-_served = {}
+_served: dict[tuple[str, torch.device, torch.dtype], ModuleType] = {}
 
 
-def _find_backend(device: torch.device, dtype: torch.dtype):
+def _find_backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
     if _chosen == "auto":
         return BACKENDS[automatic_choice(device, dtype)]
     reason = refusal(_chosen, device, dtype)

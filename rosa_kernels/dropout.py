@@ -1,8 +1,8 @@
 """The dropout mask of the low-rank path, defined once for every backend.
 
-Element (t, i) of x is kept iff word i % 4 of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011), key = seed, counter = (i // 4, t, 0, 0), is at least p * 2**32. Each counter serves four neighbouring
-features, a quarter of the work of a counter an element, and no counter depends on in_features.
+Element (t, i) of x, token t and feature i, is kept exactly where word i % 4 of Philox4x32-10 (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC 2011) is at least p * 2**32; the key is the seed, the counter (i // 4, t, 0, 0).
+One counter serves four neighbouring features, which is a quarter of the work, and none depends on in_features.
 """
 
 import torch
@@ -14,17 +14,17 @@ _LOW_32 = 0xFFFFFFFF
 
 
 def drop_threshold(p: float) -> int:
-    """Words below it are dropped: p as a 32-bit fraction, 2**32 for p = 1."""
+    """p as a 32-bit fraction, 2**32 for p = 1: an element whose word is below it is dropped."""
     return round(p * 2**32)
 
 
 def keep_scale(p: float) -> float:
-    """What kept elements are multiplied by: 1 / (1 - p), and 0 for p = 1."""
+    """The factor of the elements that are kept: 1 / (1 - p), and 0 for p = 1."""
     return 0.0 if p >= 1 else 1 / (1 - p)
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """(1,) int64 drawn from PyTorch's generator of that device; never read on the host."""
+    """(1,) int64, drawn from PyTorch's generator of that device. No host reads it, so nothing waits for a GPU."""
     return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
 
 

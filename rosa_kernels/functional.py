@@ -1,4 +1,4 @@
-"""What a user calls: every argument check is here, and what passes is safe for any backend."""
+"""The functions that a user calls. They check every argument, so that a backend can trust what it gets."""
 
 import torch
 from torch import Tensor
@@ -14,28 +14,40 @@ def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
     *, dropout_p: float = 0.0, training: bool = True,
 ) -> Tensor:  # fmt: skip
-    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ (LoRA, arXiv 2106.09685, eq. 3).
+    """A linear layer with a low-rank adapter (LoRA, arXiv 2106.09685, eq. 3).
+
+    y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ.
+
+    All tensors are on one device. Each that requires a gradient gets one, in its own dtype; the gradients themselves
+    cannot be differentiated again.
 
     Args:
-        x: (..., in_features).
-        weight: (out_features, in_features), the dtype of x. Gets a gradient only where it requires one.
-        bias: (out_features,), the dtype of x, or None.
-        lora_A: (r, in_features), r >= 1, any floating dtype.
-        lora_B: (out_features, r), any floating dtype.
-        scaling: lora_alpha / r, usually.
-        dropout_p: chance in [0, 1] that an element of x is dropped on its way to lora_A, in training.
+        x: (..., in_features), float32, bfloat16, float16 or float64.
+        weight: (out_features, in_features), in x's dtype.
+        bias: (out_features,), in x's dtype, or None.
+        lora_A: (r, in_features), r at least 1, in any of the four dtypes.
+        lora_B: (out_features, r), in any of the four dtypes.
+        scaling: the factor of the low-rank part, usually lora_alpha / r.
+        dropout_p: the chance in [0, 1] that an element of x is zeroed on its way to lora_A; the others grow by
+            1 / (1 - dropout_p). The mask's seed is drawn from PyTorch's generator of x's device.
+        training: False switches dropout off.
 
     Returns:
-        (..., out_features) in x's dtype, accumulated in fp32 (float64 for float64).
+        (..., out_features), in x's dtype. Sums are accumulated in float32, of float64 in float64.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or range is not as above; the message names it.
+        ValueError: an argument's shape, dtype, device or range is another one; the message names the argument.
+        TypeError: an argument has the wrong Python type.
+        RuntimeError: a backend that use_backend asks for by name cannot serve x's device and dtype.
     """
     return _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, None, None, dropout_p, training)
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, pattern: CSRPattern) -> Tensor:
-    """y = x Wᵀ + b + x Sᵀ, S the sparse delta of ``values`` (nnz,) at ``pattern``; arguments as in rosa_linear."""
+    """A linear layer with a sparse adapter S: y = x Wᵀ + b + x Sᵀ.
+
+    The arguments are those of rosa_linear, and so are the result, the gradients and the errors.
+    """
     return _rosa_linear(x, weight, bias, None, None, 1.0, values, pattern, 0.0, False)
 
 
@@ -43,18 +55,17 @@ def rosa_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
     values: Tensor, pattern: CSRPattern, *, dropout_p: float = 0.0, training: bool = True,
 ) -> Tensor:  # fmt: skip
-    """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ (RoSA, arXiv 2401.04679, section 3.2).
+    """A linear layer with a low-rank and a sparse adapter (RoSA, arXiv 2401.04679, section 3.2).
+
+    y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ. Dropout acts on the low-rank part alone.
 
     Args:
-        x, weight, bias, lora_A, lora_B, scaling, dropout_p, training: as in lora_linear. Dropout leaves S's path alone.
-        values: (nnz,), any floating dtype: the entries of S in the order of ``pattern``.
-        pattern: where they sit; its shape is that of weight.
+        x, weight, bias, lora_A, lora_B, scaling, dropout_p, training: as in lora_linear.
+        values: (nnz,), float32, bfloat16, float16 or float64: the non-zero entries of S, in the order of ``pattern``.
+        pattern: where they sit in S; its shape is that of weight, its device that of x.
 
     Returns:
-        (..., out_features) in x's dtype. Gradients: each in its own tensor's dtype; once differentiable.
-
-    Raises:
-        ValueError: an argument's shape, dtype, device or range is not as above; the message names it.
+        (..., out_features), in x's dtype; gradients and errors as in lora_linear.
     """
     return _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
 
@@ -63,18 +74,28 @@ def rosa_delta(
     x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float,
     values: Tensor | None, pattern: CSRPattern | None, *, dropout_p: float = 0.0, training: bool = True,
 ) -> Tensor:  # fmt: skip
-    """scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ: the adapter alone, for a base layer that computes its own part.
+    """The adapter's part alone, scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ, to be added to what a base layer computes.
 
-    Either lora_A and lora_B, or values and pattern, may be None. Arguments, result and errors as in rosa_linear.
+    lora_A and lora_B may both be None, or values and pattern. Otherwise the arguments, the result, the gradients and
+    the errors are those of rosa_linear.
     """
     return _rosa_linear(x, None, None, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
 
 
 def spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
-    """x Sᵀ. x (..., in_features), values (nnz,) of any floating dtype -> (..., out_features) in x's dtype.
+    """The product of a dense and a sparse matrix: x Sᵀ.
+
+    Args:
+        x: (..., in_features), float32, bfloat16, float16 or float64.
+        values: (nnz,), in any of these dtypes: the non-zero entries of S, in the order of ``pattern``.
+        pattern: where they sit in S (out_features, in_features); on x's device, as values.
+
+    Returns:
+        (..., out_features), in x's dtype. Each gradient has its own tensor's dtype.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument has the wrong Python type.
     """
     _check_type("x", x, Tensor)
     _check_type("values", values, Tensor)
@@ -89,12 +110,21 @@ def spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
 
 
 def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
-    """Σ_t dy[t, row_e] · x[t, col_e] for each entry e: dyᵀ x where the pattern is, nowhere else.
+    """The entries of dyᵀ x where a pattern has entries: Σ_t dy[t, row_e] · x[t, col_e] for each entry e.
 
-    dy (..., out_features) and x (..., in_features) share leading sizes and dtype -> (nnz,) in that dtype.
+    This is the gradient of spmm's values.
+
+    Args:
+        dy: (..., out_features), with x's leading sizes, dtype and device.
+        x: (..., in_features), float32, bfloat16, float16 or float64.
+        pattern: of shape (out_features, in_features), on x's device.
+
+    Returns:
+        (nnz,), in x's dtype, in the order of ``pattern``.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument has the wrong Python type.
     """
     _check_type("dy", dy, Tensor)
     _check_type("x", x, Tensor)
@@ -113,10 +143,19 @@ def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
 
 
 def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
-    """weight + S, a new tensor (out_features, in_features) in weight's dtype; weight is left as it is.
+    """weight + S as a new dense tensor; weight stays as it is.
+
+    Args:
+        weight: (out_features, in_features), float32, bfloat16, float16 or float64.
+        values: (nnz,), in any of these dtypes: the non-zero entries of S, in the order of ``pattern``.
+        pattern: where they sit in S; its shape and device are those of weight.
+
+    Returns:
+        (out_features, in_features), in weight's dtype.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
+        TypeError: an argument has the wrong Python type.
     """
     _check_type("weight", weight, Tensor)
     _check_type("values", values, Tensor)
@@ -130,7 +169,10 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
     return ops.csr_add(weight, values, pattern.crow_indices, pattern.col_indices)
 
 
-def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training):
+def _rosa_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    scaling: float, values: Tensor | None, pattern: CSRPattern | None, dropout_p: float, training: bool,
+) -> Tensor:  # fmt: skip
     crow = col = None
     structure = UNSTRUCTURED
     if isinstance(pattern, CSRPattern):
@@ -153,11 +195,13 @@ def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, drop
     return call(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
 
 
-def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
-    """Whether a call is of the common kind and passes every check of _checked, which takes 10 us on a cold cache.
+def _fits(
+    x: object, weight: object, bias: object, lora_A: object, lora_B: object, values: object, pattern: object
+) -> bool:
+    """Whether a call has a weight, lora_A and lora_B and passes every check of _checked.
 
-    The common kind has a weight, lora_A and lora_B, all on one device, and is outside autocast: there
-    direct_call.needs_dispatcher says yes, and _checked runs.
+    This is the common kind of call, and _checked takes 10 us on a cold cache. The quick check knows nothing of
+    autocast, under which direct_call.needs_dispatcher is true and _checked runs.
     """
     return (
         isinstance(x, Tensor)
@@ -199,8 +243,11 @@ def _fits(x, weight, bias, lora_A, lora_B, values, pattern) -> bool:
     )
 
 
-def _checked(x, weight, bias, lora_A, lora_B, values, pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Checks every tensor and the pattern; returns x, weight and bias as autocast wants them."""
+def _checked(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+    values: Tensor | None, pattern: CSRPattern | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """x, weight and bias as autocast wants them, where all arguments are right; a ValueError or TypeError elsewhere."""
     _check_type("x", x, Tensor)
     for name, tensor in (
         ("weight", weight),
@@ -222,9 +269,9 @@ def _checked(x, weight, bias, lora_A, lora_B, values, pattern) -> tuple[Tensor, 
     x, weight, bias = _autocast(x, weight, bias)
     out_features = _check_base(x, weight, bias, lora_B, pattern)
     in_features = x.shape[-1]
-    if lora_A is not None:
+    if lora_A is not None and lora_B is not None:
         _check_lora(lora_A, lora_B, in_features, out_features, x.device)
-    if pattern is not None:
+    if pattern is not None and values is not None:
         if pattern.shape != (out_features, in_features):
             raise ValueError(f"pattern: expected shape {(out_features, in_features)}, got {pattern.shape}")
         _check_values(values, pattern, x.device)
@@ -235,28 +282,31 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _autocast(x: Tensor, *parameters: Tensor | None):
-    """x, weight and bias as torch.nn.functional.linear sees them under torch.autocast; adapters keep their dtype."""
+def _autocast(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, weight and bias as torch.nn.functional.linear sees them under torch.autocast. Adapters keep their dtype."""
     device_type = x.device.type
     if not ops.autocast_enabled(device_type):
-        return x, *parameters
+        return x, weight, bias
     autocast_dtype = torch.get_autocast_dtype(device_type)
 
-    def cast(tensor):
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
         return tensor.to(autocast_dtype) if eligible else tensor
 
-    return cast(x), *(cast(p) for p in parameters)
+    return cast(x), None if weight is None else cast(weight), None if bias is None else cast(bias)
 
 
-def _check_base(x, weight, bias, lora_B, pattern) -> int:
+def _check_base(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_B: Tensor | None, pattern: CSRPattern | None
+) -> int:
     """Checks x, weight and bias; returns out_features."""
     if weight is None:
         _check_floating("x", x)
         if x.dim() < 1:
             raise ValueError("x: expected shape (..., in_features), got a 0-D tensor")
-        if lora_B is None:
+        if pattern is not None:
             return pattern.shape[0]
+        assert lora_B is not None, "_checked has seen to it"
         if lora_B.dim() != 2:
             raise ValueError(f"lora_B: expected shape (out_features, r), got {tuple(lora_B.shape)}")
         return lora_B.shape[0]
@@ -272,7 +322,7 @@ def _check_base(x, weight, bias, lora_B, pattern) -> int:
     return out_features
 
 
-def _check_lora(lora_A, lora_B, in_features, out_features, device) -> None:
+def _check_lora(lora_A: Tensor, lora_B: Tensor, in_features: int, out_features: int, device: torch.device) -> None:
     if lora_A.dim() != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != in_features:
         raise ValueError(f"lora_A: expected shape (r, {in_features}) with r >= 1, got {tuple(lora_A.shape)}")
     expected = (out_features, lora_A.shape[0])
@@ -283,7 +333,7 @@ def _check_lora(lora_A, lora_B, in_features, out_features, device) -> None:
         _check_device(name, tensor.device, device)
 
 
-def _check_values(values: Tensor, pattern: CSRPattern, device) -> None:
+def _check_values(values: Tensor, pattern: CSRPattern, device: torch.device) -> None:
     if values.dim() != 1 or values.shape[0] != pattern.nnz:
         raise ValueError(f"values: expected shape ({pattern.nnz},), got {tuple(values.shape)}")
     _check_floating("values", values)
@@ -303,7 +353,7 @@ def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     _check_device(name, tensor.device, x.device)
 
 
-def _check_type(name: str, value, kind: type) -> None:
+def _check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
 

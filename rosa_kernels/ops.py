@@ -1,9 +1,12 @@
 """torch.ops.rosa_kernels.*: every op's schema, its fake for tracing, and its call into the backend that serves it.
 
-Ops are flat: tensors, numbers, no autograd (that is autograd.py), no checks (those are functional.py's). The pattern arrives
-as its index tensors and its structure, an int of pattern.py; a seed is given exactly when dropout is on. The functions of
-this module, named as the ops, are what the package itself calls; they may return None for a gradient not needed.
+An op takes tensors and numbers alone. autograd.py differentiates it, and functional.py has checked its arguments.
+A pattern arrives as its index tensors and its structure, an int of pattern.py; a seed is there just when dropout is on.
+The package itself calls the functions of this module, which have the ops' names: they skip PyTorch's dispatcher where
+direct_call.py allows it, and may return None for a gradient that is not needed.
 """
+
+from collections.abc import Callable
 
 import torch
 
@@ -14,7 +17,8 @@ _SCHEMAS = {
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
         "Tensor? crow, Tensor? col, int structure, float dropout_p, Tensor? seed) -> Tensor"
     ),
-    # needs: dx, dweight, dbias, dlora_A, dlora_B, dvalues; where false an empty tensor comes back, from a backend None
+    # needs says which of dx, dweight, dbias, dlora_A, dlora_B and dvalues to compute. For each of the others a backend
+    # returns None, and the op an empty tensor.
     "rosa_linear_backward": (
         "(Tensor dy, Tensor x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
         "Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, Tensor? permutation, int structure, float dropout_p, "
@@ -33,7 +37,7 @@ def autocast_enabled(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _implementation(name: str):
+def _implementation(name: str) -> Callable:
     def call(*args):
         device_type = args[0].device.type
         serve = getattr(dispatch.backend_for(args[0]), name)
@@ -46,7 +50,7 @@ def _implementation(name: str):
 
 
 def _tensors(results, like):
-    """An op's list holds tensors alone, no two the same: an empty one for each None."""
+    """What an op may return: a list of tensors alone, no two the same. Each None becomes an empty tensor of its own."""
     if isinstance(results, list):
         return [like.new_empty(0) if result is None else result for result in results]
     return results
@@ -57,7 +61,7 @@ for _name, _schema in _SCHEMAS.items():
     _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
 
 
-def _entry(name: str):
+def _entry(name: str) -> Callable:
     op = getattr(torch.ops.rosa_kernels, name)
 
     def call(*args):

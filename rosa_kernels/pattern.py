@@ -1,24 +1,29 @@
-"""CSRPattern: where a sparse delta S (out_features, in_features) may be non-zero."""
+"""CSRPattern: where a sparse matrix S (out_features, in_features) may be non-zero."""
 
 import operator
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 UNSTRUCTURED, ROW, COLUMN, BLOCK, BLOCK16 = range(5)
-"""BLOCK16: blocks whose size is a multiple of 16, the smallest side of a tensor core's tile."""
+"""What S consists of. BLOCK16 has blocks whose size is a multiple of 16, the smallest side of a tensor core's tile."""
 STRUCTURES = ("unstructured", "row", "column", "block")
 _TRANSPOSED = {ROW: COLUMN, COLUMN: ROW}
 
 MOST_ENTRIES = 2**31 - 2**20
-"""A kernel's last step past the end must not wrap an int32."""
+"""Kernels count entries in int32, and a last step past the end must not wrap."""
 
 
 class CSRPattern:
-    """The fixed sparsity pattern of S in compressed sparse row form; the values live elsewhere.
+    """Where a sparse matrix S has entries, in compressed sparse row (CSR) form; their values are a tensor of their own.
 
-    Entry e of a value vector (nnz,) sits at row i and column ``col_indices[e]`` where
-    ``crow_indices[i] <= e < crow_indices[i + 1]``. A value may be zero: the pattern keeps its place.
+    Entry e of the values (nnz,) sits at row i and column ``col_indices[e]`` where
+    ``crow_indices[i] <= e < crow_indices[i + 1]``. A value that is zero keeps its place.
+
+    Attributes: ``shape``, (out_features, in_features) of S; ``crow_indices`` and ``col_indices``, int32 copies of the
+    arguments; ``nnz``, the number of entries; ``density``, their share of S; ``device``.
 
     Args:
         crow_indices: (out_features + 1,) integers, the first 0, the last nnz, never falling.
@@ -26,44 +31,51 @@ class CSRPattern:
         shape: (out_features, in_features) of S.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an argument is not as above; the message names it, what was expected and what came.
+        TypeError: an argument has the wrong Python type.
     """
 
     def __init__(self, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int]):
-        shape = _checked_shape(shape)
-        _check_indices(crow_indices, col_indices, shape)
+        self.shape = _checked_shape(shape)
+        _check_indices(crow_indices, col_indices, self.shape)
         # Copies: what was checked must not change behind a kernel's back.
-        self._assign(crow_indices.to(torch.int32, copy=True), col_indices.to(torch.int32, copy=True), shape)
-        self.structure = _detect_structure(self.crow_indices, self.col_indices, shape)
-
-    def _assign(self, crow_indices, col_indices, shape, structure=UNSTRUCTURED, transposed=None):
-        self.shape = shape
-        self.crow_indices = crow_indices
-        self.col_indices = col_indices
-        self.structure = structure
-        self._transposed = transposed
+        self.crow_indices = crow_indices.to(torch.int32, copy=True)
+        self.col_indices = col_indices.to(torch.int32, copy=True)
+        self.structure = _detect_structure(self.crow_indices, self.col_indices, self.shape)
+        self._transposed: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
-    def _trusted(cls, crow_indices, col_indices, shape, structure, transposed=None) -> "CSRPattern":
+    def _trusted(
+        cls,
+        crow_indices: Tensor,
+        col_indices: Tensor,
+        shape: tuple[int, int],
+        structure: int,
+        transposed: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> "CSRPattern":
         """A pattern from tensors that an earlier pattern checked: no validation, no synchronisation."""
         pattern = cls.__new__(cls)
-        pattern._assign(crow_indices, col_indices, shape, structure, transposed)
+        pattern.shape = shape
+        pattern.crow_indices = crow_indices
+        pattern.col_indices = col_indices
+        pattern.structure = structure
+        pattern._transposed = transposed
         return pattern
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "CSRPattern":
-        """The true entries of a bool mask (out_features, in_features)."""
+        """The pattern whose entries are the true ones of a bool mask (out_features, in_features)."""
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask: expected a Tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"mask: expected a 2-D bool tensor, got {_describe(mask)}")
         crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
         torch.cumsum(mask.sum(1), 0, out=crow[1:])
-        return cls(crow, mask.nonzero()[:, 1], tuple(mask.shape))
+        return cls(crow, mask.nonzero()[:, 1], (mask.shape[0], mask.shape[1]))
 
     @classmethod
     def from_rows(cls, rows: Tensor, shape: tuple[int, int]) -> "CSRPattern":
-        """Whole rows of S. rows: (n,) distinct row indices, in any order."""
+        """The pattern of whole rows of S. rows: (n,) distinct integers in [0, out_features), in any order."""
         shape = _checked_shape(shape)
         chosen = _chosen(rows, "rows", shape[0])
         crow = torch.zeros(shape[0] + 1, dtype=torch.int64, device=chosen.device)
@@ -73,7 +85,7 @@ class CSRPattern:
 
     @classmethod
     def from_columns(cls, cols: Tensor, shape: tuple[int, int]) -> "CSRPattern":
-        """Whole columns of S. cols: (n,) distinct column indices, in any order."""
+        """The pattern of whole columns of S. cols: (n,) distinct integers in [0, in_features), in any order."""
         shape = _checked_shape(shape)
         sorted_cols = _chosen(cols, "cols", shape[1]).nonzero()[:, 0]
         crow = torch.arange(shape[0] + 1, device=sorted_cols.device) * sorted_cols.numel()
@@ -81,9 +93,12 @@ class CSRPattern:
 
     @classmethod
     def from_blocks(cls, block_mask: Tensor, block_size: int, shape: tuple[int, int]) -> "CSRPattern":
-        """Square blocks of S; those on the lower and right edges are cut to fit.
+        """The pattern of square blocks of S; those on the lower and right edges are cut to fit.
 
-        block_mask: (ceil(out_features / block_size), ceil(in_features / block_size)) bools.
+        Args:
+            block_mask: (ceil(out_features / block_size), ceil(in_features / block_size)) bools, true for each block.
+            block_size: the side of a block.
+            shape: (out_features, in_features) of S.
         """
         out_features, in_features = shape = _checked_shape(shape)
         block_size = operator.index(block_size)
@@ -100,7 +115,7 @@ class CSRPattern:
 
     @classmethod
     def random(cls, shape: tuple[int, int], density: float, seed: int) -> "CSRPattern":
-        """round(density * out_features * in_features) entries chosen uniformly, the same for the same seed."""
+        """A pattern of round(density * out_features * in_features) entries, drawn uniformly: the same for one seed."""
         shape = _checked_shape(shape)
         if not 0 <= density <= 1:
             raise ValueError(f"density: expected a number in [0, 1], got {density}")
@@ -119,7 +134,7 @@ class CSRPattern:
 
     @property
     def structure_name(self) -> str:
-        """One of STRUCTURES."""
+        """What S consists of: "unstructured", "row", "column" or "block"."""
         return STRUCTURES[min(self.structure, BLOCK)]
 
     @property
@@ -132,10 +147,10 @@ class CSRPattern:
         return rows.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
 
     def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The CSC view (ccol_indices, row_indices, permutation), int32, made once.
+        """The pattern by columns: (ccol_indices, row_indices, permutation), int32, computed once.
 
-        Entry k of column order is entry ``permutation[k]`` of row order, so ``values[permutation]`` are the values
-        of Sᵀ in CSR form. Made from the indices alone: explicit zeros keep their place.
+        Sizes are (in_features + 1,), (nnz,) and (nnz,). Entry k by columns is entry ``permutation[k]`` by rows, so that
+        ``values[permutation]`` are the values of Sᵀ in CSR form.
         """
         if self._transposed is None:
             self._transposed = self._csc()
@@ -154,21 +169,24 @@ class CSRPattern:
         )
 
     def to_mask(self) -> Tensor:
-        """(out_features, in_features) bool."""
+        """(out_features, in_features) bools, true where S has an entry."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         mask[self.row_of_entry(), self.col_indices.long()] = True
         return mask
 
-    def to(self, device) -> "CSRPattern":
-        """The same pattern on another device; itself where it already is there."""
+    def to(self, device: torch.device | str) -> "CSRPattern":
+        """The pattern on another device; the same object where it already is there."""
         if torch.device(device) == self.device:
             return self
-        moved = None if self._transposed is None else tuple(t.to(device) for t in self._transposed)
+        moved = self._transposed
+        if moved is not None:
+            ccol_indices, row_indices, permutation = moved
+            moved = ccol_indices.to(device), row_indices.to(device), permutation.to(device)
         return CSRPattern._trusted(
             self.crow_indices.to(device), self.col_indices.to(device), self.shape, self.structure, moved
         )
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, CSRPattern)
             and self.shape == other.shape
@@ -176,7 +194,7 @@ class CSRPattern:
             and torch.equal(self.col_indices, other.col_indices)
         )
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # by identity: the indices may lie on a GPU
 
     def __repr__(self) -> str:
         return (
@@ -199,14 +217,14 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _checked_shape(shape) -> tuple[int, int]:
-    shape = tuple(operator.index(n) for n in shape)
-    if len(shape) != 2 or not all(0 <= n < 2**31 for n in shape):
-        raise ValueError(f"shape: expected (out_features, in_features), each below 2**31, got {shape}")
-    return shape
+def _checked_shape(shape: Iterable[SupportsIndex]) -> tuple[int, int]:
+    sizes = tuple(map(operator.index, shape))
+    if len(sizes) != 2 or not all(0 <= size < 2**31 for size in sizes):
+        raise ValueError(f"shape: expected (out_features, in_features), each below 2**31, got {sizes}")
+    return sizes[0], sizes[1]
 
 
-def _chosen(indices, name: str, size: int) -> Tensor:
+def _chosen(indices: Tensor, name: str, size: int) -> Tensor:
     """(size,) bools, true at the given distinct indices."""
     indices = torch.as_tensor(indices)
     if indices.numel() == 0:

@@ -1,7 +1,10 @@
 """The quick check of a linear call's arguments has the full check's verdict, whatever the arguments are."""
 
+import itertools
+
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rosa_kernels as rk
@@ -12,24 +15,17 @@ REFUSED_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "values", "pattern")
 PATTERNS = {(out, into): rk.CSRPattern.random((out, into), 0.5, seed=0) for out in (0, 1, 3) for into in (0, 1, 2)}
 
+WRONG_TYPES = (None, 1, 2.0, [[1.0]], "x", torch.ones(2, 3).numpy(), torch.Size([2]))
+
 dtypes = st.sampled_from(DTYPES)
-all_dtypes = st.sampled_from(DTYPES + REFUSED_DTYPES)
 devices = st.sampled_from(("cpu", "meta"))
 sizes = st.integers(0, 3)
-wrong_types = st.sampled_from((None, 1, 2.0, [[1.0]], "x", torch.ones(2, 3).numpy(), torch.Size([2])))
-any_tensors = st.builds(
-    lambda shape, dtype, device: torch.empty(shape, dtype=dtype, device=device),
-    st.lists(sizes, max_size=3),
-    all_dtypes,
-    devices,
-)
-any_patterns = st.builds(lambda shape, device: PATTERNS[shape].to(device), st.sampled_from(sorted(PATTERNS)), devices)
 
 
 @st.composite
-def valid_arguments(draw):
+def arguments_that_agree(draw, smallest_r=1):
     """Arguments of the kind that the quick check is for: a base, a low-rank part, and perhaps a sparse one."""
-    (out_features, in_features), r = draw(st.sampled_from(sorted(PATTERNS))), draw(st.integers(1, 3))
+    (out_features, in_features), r = draw(st.sampled_from(sorted(PATTERNS))), draw(st.integers(smallest_r, 3))
     device, dtype, leading = draw(devices), draw(dtypes), draw(st.lists(sizes, max_size=2))
 
     def tensor(*shape, dtype=dtype):
@@ -47,23 +43,31 @@ def valid_arguments(draw):
     }
 
 
+def replacements(old):
+    """What takes an argument's place: its like of another dtype, device or shape, another pattern, a wrong type."""
+    if isinstance(old, torch.Tensor):
+        shape = tuple(old.shape)
+        resized = [
+            (*shape[:i], max(0, shape[i] + step), *shape[i + 1 :]) for i in range(len(shape)) for step in (-1, 1)
+        ]
+        shapes = [*resized, shape[::-1], (1, *shape), shape[1:], ()]
+        like_the_old = [old.new_empty(other) for other in shapes]
+        like_the_old += [torch.empty_like(old, dtype=dtype) for dtype in DTYPES + REFUSED_DTYPES]
+        like_the_old += [torch.empty_like(old, device=device) for device in ("cpu", "meta")]
+    elif isinstance(old, rk.CSRPattern):
+        like_the_old = [*PATTERNS.values(), old.to("meta"), old.to_mask()]
+    else:
+        like_the_old = [torch.empty(2), PATTERNS[3, 2]]
+    return [*like_the_old, *WRONG_TYPES]
+
+
 @st.composite
 def changed_arguments(draw):
-    """Arguments with or without a base and a low-rank part, of which up to two are replaced by something else."""
-    arguments = draw(valid_arguments())
-    left_out = draw(st.sampled_from(((), (), (), ("weight", "bias"), ("lora_A", "lora_B"))))
-    arguments |= dict.fromkeys(left_out)
-    for name in draw(st.lists(st.sampled_from(NAMES), max_size=2)):
-        old = arguments[name]
-        like_the_old = [st.just(old)]
-        if isinstance(old, torch.Tensor):
-            like_the_old = [
-                st.builds(torch.empty_like, st.just(old), dtype=all_dtypes),
-                st.builds(torch.empty_like, st.just(old), device=devices),
-                st.just(old.mT if old.dim() > 1 else old[None]),
-                st.just(old.new_empty(())),
-            ]
-        arguments[name] = draw(st.one_of(*like_the_old, any_tensors, any_patterns, wrong_types))
+    """Arguments with or without a base and a low-rank part, of which up to three are replaced by something else."""
+    arguments = draw(arguments_that_agree(smallest_r=0))
+    arguments |= dict.fromkeys(draw(st.sampled_from(((), (), (), ("weight", "bias"), ("lora_A", "lora_B")))))
+    for name in draw(st.lists(st.sampled_from(NAMES), max_size=3)):
+        arguments[name] = draw(st.sampled_from(replacements(arguments[name])))
     return arguments
 
 
@@ -77,16 +81,39 @@ def refusal(arguments):
     return None
 
 
-@settings(max_examples=500)
-@given(valid_arguments())
+@given(arguments_that_agree())
 def test_valid_arguments_pass_both_checks(arguments):
     assert functional._fits(**arguments) and refusal(arguments) is None
 
 
-@settings(max_examples=1500, suppress_health_check=[HealthCheck.too_slow])
-@given(changed_arguments())
-def test_both_checks_have_one_verdict(arguments):
+def assert_one_verdict(arguments):
     """The quick check is for calls with a weight and a low-rank part; of the others it knows nothing and says no."""
     passes = refusal(arguments) is None
     for_the_quick_check = all(arguments[name] is not None for name in ("weight", "lora_A", "lora_B"))
     assert functional._fits(**arguments) == (passes and for_the_quick_check)
+
+
+@pytest.mark.parametrize("r", (0, 1, 2))
+@pytest.mark.parametrize("shape", [(3, 2), (1, 1)])
+def test_both_checks_have_one_verdict_on_every_two_changes(shape, r):
+    (out_features, in_features), pattern = shape, PATTERNS[shape]
+    arguments = {
+        "x": torch.empty(4, in_features),
+        "weight": torch.empty(out_features, in_features),
+        "bias": torch.empty(out_features),
+        "lora_A": torch.empty(r, in_features),
+        "lora_B": torch.empty(out_features, r),
+        "values": torch.empty(pattern.nnz),
+        "pattern": pattern,
+    }
+    assert_one_verdict(arguments)
+    candidates = {name: [arguments[name], *replacements(arguments[name])] for name in NAMES}
+    for first, second in itertools.combinations(NAMES, 2):
+        for changes in itertools.product(candidates[first], candidates[second]):  # 12,500 lists
+            assert_one_verdict(arguments | dict(zip((first, second), changes, strict=True)))
+
+
+@settings(max_examples=500)
+@given(changed_arguments())
+def test_both_checks_have_one_verdict(arguments):
+    assert_one_verdict(arguments)

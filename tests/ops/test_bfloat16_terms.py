@@ -1,4 +1,4 @@
-"""What splitting fp32 adapters into bf16 terms, as the CPU's bf16 instructions need it, must not lose: infinities, digits, zeros."""
+"""The CPU's bf16 instructions need fp32 adapters as sums of bf16 terms, which must keep infinities, digits, zeros."""
 
 import pytest
 import torch

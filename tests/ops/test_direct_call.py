@@ -1,4 +1,4 @@
-"""Which calls go straight to their backend, who sees the op of the others, and what happens without torch._C's names."""
+"""Which calls go straight to their backend, who sees the op of the others, and what a missing private name changes."""
 
 import contextlib
 import importlib
