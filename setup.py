@@ -1,11 +1,14 @@
 """Builds the native kernels where their compilers are; everything else about the package is in pyproject.toml.
 
-ROSA_KERNELS_BUILD=auto (default): build what can be built, install without the rest and say so.
-ROSA_KERNELS_BUILD=cpu: build the C++ kernels or fail.   ROSA_KERNELS_BUILD=cuda: build them and the CUDA kernels or fail.
+ROSA_KERNELS_BUILD=auto (default): build what can be built, install without the rest and say why it is missing.
+ROSA_KERNELS_BUILD=cpu: build the C++ kernels or fail.
+ROSA_KERNELS_BUILD=cuda: build them and the CUDA kernels or fail.
 ROSA_KERNELS_BUILD=none: do not build.
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX": compile the CUDA kernels for these, not for the GPUs that are here.
+CXX="clang++": the C++ compiler, for the CUDA kernels too.
 """
 
+import itertools
 import os
 import platform
 import re
@@ -19,36 +22,53 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-TORCH = "torch>=2.10"
-SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/cpu_features.cpp"]
-KERNELS = "csrc/cpu/kernels.cpp"
-COMMON_FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden"]
+OLDEST_TORCH = (2, 10)
+# The kernels call PyTorch's stable ABI as it was in this version. Every later PyTorch loads them.
+STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+COMMON_FLAGS = ["-std=c++17", "-O3", STABLE_ABI]
+
+CPU_SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/cpu_features.cpp"]
+CPU_KERNELS = "csrc/cpu/kernels.cpp"  # compiled once for each instruction set
+# Python's flags may have -Wall, under which GCC 12 fills screens with false warnings about its own AVX-512 headers.
+CPU_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {  # KERNELS is compiled once for each
+INSTRUCTION_SETS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "avx512bf16": [*AVX512, "-mavx512bf16"],
     "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
+
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
 CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-# The static runtime needs no libcudart of one version, so that the binary outlives torch's change of CUDA as it outlives
-# torch's own; both runtimes work in the driver's primary context, so torch's current device is the kernels' too.
+# The static runtime does not bind the binary to one version of libcudart, so it outlives a change of PyTorch's CUDA.
+# Both runtimes work in the driver's primary context, so the kernels run on PyTorch's current device.
 CUDA_LINK_FLAGS = ["-shared", "--cudart=static"]
 OLDEST_CUDA, OLDEST_ARCHITECTURE = (11, 8), (8, 0)
-ARCHITECTURES = ["8.0", "9.0", "10.0"]  # where no GPU is here to ask
+DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0"]  # for a machine that builds without a GPU
+
+# The kernels do not use Python's C API, so one binary serves every Python. A free-threaded Python before 3.15 takes no
+# abi3 wheel and gets one of its own.
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 class Unavailable(Exception):
-    """Why kernels cannot be built here."""
+    """Says why kernels cannot be built here."""
+
+
+def requested_build() -> str:
+    value = os.environ.get("ROSA_KERNELS_BUILD", "auto")
+    if value not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"ROSA_KERNELS_BUILD: expected auto, cpu, cuda or none, got {value!r}")
+    return value
 
 
 def torch_directory() -> Path | None:
-    """The torch to build against: the build environment's, else that of the environment pip installs into."""
+    """Finds the torch to build against: the build environment's, else that of the environment pip installs into."""
     places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     places.append(site.getusersitepackages())
     config = Path(sys.prefix) / "pyvenv.cfg"
@@ -58,38 +78,35 @@ def torch_directory() -> Path | None:
         version_file = Path(place) / "torch" / "version.py"
         if version_file.exists():
             version = re.search(r"__version__ = '(\d+)\.(\d+)", version_file.read_text())
-            if version and (int(version[1]), int(version[2])) >= (2, 10):
+            if version and (int(version[1]), int(version[2])) >= OLDEST_TORCH:
                 return version_file.parent
     return None
 
 
-def cuda_of(torch: Path) -> str | None:
-    """The version of CUDA that torch is built for, if any."""
+def cuda_version(torch: Path) -> str | None:
+    """Reads the version of CUDA that torch is built for, if any."""
     version = re.search(r"^cuda\b.*'([\d.]+)'", (torch / "version.py").read_text(), re.MULTILINE)
     return version[1] if version else None
 
 
-def wish() -> str:
-    value = os.environ.get("ROSA_KERNELS_BUILD", "auto")
-    if value not in ("auto", "cpu", "cuda", "none"):
-        sys.exit(f"ROSA_KERNELS_BUILD: expected auto, cpu, cuda or none, got {value!r}")
-    return value
+def run_compiler(command: list[str]) -> str:
+    """Returns what the command printed. Where it fails, the reason ends with the last lines that it printed."""
+    if shutil.which(command[0]) is None:
+        raise Unavailable(
+            f"the compiler {command[0]} is not found; install it, or set CXX to another, and install again"
+        )
+    done = subprocess.run(
+        command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if done.returncode != 0:
+        sys.stderr.write(done.stdout)
+        last_lines = done.stdout.strip().splitlines()[-10:] or ["(it printed nothing)"]
+        raise Unavailable("\n".join([f"{command[0]} failed with exit status {done.returncode}:", *last_lines]))
+    return done.stdout
 
 
-def output_of(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def check_compiler() -> None:
-    if platform.system() not in ("Linux", "Darwin"):
-        raise Unavailable(f"the kernels build on Linux and macOS, not on {platform.system()}")
-    compiler = os.environ.get("CXX", "").split() or ["c++", "g++", "clang++"]
-    if not any(shutil.which(name) for name in compiler):
-        raise Unavailable(f"no C++ compiler is found ({', '.join(compiler)}); install g++ or clang++ and install again")
-
-
-def cuda_compiler(cuda: str | None) -> list[str]:
-    """An nvcc for a torch of that CUDA, with the options for the architectures; seen to compile and to link."""
+def nvcc_command(cuda: str | None) -> list[str]:
+    """Finds an nvcc for a torch of that CUDA, has it compile and link an empty file, and adds its architectures."""
     if cuda is None:
         raise Unavailable("torch is built without CUDA; install a CUDA build of torch")
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -97,30 +114,31 @@ def cuda_compiler(cuda: str | None) -> list[str]:
     nvcc = next(filter(None, map(shutil.which, places)), None)
     if nvcc is None:
         raise Unavailable(f"no nvcc is found ({', '.join(places)}); install the CUDA {cuda} toolkit and install again")
-    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version")).groups())
+    release = re.search(r"release (\d+)\.(\d+)", run_compiler([nvcc, "--version"]))
+    if release is None:
+        raise Unavailable(f"{nvcc} --version names no release of CUDA")
+    major, minor = map(int, release.groups())
     if (major, minor) < OLDEST_CUDA:
-        raise Unavailable(
-            f"{nvcc} is of CUDA {major}.{minor}, the kernels need {'.'.join(map(str, OLDEST_CUDA))} or newer"
-        )
+        oldest = ".".join(map(str, OLDEST_CUDA))
+        raise Unavailable(f"{nvcc} is of CUDA {major}.{minor}, the kernels need {oldest} or newer")
     if major != int(cuda.split(".")[0]):
         raise Unavailable(f"{nvcc} is of CUDA {major}.{minor}, torch of CUDA {cuda}: their major versions must match")
     host = shutil.which(os.environ.get("CXX", ""))
-    command = [nvcc, *architectures(nvcc), *(["-ccbin", host] if host else [])]
+    command = [nvcc, *architecture_options(nvcc), *(["-ccbin", host] if host else [])]
     with tempfile.TemporaryDirectory() as directory:
-        probe = [*command, *CUDA_LINK_FLAGS, "-x", "cu", os.devnull, "-o", f"{directory}/probe.so"]
-        seen = subprocess.run(probe, check=False, capture_output=True, text=True)
-    if seen.returncode != 0:
-        raise Unavailable(f"{nvcc} does not compile: {' '.join((seen.stdout + seen.stderr).split())}")
+        run_compiler([*command, *CUDA_LINK_FLAGS, "-x", "cu", os.devnull, "-o", f"{directory}/probe.so"])
     return command
 
 
-def architectures(nvcc: str) -> list[str]:
-    """nvcc's options for TORCH_CUDA_ARCH_LIST, else for the GPUs here, else for ARCHITECTURES, as far as nvcc knows them."""
+def architecture_options(nvcc: str) -> list[str]:
+    """Names the architectures of TORCH_CUDA_ARCH_LIST to nvcc, else those of the GPUs here, else the default ones."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not wanted:
-        known = {f"{n[:-1]}.{n[-1]}" for n in re.findall(r"\bsm_(\d+)", output_of(nvcc, "--list-gpu-code"))}
-        wanted = [name for name in gpus_here() if name in known] or [name for name in ARCHITECTURES if name in known]
-        wanted[-1] += "+PTX"  # which later GPUs compile
+        known = {f"{n[:-1]}.{n[-1]}" for n in re.findall(r"\bsm_(\d+)", run_compiler([nvcc, "--list-gpu-code"]))}
+        wanted = [n for n in local_gpus() if n in known] or [n for n in DEFAULT_ARCHITECTURES if n in known]
+        if not wanted:
+            raise Unavailable(f"{nvcc} knows none of {', '.join([*local_gpus(), *DEFAULT_ARCHITECTURES])}")
+        wanted[-1] += "+PTX"  # later GPUs compile this for themselves
     options = []
     for name in wanted:
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
@@ -136,8 +154,8 @@ def architectures(nvcc: str) -> list[str]:
     return options
 
 
-def gpus_here() -> list[str]:
-    """Their compute capabilities of 8.0 and more, ascending. By nvidia-smi: pip's build environment may have no torch."""
+def local_gpus() -> list[str]:
+    """Asks nvidia-smi, as pip's build environment may have no torch, for compute capabilities from 8.0, ascending."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     if shutil.which(query[0]) is None:
         return []
@@ -146,112 +164,135 @@ def gpus_here() -> list[str]:
     return [f"{major}.{minor}" for major, minor in sorted(seen) if (major, minor) >= OLDEST_ARCHITECTURE]
 
 
-class CudaExtension(Extension):
-    def __init__(self, torch: Path):
-        self.torch_cuda = cuda_of(torch)
-        super().__init__("rosa_kernels._cuda", CUDA_SOURCES, **torch_options(torch, "torch_cpu", "torch_cuda"))
-
-
-def torch_options(torch: Path, *libraries: str) -> dict:
-    return {
-        "include_dirs": [str(torch / "include"), "csrc"],
-        "library_dirs": [str(torch / "lib")],
-        "libraries": list(libraries),
-        "depends": [str(path) for path in Path("csrc").rglob("*.h")],
-        "py_limited_api": True,
-    }
-
-
 class BuildKernels(build_ext):
-    """Compiles each file with its own flags, all files side by side."""
+    """Compiles each file with its own flags, all files side by side, and leaves out a library that fails under "auto".
 
-    def run(self):
-        for extension in list(self.extensions):
-            is_cuda = isinstance(extension, CudaExtension)
-            try:
-                check_compiler()
-                if is_cuda:
-                    self.nvcc = cuda_compiler(extension.torch_cuda)
-            except Unavailable as reason:
-                if wish() != "auto":
-                    sys.exit(f"ROSA_KERNELS_BUILD={wish()}: {reason}")
-                print(f"rosa_kernels: no {'CUDA' if is_cuda else 'C++'} kernels are built: {reason}", file=sys.stderr)
-                self.extensions.remove(extension)
-        super().run()
+    Beside a library that is left out, NAME.build_error.txt holds the reason, which the package repeats.
+    """
 
-    def build_extensions(self):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [(extension, self.start(extension, pool)) for extension in self.extensions]
-            for extension, running in jobs:
-                self.link(extension, [path for job in running for path in job.result()])
+    def build_extensions(self) -> None:
+        self.names = [extension.name for extension in self.extensions]
+        for earlier in Path(self.build_lib, "rosa_kernels").glob("_*.*"):
+            if earlier.suffix in (".so", ".txt"):
+                earlier.unlink()  # so that neither a failed nor a narrower build ships it
+        started: list[tuple[Extension, list[str], list[Future]]] = []
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            for extension in list(self.extensions):
+                try:
+                    linker, commands = self.commands(extension)
+                    started.append((extension, linker, [pool.submit(self.compile, *command) for command in commands]))
+                except Unavailable as reason:
+                    self.leave_out(extension, reason)
+            for extension, linker, jobs in started:
+                try:
+                    self.link(extension, linker, [job.result() for job in jobs])
+                except Unavailable as reason:
+                    for job in jobs:
+                        job.cancel()
+                    self.leave_out(extension, reason)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    def start(self, extension: Extension, pool: ThreadPoolExecutor) -> list[Future]:
-        """Starts the compiler on each file; every job gives its object files."""
-        if isinstance(extension, CudaExtension):
-            return [pool.submit(self.compile_cuda, extension, source) for source in extension.sources]
-        files = [(source, self.build_temp, [], []) for source in extension.sources]
+    def commands(self, extension: Extension) -> tuple[list[str], list[tuple[str, Path]]]:
+        """Returns the linker and, for each object file, the command that compiles it and the file's path."""
+        includes = [f"-I{directory}" for directory in extension.include_dirs]
+        if extension.name == "rosa_kernels._cuda":
+            nvcc = nvcc_command(extension.cuda_version)
+            compiler = [*nvcc, *CUDA_FLAGS, *includes]
+            objects = [(source, Path(self.build_temp, source).with_suffix(".o")) for source in extension.sources]
+            return [*nvcc, *CUDA_LINK_FLAGS], [([*compiler, "-c", source], target) for source, target in objects]
+        if platform.system() not in ("Linux", "Darwin"):
+            raise Unavailable(f"the kernels build on Linux and macOS, not on {platform.system()}")
+        compiler = [*self.compiler.compiler_so_cxx, *CPU_FLAGS, *includes]
+        run_compiler([*compiler, "-x", "c++", "-fsyntax-only", os.devnull])
+        commands = [
+            ([*compiler, "-c", source], Path(self.build_temp, source).with_suffix(".o")) for source in CPU_SOURCES
+        ]
         for name, flags in INSTRUCTION_SETS.items():
-            macros = [("ROSA_ISA", name)]
-            if not self.knows(flags):
-                print(
-                    f"rosa_kernels: the compiler does not know {' '.join(flags)}: no kernels for {name}",
-                    file=sys.stderr,
-                )
-                macros, flags = [*macros, ("ROSA_ISA_UNKNOWN", "1")], []
-            files.append((KERNELS, f"{self.build_temp}/{name}", macros, flags))
-        return [pool.submit(self.compile_cpp, extension, *file) for file in files]
+            defines = [f"-DROSA_ISA={name}", *(flags if self.compiles_for(flags) else ["-DROSA_ISA_UNKNOWN=1"])]
+            commands.append(([*compiler, *defines, "-c", CPU_KERNELS], Path(self.build_temp, f"{name}.o")))
+        # Python's own command for linking may name another compiler, whose options alone are of use.
+        link_options = itertools.dropwhile(lambda word: not word.startswith("-"), self.compiler.linker_so_cxx)
+        return [*self.compiler.compiler_so_cxx, *link_options], commands
 
-    def knows(self, flags: list[str]) -> bool:
+    def compiles_for(self, flags: list[str]) -> bool:
         """Whether the compiler compiles for this machine with the flags of an instruction set."""
         if flags and platform.machine() not in ("x86_64", "AMD64"):
             return False
-        compiler = getattr(self.compiler, "compiler_so_cxx", self.compiler.compiler_so)  # older: one for all
-        probe = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-        return subprocess.run(probe, check=False, capture_output=True).returncode == 0
+        probe = [*self.compiler.compiler_so_cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+        known = subprocess.run(probe, check=False, capture_output=True).returncode == 0
+        if not known:
+            print(
+                f"rosa_kernels: the compiler does not know {' '.join(flags)}, whose kernels are left out",
+                file=sys.stderr,
+            )
+        return known
 
-    def compile_cpp(self, extension: Extension, source: str, directory: str, macros: list, flags: list) -> list[str]:
-        return self.compiler.compile(
-            [source],
-            output_dir=directory,
-            macros=[*extension.define_macros, *macros],
-            include_dirs=extension.include_dirs,
-            extra_postargs=[*extension.extra_compile_args, *flags],
-            depends=extension.depends,
-        )
+    def compile(self, command: list[str], target: Path) -> str:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sys.stderr.write(run_compiler([*command, "-o", str(target)]))  # warnings, if any
+        return str(target)
 
-    def link(self, extension: Extension, objects: list[str]) -> None:
-        if not isinstance(extension, CudaExtension):
-            extension.sources, extension.extra_objects = [], objects
-            super().build_extension(extension)
-            return
+    def link(self, extension: Extension, linker: list[str], objects: list[str]) -> None:
         library = Path(self.get_ext_fullpath(extension.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         directories = [f"-L{directory}" for directory in extension.library_dirs]
         libraries = [f"-l{name}" for name in extension.libraries]
-        self.spawn([*self.nvcc, *CUDA_LINK_FLAGS, *objects, *directories, *libraries, "-o", str(library)])
+        # A linker that dies leaves half a file, which must not have the library's name.
+        unfinished = library.with_suffix(".unfinished")
+        run_compiler([*linker, *objects, *directories, *libraries, "-o", str(unfinished)])
+        unfinished.replace(library)
 
-    def compile_cuda(self, extension: CudaExtension, source: str) -> list[str]:
-        """nvcc passes C++ sources on to the host's compiler, with CUDA's headers."""
-        target = Path(self.build_temp, source).with_suffix(".o")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        directories = [f"-I{directory}" for directory in extension.include_dirs]
-        self.spawn([*self.nvcc, *CUDA_FLAGS, *directories, "-c", source, "-o", str(target)])
-        return [str(target)]
+    def leave_out(self, extension: Extension, reason: Unavailable) -> None:
+        if requested_build() != "auto":
+            sys.exit(f"ROSA_KERNELS_BUILD={requested_build()}: {reason}")
+        print(f"rosa_kernels: {extension.name} is not built: {reason}", file=sys.stderr)
+        self.extensions.remove(extension)
+        report = Path(self.build_lib, *extension.name.split(".")).with_suffix(".build_error.txt")
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(f"{reason}\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """Copies the libraries or the reasons for their absence beside the sources, over an earlier build's."""
+        for path in map(Path, (name.replace(".", "/") for name in self.names)):
+            for earlier in path.parent.glob(f"{path.name}.*"):
+                earlier.unlink()
+            report = Path(self.build_lib, path).with_suffix(".build_error.txt")
+            if report.exists():
+                self.copy_file(str(report), str(path.parent))
+        super().copy_extensions_to_source()
+
+
+class BuildWheel(bdist_wheel):
+    """Names the wheel by what was built: bdist_wheel decides before the compilers run, when all may yet fail."""
+
+    @property
+    def root_is_pure(self) -> bool:
+        return not self.distribution.has_ext_modules()
+
+    @root_is_pure.setter
+    def root_is_pure(self, decided_before_building: bool | None) -> None:
+        pass
 
 
 def extensions(torch: Path) -> list[Extension]:
-    cpp = Extension(
-        "rosa_kernels._C", SOURCES, extra_compile_args=FLAGS, language="c++", **torch_options(torch, "torch_cpu")
-    )
-    wants_cuda = wish() == "cuda" or wish() == "auto" and cuda_of(torch) is not None
-    return [cpp, CudaExtension(torch)] if wants_cuda else [cpp]
+    options = {"include_dirs": [str(torch / "include"), "csrc"], "library_dirs": [str(torch / "lib")]}
+    options["py_limited_api"] = ABI3
+    cpu = Extension("rosa_kernels._C", [*CPU_SOURCES, CPU_KERNELS], libraries=["torch_cpu"], **options)
+    cuda = Extension("rosa_kernels._cuda", CUDA_SOURCES, libraries=["torch_cpu", "torch_cuda"], **options)
+    cuda.cuda_version = cuda_version(torch)
+    wants_cuda = requested_build() == "cuda" or requested_build() == "auto" and cuda.cuda_version is not None
+    return [cpu, cuda] if wants_cuda else [cpu]
 
 
-options = {"install_requires": [TORCH, "numpy", "safetensors", "tokenizers", "tqdm"]}
-if wish() != "none":
+options = {"cmdclass": {"bdist_wheel": BuildWheel, "build_ext": BuildKernels}}
+if ABI3:
+    options["options"] = {"bdist_wheel": {"py_limited_api": "cp310"}}
+if requested_build() != "none":
     torch = torch_directory()
-    if torch is None:
-        options["setup_requires"] = [TORCH]  # setuptools.build_meta hands it to pip, and setup.py runs again with it
-    else:
-        options.update(ext_modules=extensions(torch), cmdclass={"build_ext": BuildKernels})
+    if torch is not None:
+        options["ext_modules"] = extensions(torch)
+    else:  # setuptools.build_meta hands this to pip, which installs it and runs setup.py again
+        options["setup_requires"] = [f"torch>={'.'.join(map(str, OLDEST_TORCH))}"]
 setup(**options)

@@ -1,12 +1,13 @@
 """The C++ kernels' binary: whether it is there, what it was built from, and what this processor runs of it."""
 
 import functools
-from pathlib import Path
 
 import torch
 
+from rosa_kernels.backends import native_library
+
 _DTYPES = (torch.float32, torch.bfloat16)
-_library = next(Path(__file__).parent.parent.parent.glob("_C.*so"), None)
+_library = native_library.find("_C")
 if _library is not None:
     torch.ops.load_library(_library)
 kernels = torch.ops.rosa_kernels_cpu
@@ -14,6 +15,9 @@ kernels = torch.ops.rosa_kernels_cpu
 
 def unavailable_reason() -> str | None:
     if _library is None:
+        error = native_library.build_error("_C")
+        if error is not None:
+            return f"the C++ kernels did not build ({error}); fix that and run pip install -e . again"
         return (
             "the C++ kernels were not built; install a C++17 compiler (apt install g++, dnf install gcc-c++, "
             "xcode-select --install) and run pip install -e . again"

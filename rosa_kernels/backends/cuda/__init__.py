@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from rosa_kernels.backends import native_library
 from rosa_kernels.backends.cuda.densify import add_in_place, dense, sum_with
 from rosa_kernels.backends.cuda.gradients import low_rank_gradients
 from rosa_kernels.backends.cuda.gradients import sddmm as _sddmm
@@ -18,7 +19,7 @@ spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 
 
 def _library() -> Path | None:
-    return next(Path(__file__).parent.parent.parent.glob("_cuda.*so"), None)
+    return native_library.find("_cuda")
 
 
 @functools.cache
@@ -28,6 +29,9 @@ def unavailable_reason() -> str | None:
         return "this PyTorch is built without CUDA"
     library = _library()
     if library is None:
+        error = native_library.build_error("_cuda")
+        if error is not None:
+            return f"the CUDA kernels did not build ({error}); fix that and run pip install -e . again"
         return (
             f"the CUDA kernels were not built; install the CUDA {torch.version.cuda} toolkit (nvcc) and run "
             "ROSA_KERNELS_BUILD=cuda pip install -e . again"
