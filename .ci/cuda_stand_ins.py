@@ -1,4 +1,4 @@
-"""Makes empty stand-ins for the CUDA libraries that a CUDA build of PyTorch links, so that it runs on a CPU without them.
+"""Makes empty stand-ins for the CUDA libraries that a CUDA build of PyTorch links. It runs on a CPU without them.
 
     python .ci/cuda_stand_ins.py TORCH_LIB_DIRECTORY OUTPUT_DIRECTORY
 
