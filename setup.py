@@ -180,7 +180,8 @@ class BuildKernels(build_ext):
         try:
             for extension in list(self.extensions):
                 try:
-                    linker, commands = self.commands(extension)
+                    of_cuda = extension.name == "rosa_kernels._cuda"
+                    linker, commands = (self.cuda_commands if of_cuda else self.cpu_commands)(extension)
                     started.append((extension, linker, [pool.submit(self.compile, *command) for command in commands]))
                 except Unavailable as reason:
                     self.leave_out(extension, reason)
@@ -194,27 +195,28 @@ class BuildKernels(build_ext):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def commands(self, extension: Extension) -> tuple[list[str], list[tuple[str, Path]]]:
-        """Returns the linker and, for each object file, the command that compiles it and the file's path."""
-        includes = [f"-I{directory}" for directory in extension.include_dirs]
-        if extension.name == "rosa_kernels._cuda":
-            nvcc = nvcc_command(extension.cuda_version)
-            compiler = [*nvcc, *CUDA_FLAGS, *includes]
-            objects = [(source, Path(self.build_temp, source).with_suffix(".o")) for source in extension.sources]
-            return [*nvcc, *CUDA_LINK_FLAGS], [([*compiler, "-c", source], target) for source, target in objects]
+    def cpu_commands(self, extension: Extension) -> tuple[list[str], list[tuple[list[str], Path]]]:
+        """Returns the command that links and, for each object file, the command that compiles it and its path."""
         if platform.system() not in ("Linux", "Darwin"):
             raise Unavailable(f"the kernels build on Linux and macOS, not on {platform.system()}")
-        compiler = [*self.compiler.compiler_so_cxx, *CPU_FLAGS, *includes]
+        compiler = [*self.compiler.compiler_so_cxx, *CPU_FLAGS, *(f"-I{path}" for path in extension.include_dirs)]
         run_compiler([*compiler, "-x", "c++", "-fsyntax-only", os.devnull])
-        commands = [
-            ([*compiler, "-c", source], Path(self.build_temp, source).with_suffix(".o")) for source in CPU_SOURCES
-        ]
+        commands = [([*compiler, "-c", source], Path(self.build_temp, f"{source}.o")) for source in CPU_SOURCES]
         for name, flags in INSTRUCTION_SETS.items():
             defines = [f"-DROSA_ISA={name}", *(flags if self.compiles_for(flags) else ["-DROSA_ISA_UNKNOWN=1"])]
-            commands.append(([*compiler, *defines, "-c", CPU_KERNELS], Path(self.build_temp, f"{name}.o")))
+            commands.append(
+                ([*compiler, *defines, "-c", CPU_KERNELS], Path(self.build_temp, f"{CPU_KERNELS}.{name}.o"))
+            )
         # Python's own command for linking may name another compiler, whose options alone are of use.
         link_options = itertools.dropwhile(lambda word: not word.startswith("-"), self.compiler.linker_so_cxx)
         return [*self.compiler.compiler_so_cxx, *link_options], commands
+
+    def cuda_commands(self, extension: Extension) -> tuple[list[str], list[tuple[list[str], Path]]]:
+        """Returns the same for nvcc, which hands .cpp files on to the C++ compiler, with CUDA's headers."""
+        nvcc = nvcc_command(extension.cuda_version)
+        compiler = [*nvcc, *CUDA_FLAGS, *(f"-I{path}" for path in extension.include_dirs)]
+        commands = [([*compiler, "-c", source], Path(self.build_temp, f"{source}.o")) for source in CUDA_SOURCES]
+        return [*nvcc, *CUDA_LINK_FLAGS], commands
 
     def compiles_for(self, flags: list[str]) -> bool:
         """Whether the compiler compiles for this machine with the flags of an instruction set."""
@@ -223,10 +225,7 @@ class BuildKernels(build_ext):
         probe = [*self.compiler.compiler_so_cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
         known = subprocess.run(probe, check=False, capture_output=True).returncode == 0
         if not known:
-            print(
-                f"rosa_kernels: the compiler does not know {' '.join(flags)}, whose kernels are left out",
-                file=sys.stderr,
-            )
+            print(f"rosa_kernels: no kernels for {' '.join(flags)}, which the compiler does not know", file=sys.stderr)
         return known
 
     def compile(self, command: list[str], target: Path) -> str:
@@ -239,10 +238,10 @@ class BuildKernels(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         directories = [f"-L{directory}" for directory in extension.library_dirs]
         libraries = [f"-l{name}" for name in extension.libraries]
-        # A linker that dies leaves half a file, which must not have the library's name.
-        unfinished = library.with_suffix(".unfinished")
+        # A linker that dies leaves half a file, which must not lie where a wheel takes it from.
+        unfinished = Path(self.build_temp, library.name)
         run_compiler([*linker, *objects, *directories, *libraries, "-o", str(unfinished)])
-        unfinished.replace(library)
+        shutil.move(unfinished, library)
 
     def leave_out(self, extension: Extension, reason: Unavailable) -> None:
         if requested_build() != "auto":
@@ -255,7 +254,7 @@ class BuildKernels(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """Copies the libraries or the reasons for their absence beside the sources, over an earlier build's."""
-        for path in map(Path, (name.replace(".", "/") for name in self.names)):
+        for path in (Path(*name.split(".")) for name in self.names):
             for earlier in path.parent.glob(f"{path.name}.*"):
                 earlier.unlink()
             report = Path(self.build_lib, path).with_suffix(".build_error.txt")

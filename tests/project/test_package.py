@@ -48,7 +48,6 @@ STRAY_FILES = (
     "runs/a.json",
     "tests/__pycache__/a.pyc",
 )
-LIBRARIES_AND_REASONS = {"_C.abi3.so", "_cuda.abi3.so", "_C.build_error.txt", "_cuda.build_error.txt"}
 
 
 def tracked_files() -> list[str]:
@@ -121,7 +120,9 @@ def dist_info(wheel: zipfile.Path) -> str:
 
 
 def natives(wheel: zipfile.Path) -> set[str]:
-    return {path.name for path in wheel.joinpath("rosa_kernels").iterdir()} & LIBRARIES_AND_REASONS
+    """The libraries and the reasons for their absence."""
+    files = {path.name for path in wheel.joinpath("rosa_kernels").iterdir() if path.is_file()}
+    return {name for name in files if not name.endswith(".py")} - {"py.typed"}
 
 
 class TestSourceDistribution:
