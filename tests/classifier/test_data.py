@@ -62,11 +62,10 @@ def test_csv_of_label_and_text_with_five_classes(tmp_path):
 
 def test_parquet_counts_labels_from_zero(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="Parquet is an optional extra")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet", reason="Parquet is an optional extra")
     path = tmp_path / "train.parquet"
     table = pyarrow.table({"label": [1, 0], "title": ["Great", None], "content": ["it works", "it broke"]})
-    pyarrow.parquet.write_table(table, path)
+    parquet.write_table(table, path)
     assert list(ReviewFile(path)) == [Review(1, "Great: it works"), Review(0, "it broke")]
 
 

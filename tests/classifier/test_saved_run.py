@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from predict import predict
 from storage import load_run
 

@@ -1,10 +1,11 @@
 """What is right, and by how much a result may miss it: dense float64 PyTorch, none of the package's own arithmetic.
 
-Every result is a sum of products. The same formula over absolute values bounds the sum of its terms' magnitudes, M. Any
-order of summing n terms in a precision of unit roundoff u then errs by at most n u M (Higham, "Accuracy and Stability of
-Numerical Algorithms", 2nd ed., section 3.1), and one rounding of a quantity q by at most u |q|. The bounds below allow
-the fp32 sums, one rounding of each result to its dtype and, where x is 16-bit, one rounding of H and of dH, and the error
-of PyTorch's own GEMMs for the base's part (at least one rounding; F.linear sometimes rounds before it adds the bias): no more.
+Every result is a sum of products. The same formula over absolute values bounds the sum of its terms' magnitudes, M.
+Any order of summing n terms in a precision of unit roundoff u then errs by at most n u M (Higham, "Accuracy and
+Stability of Numerical Algorithms", 2nd ed., section 3.1), and one rounding of a quantity q by at most u |q|. The bounds
+below allow the fp32 sums, one rounding of each result to its dtype and, where x is 16-bit, one rounding of H and of dH.
+They allow the error of PyTorch's own GEMMs for the base's part (at least one rounding; F.linear sometimes rounds before
+it adds the bias), and no more.
 The GPU backends may make s B A + S one operand, rounded once in place of H; `delta_rounded` allows for it.
 
 Results may be on any device; what they are compared with is computed on the CPU.
@@ -87,7 +88,10 @@ MULTIPLY_ONE_DELTA = ("triton", "cuda")
 def expected_linear(
     case: LinearCase, inputs: LinearInputs, keep: Tensor | None = None, delta_rounded: bool = False
 ) -> dict[str, Expected]:
-    """What y is, under "y", and each gradient under its tensor's name. keep: (tokens, in_features) bools, dropout's mask, or None."""
+    """What y is, under "y", and each gradient under its tensor's name.
+
+    keep: (tokens, in_features) bools, dropout's mask, or None.
+    """
     names = (*LinearInputs.DIFFERENTIABLE, "dy")
     given = {name: getattr(inputs, name) for name in names}
     wide = {name: None if t is None else t.detach().cpu().double() for name, t in given.items()}

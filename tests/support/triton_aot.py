@@ -170,19 +170,19 @@ def _read_cubin(cubin: bytes) -> dict:
     stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
     registers = int(re.search(r"\bREG:(\d+)", usage)[1])
-    return dict(registers=registers, local_bytes=stack + local, spills=0, opcodes=opcodes)
+    return {"registers": registers, "local_bytes": stack + local, "spills": 0, "opcodes": opcodes}
 
 
 def _read_amd(assembly: str) -> dict:
     def metadata(name: str) -> int:
         return int(re.search(rf"^\s+(?:- )?\.{name}:\s+(\d+)", assembly, re.MULTILINE)[1])
 
-    return dict(
-        registers=metadata("vgpr_count"),
-        local_bytes=metadata("private_segment_fixed_size"),
-        spills=metadata("vgpr_spill_count"),  # those of SGPRs go to lanes of VGPRs, not to memory
-        opcodes=Counter(re.findall(r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)", assembly, re.MULTILINE)),
-    )
+    return {
+        "registers": metadata("vgpr_count"),
+        "local_bytes": metadata("private_segment_fixed_size"),
+        "spills": metadata("vgpr_spill_count"),  # those of SGPRs go to lanes of VGPRs, not to memory
+        "opcodes": Counter(re.findall(r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)", assembly, re.MULTILINE)),
+    }
 
 
 def _output_of(*command: str) -> str:
