@@ -1,13 +1,15 @@
-"""pytest bench/ --benchmark-only [--device auto|cpu|gpu|all] [--shapes quick|all] [--threads N] [--results DIRECTORY]
-                                  [--against FILE] [--benchmark-json FILE]
+"""Races of this package against hand-written PyTorch. They print one table of time ratios at the end.
 
-On two cores --shapes all (the default) takes about 16 minutes and --shapes quick about four. Where there is a GPU
-its races run and the CPU's do not, so that a run is meant to stay under eight minutes; --device all runs both.
+    pytest bench/ --benchmark-only                  a selection that shows every op and layer: four minutes on two cores
+    pytest bench/ --benchmark-only --shapes all     every shape: about ten minutes on two cores
+    pytest bench/ --benchmark-only --judge          a race fails where this package is slower; the table marks it anyway
+    pytest bench/ --benchmark-only -k spmm          one op
+    pytest bench/ --benchmark-only --against FILE   compare with the --benchmark-json file of an earlier run as well
+    pytest bench/ --benchmark-disable               everything runs and nothing is timed
 
-Every benchmark times its candidates in turn within each round, prints one table of ratios at the end and fails where
-this package is slower than the best naive way, or slower than it was in FILE: rules in interleaved.py. With
---benchmark-disable everything runs and nothing is judged. A whole run of the GPU's races writes
-bench/results/<device>-<backend>.json (gpu_results.py).
+Further options: --device auto|cpu|gpu|all, --threads N, --results DIRECTORY (`pytest bench/ --help` explains them).
+Where there is a GPU, its races run and those of the CPU do not. The rules of judgement are in tools/interleaved.py.
+Every shape of the GPU's races together writes bench/results/<device>-<backend>.json (tools/gpu_results.py).
 """
 
 from dataclasses import replace
@@ -38,27 +40,39 @@ def pytest_addoption(parser):
         "--device",
         choices=("auto", "cpu", "gpu", "all"),
         default="auto",
-        help="whose races run (auto: the GPU's where there is a GPU, the CPU's elsewhere)",
+        help="whose races run (default: the GPU's where there is a GPU, the CPU's elsewhere)",
     )
     group.addoption(
-        "--shapes", choices=("all", "quick"), default="all", help="quick: only the first shape of each benchmark"
+        "--shapes",
+        choices=("selected", "all"),
+        default="selected",
+        help="which shapes are raced (selected, the default: a few that show every op and layer in minutes)",
+    )
+    group.addoption(
+        "--judge", action="store_true", help="a race fails where this package is slower (without it the table says so)"
     )
     group.addoption("--threads", type=int, default=2, help="threads of PyTorch and of the kernels (default: 2)")
-    group.addoption("--against", type=Path, help="an earlier --benchmark-json file whose ratios must still be reached")
+    group.addoption(
+        "--against", type=Path, help="an earlier --benchmark-json file: a race is also slower where its ratio has grown"
+    )
     group.addoption(
         "--results",
         type=Path,
         default=gpu_results.RESULTS,
-        help="where the GPU's figures go (default: bench/results, which takes whole runs only)",
+        help="where the GPU's figures are written (default: bench/results, which takes runs of all shapes only)",
     )
     group.addoption(
         "--gpu-dry-run",
         action="store_true",
-        help="the GPU's races on the CPU, tiny and not judged: does the code run? Never kept in bench/results",
+        help="run the GPU's races on the CPU with tiny shapes, to see that the code runs; nothing is judged",
     )
 
 
 def pytest_configure(config):
+    if config.getoption("--judge"):
+        for option in ("--benchmark-disable", "--gpu-dry-run"):
+            if config.getoption(option):
+                raise pytest.UsageError(f"--judge needs times, and {option} measures none")
     torch.set_num_threads(config.getoption("--threads"))
     for key in (_CPU_RACES, _GPU_RESULTS, _GPU_COLLECTED, _GPU_STARTED):
         config.stash[key] = []
@@ -66,18 +80,17 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """A test's `shape` runs over what its module lists as SHAPES, or over the first of them for --shapes quick."""
+    """A test's `shape` runs over its module's SELECTED shapes, or over all of its SHAPES."""
     if "shape" in metafunc.fixturenames:
-        shapes = metafunc.module.SHAPES
-        if metafunc.config.getoption("--shapes") == "quick":
-            shapes = shapes[:1]
+        module = metafunc.module
+        shapes = module.SHAPES if metafunc.config.getoption("--shapes") == "all" else module.SELECTED
         if metafunc.config.getoption("--benchmark-disable"):  # some CPUs take seconds for a bf16 GEMM
             shapes = list(dict.fromkeys(replace(shape, tokens=min(512, shape.tokens)) for shape in shapes))
         metafunc.parametrize("shape", shapes, ids=str)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips the races of the device that is not asked for, or not there; the summary says which and why."""
+    """Skips the races of a device that is not asked for or not there. The summary says which races and why."""
     reasons = {"race": _why_no_cpu_races(config), "gpu_race": _why_no_gpu_races(config)}
     for item in items:
         for fixture, reason in reasons.items():
@@ -121,12 +134,12 @@ def earlier_ratios(request):
 
 @pytest.fixture
 def run_and_judge(request, benchmark, earlier_ratios):
-    """run_and_judge(race, ...) -> the backend that served ours; sets race.verdict."""
+    """run_and_judge(race, ...) sets race.verdict, and returns the backend that served ours."""
 
     def run(race, device, dtype, seconds):
         race.run(benchmark, seconds)
         backend = serving_backend(device, dtype)
-        before = earlier_ratios.get(request.node.nodeid)
+        before = earlier_ratios.get(request.node.name)
         unjudged = (
             "dry run"
             if request.config.getoption("--gpu-dry-run")
@@ -144,24 +157,36 @@ def run_and_judge(request, benchmark, earlier_ratios):
 
 
 @pytest.fixture
-def race(request, run_and_judge):
-    """race(candidates, dtype, ...) times them in turn, records the result for the closing table, and judges it.
+def fail_if_judged(request):
+    """fail_if_judged(race) fails the test where ours is slower and --judge is given."""
 
-    candidates: {name: function}; "ours" is this package, "frozen" the layer's own GEMMs, any other a naive way.
+    def judge(race):
+        if race.is_slower and request.config.getoption("--judge"):
+            pytest.fail(f"{race.name}: {race.verdict}\n{table([race])}", pytrace=False)
+
+    return judge
+
+
+@pytest.fixture
+def race(request, run_and_judge, fail_if_judged):
+    """race(candidates, dtype, ...) times the candidates in turn and records the result for the table at the end.
+
+    candidates is {name: function}. "ours" is this package, and "frozen" is the frozen layer's own GEMMs. Ours is
+    compared with all the others.
     """
 
     def run(candidates, dtype, *, goal=None, allowance=0.0, seconds=1.5):
         result = Race(request.node.name.removeprefix("test_"), candidates, goal=goal, allowance=allowance)
         run_and_judge(result, "cpu", dtype, seconds=seconds)
         request.config.stash[_CPU_RACES].append(result)
-        _fail_where_slower(result)
+        fail_if_judged(result)
 
     return run
 
 
 @pytest.fixture
-def gpu_race(request, run_and_judge):
-    """gpu_race(candidates, ...): as race, for the test's case, on its device and in its mode."""
+def gpu_race(request, run_and_judge, fail_if_judged):
+    """gpu_race(candidates, ...) does the same for the test's case, on its device and in its mode."""
     case = request.node.callspec.params["case"]
     request.config.stash[_GPU_STARTED].append(request.node.name)
 
@@ -175,13 +200,16 @@ def gpu_race(request, run_and_judge):
         request.config.stash[_GPU_RESULTS].append(
             gpu_results.Result(operation, case, result, backend, timer.l2, left_out)
         )
-        _fail_where_slower(result)
+        fail_if_judged(result)
 
     return run
 
 
 def _without_csr_where_it_fails(candidates: dict, mode: str) -> tuple[dict, dict[str, str]]:
-    """(the candidates that run, {"csr": why it does not}): which dtypes torch.sparse lacks, only calling it tells."""
+    """Returns the candidates that run, and {"csr": why it does not run}.
+
+    Only a call tells which dtypes torch.sparse lacks.
+    """
     reason = None
     if "csr" in candidates and mode == "graphed":
         reason = _NOT_CAPTURED
@@ -195,9 +223,10 @@ def _without_csr_where_it_fails(candidates: dict, mode: str) -> tuple[dict, dict
     return {name: function for name, function in candidates.items() if name != "csr"}, {"csr": reason}
 
 
-def _fail_where_slower(race: Race) -> None:
-    if race.verdict.startswith("SLOWER"):
-        pytest.fail(f"{race.name}: {race.verdict}\n{table([race])}", pytrace=False)
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -210,12 +239,16 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.stash[_GPU_STARTED]:
         terminalreporter.section(f"GPU {title}")
         terminalreporter.write_line(_gpu_summary(config))
+    raced = [*races, *(result.race for result in config.stash[_GPU_RESULTS])]
+    if slower := [race.name for race in raced if race.is_slower]:
+        fate = "failed" if config.getoption("--judge") else "not failed without --judge"
+        terminalreporter.write_line(f"slower in {len(slower)} of {len(raced)} races ({fate}): {', '.join(slower)}")
     for reason in sorted(config.stash[_SKIPPED]):
         terminalreporter.write_line(f"skipped, {reason}")
 
 
 def _gpu_summary(config) -> str:
-    """The races as a table and where their figures went."""
+    """The races as a table, and where their figures went."""
     results, dry_run = config.stash[_GPU_RESULTS], config.getoption("--gpu-dry-run")
     finished = {f"test_gpu_{result.race.name}" for result in results}
     did_not_finish = [name for name in config.stash[_GPU_STARTED] if name not in finished]
@@ -223,7 +256,10 @@ def _gpu_summary(config) -> str:
     report = gpu_results.report(results, did_not_finish, partial, dry_run)
     lines = [f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit']}"]
     if results:
-        lines += [table([result.race for result in results]), "* another result than ours: shown, not judged"]
+        lines += [
+            table([result.race for result in results]),
+            "* its result differs from ours: it is shown and not judged",
+        ]
     lines += sorted({f"{name} left out, {why}" for result in results for name, why in result.left_out.items()})
     lines += [f"did not finish: {name}" for name in did_not_finish]
     lines.append(gpu_results.keep(config.getoption("--results"), report))
@@ -231,8 +267,8 @@ def _gpu_summary(config) -> str:
 
 
 def _why_partial(config) -> str | None:
-    if config.getoption("--shapes") == "quick":
-        return "--shapes quick"
+    if config.getoption("--shapes") == "selected":
+        return "selected shapes only, not --shapes all"
     if config.getoption("--benchmark-disable"):
         return "--benchmark-disable: nothing was timed"
     if not config.stash[_GPU_RESULTS]:

@@ -1,16 +1,16 @@
-"""On a GPU: every operation and whole steps against the library calls and what a competent user writes by hand.
+"""How fast every op and the whole layer steps are on a GPU, beside library calls and hand-written PyTorch.
 
-A case is out_features x in_features x tokens, dtypes (bf16-fp32: fp32 adapters over a bf16 base), density of S if there
-is an S, and mode (eager or graphed: gpu_timing.py). Candidates beside "ours":
+A case has a shape (out_features x in_features x tokens), dtypes (bf16-fp32 means fp32 adapters over a bf16 weight), the
+density of S where there is an S, and a mode (eager or graphed, see gpu_timing.py). The candidates beside "ours" are:
 
-frozen   the library call on the frozen weight alone: F.linear, and dy @ W in a step; dyᵀ x for sddmm, W.clone() for
+frozen   the library call on the frozen weight alone: F.linear, and dy @ W in a step; dyᵀ x for sddmm; W.clone() for
          csr_add
-addmm    LoRA by F.linear and addmm_, the backward by hand
+addmm    LoRA by F.linear and addmm_, with a hand-written backward
 peft     LoRA by three matmuls through autograd
 csr      S by torch.sparse, eagerly and where this PyTorch serves the dtype
 apart    S scattered into zeros and multiplied on its own
-dense    S scattered into a copy of W. In 16 bits the copy rounds away deltas small beside W, so it is not judged in a
-         layer; the dense dW of sddmm loses nothing
+dense    S scattered into a copy of W. In 16 bits the copy rounds away values that are small beside W, so that it is not
+         judged in a layer. The dense dW of sddmm loses nothing.
 rows     whole rows of S by three small GEMMs
 """
 
@@ -20,21 +20,23 @@ import torch.nn.functional as F
 import rosa_kernels as rk
 from gpu_results import Case
 from gpu_timing import MODES
+from hand_written import CSR, Dense, DenseApart, HandWritten, NoSparse, Rows, forward, lora_as_peft, spmm
 from interleaved import gradients
 from layers import Shape
-from naive import CSR, Dense, DenseApart, HandWritten, NoSparse, Rows, forward_by_hand, lora_as_peft
+from rosa_step import rosa_step
 
 MANY_TOKENS = [Shape(768, 768, 4096), Shape(3072, 768, 4096), Shape(4096, 4096, 2048), Shape(4096, 4096, 8192)]
 FEW_TOKENS = [Shape(4096, 4096, tokens) for tokens in (1, 16, 64)]
 DTYPES = ["bf16", "bf16-fp32", "fp16"]
 DENSITIES, NO_S = (0.01, 0.001), (None,)
 IN_FP32_TOO = MANY_TOKENS[0]
+SELECTED = [MANY_TOKENS[0], MANY_TOKENS[2], FEW_TOKENS[0]]
 LAUNCH_SECONDS = 5e-6
-"""What ours may lose to the best naive way for few tokens, eagerly: Python, not the kernels."""
+"""What ours may lose to the best other candidate in an eager call on few tokens. Python takes it, not the kernels."""
 
 
 def over(shapes, dtypes=DTYPES, densities=DENSITIES[:1]):
-    """The cases of a test: all combinations, in both modes, and one shape in fp32 too."""
+    """Gives a test all combinations as its cases, and one shape in fp32 too."""
 
     def choose(test):
         test.cases = [
@@ -54,8 +56,8 @@ def tiny(shape: Shape) -> Shape:
 
 def pytest_generate_tests(metafunc):
     cases, device = metafunc.function.cases, "cuda"
-    if metafunc.config.getoption("--shapes") == "quick":
-        cases = [case for case in cases if case[0] == cases[0][0]]
+    if metafunc.config.getoption("--shapes") == "selected":
+        cases = [case for case in cases if case[0] in SELECTED]
     if metafunc.config.getoption("--gpu-dry-run"):
         cases, device = dict.fromkeys((tiny(shape), *rest) for shape, *rest in cases), "cpu"
     modes = [Case(shape, dtypes, mode, density, device) for shape, dtypes, density in cases for mode in MODES]
@@ -63,7 +65,7 @@ def pytest_generate_tests(metafunc):
 
 
 def unless_exact(case, *names):
-    """The candidates to show without judging, where the dtype is not fp32."""
+    """The names of candidates that are shown and not judged, because their 16-bit results differ."""
     return () if case.dtypes == "fp32" else names
 
 
@@ -76,7 +78,7 @@ def test_gpu_lora_forward(gpu_race, case):
             {
                 "frozen": lambda: (F.linear(*layer.base),),
                 "ours": lambda: (rk.lora_linear(*arguments),),
-                "addmm": lambda: forward_by_hand(*arguments, None, NoSparse())[:1],
+                "addmm": lambda: forward(*arguments, None, NoSparse())[:1],
                 "peft": lambda: (lora_as_peft(*arguments),),
             },
             allowance=_launches(case),
@@ -93,9 +95,9 @@ def test_gpu_rosa_forward(gpu_race, case):
             {
                 "frozen": lambda: (F.linear(*layer.base),),
                 "ours": lambda: (rk.rosa_linear(*arguments, layer.pattern),),
-                "csr": lambda: forward_by_hand(*arguments, csr)[:1],
-                "apart": lambda: forward_by_hand(*arguments, apart)[:1],
-                "dense": lambda: forward_by_hand(*arguments, dense)[:1],
+                "csr": lambda: forward(*arguments, csr)[:1],
+                "apart": lambda: forward(*arguments, apart)[:1],
+                "dense": lambda: forward(*arguments, dense)[:1],
             },
             allowance=_launches(case),
             unjudged=unless_exact(case, "dense"),
@@ -120,12 +122,12 @@ def test_gpu_lora_step(gpu_race, case):
 def test_gpu_rosa_step(gpu_race, case):
     layer = case.layer()
     gpu_race(
-        {
-            **_rosa_step(layer),
-            "csr": _by_hand(layer, CSR(layer.pattern, layer.dtype)),
-            "apart": _by_hand(layer, DenseApart(layer.pattern)),
-            "dense": _by_hand(layer, Dense(layer.pattern)),
-        },
+        rosa_step(
+            layer,
+            csr=CSR(layer.pattern, layer.dtype),
+            apart=DenseApart(layer.pattern),
+            dense=Dense(layer.pattern),
+        ),
         unjudged=unless_exact(case, "dense"),
     )
 
@@ -134,11 +136,7 @@ def test_gpu_rosa_step(gpu_race, case):
 def test_gpu_row_step(gpu_race, case):
     layer = case.layer("row")
     gpu_race(
-        {
-            **_rosa_step(layer),
-            "rows": _by_hand(layer, Rows(layer.rows, case.shape.in_features)),
-            "dense": _by_hand(layer, Dense(layer.pattern)),
-        },
+        rosa_step(layer, rows=Rows(layer.rows, case.shape.in_features), dense=Dense(layer.pattern)),
         unjudged=unless_exact(case, "dense"),
     )
 
@@ -147,19 +145,13 @@ def test_gpu_row_step(gpu_race, case):
 def test_gpu_spmm(gpu_race, case):
     layer = case.layer()
     csr, apart = CSR(layer.pattern, layer.dtype), DenseApart(layer.pattern)
-
-    def by_hand(sparse):
-        y = layer.x.new_zeros(case.shape.tokens, case.shape.out_features)
-        sparse.add_to_y(y, layer.x, layer.values)
-        return (y,)
-
     with torch.no_grad():
         gpu_race(
             {
                 "frozen": lambda: (F.linear(layer.x, layer.weight),),
                 "ours": lambda: (rk.spmm(layer.x, layer.values, layer.pattern),),
-                "csr": lambda: by_hand(csr),
-                "apart": lambda: by_hand(apart),
+                "csr": lambda: (spmm(layer.x, layer.values, csr, case.shape.out_features),),
+                "apart": lambda: (spmm(layer.x, layer.values, apart, case.shape.out_features),),
             }
         )
 
@@ -195,20 +187,3 @@ def test_gpu_csr_add(gpu_race, case):
 
 def _launches(case) -> float:
     return LAUNCH_SECONDS if case.mode == "eager" and case.shape in FEW_TOKENS else 0.0
-
-
-def _rosa_step(layer):
-    arguments = (*layer.base, *layer.lora, layer.values, layer.pattern)
-    return {
-        "frozen": layer.frozen_step(),
-        "ours": gradients(lambda: rk.rosa_linear(*arguments), _leaves(layer), layer.dy),
-    }
-
-
-def _by_hand(layer, sparse):
-    arguments = (*layer.base, *layer.lora, layer.values, sparse)
-    return gradients(lambda: HandWritten.apply(*arguments), _leaves(layer), layer.dy)
-
-
-def _leaves(layer):
-    return [layer.x, layer.lora_A, layer.lora_B, layer.values]

@@ -1,7 +1,7 @@
-"""python bench/cpu_instructions.py [--shape OxIxT] [--dtype fp32 bf16]
+"""Counts the instructions that each CPU kernel takes: `python bench/tools/cpu_instructions.py` (needs valgrind and cc).
 
-Instructions that each CPU kernel (cpu_kernels.py) takes, counted by valgrind's callgrind: the same on every run, however
-noisy the machine. valgrind knows AVX2 and nothing newer, so these are the AVX2 kernels, on one thread.
+valgrind's callgrind counts the same on every run, however noisy the machine is. It knows AVX2 and nothing newer, so
+these are the AVX2 kernels, on one thread. The kernels are those of cpu_kernels.py.
 """
 
 import argparse
@@ -16,23 +16,23 @@ from pathlib import Path
 
 import torch
 
-from cpu_kernels import kernels_of
+from cpu_kernels import DTYPES, kernels_of
 from layers import Shape
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MARKS = """\
 #include <valgrind/callgrind.h>
 void begin(void) { CALLGRIND_TOGGLE_COLLECT; }
 void end(const char* name) { CALLGRIND_TOGGLE_COLLECT; CALLGRIND_DUMP_STATS_AT(name); }
 """
 LANES = 8
-LEGEND = """\
-instructions: of a call, its scratch memory already there. /multiply-add: over the {lanes} multiply-adds of an AVX2 vector that the
-FLOPs need, 1.00 where nothing but they is done. One thread; callgrind, AVX2."""
+LEGEND = f"""\
+instructions   those of one call whose scratch memory is already there
+/multiply-add  these over the vector multiply-adds ({LANES} a vector) that the FLOPs need; at 1.00 there is nothing else
+One thread; callgrind, AVX2."""
 
 
 def run_kernels(shape: Shape, dtype: str, marks: ctypes.CDLL) -> None:
-    """Under callgrind: each kernel twice, for memory that the first call makes is not the second's."""
+    """Calls each kernel twice under callgrind and counts the second call, which finds its memory made."""
     torch.set_num_threads(1)
     for kernel in kernels_of(shape, DTYPES[dtype]):
         kernel.run()
@@ -42,7 +42,7 @@ def run_kernels(shape: Shape, dtype: str, marks: ctypes.CDLL) -> None:
 
 
 def instructions(shape: Shape, dtype: str) -> dict[str, int]:
-    """{kernel's name: instructions of a call}."""
+    """Returns {kernel's name: instructions of a call}."""
     with tempfile.TemporaryDirectory() as directory:
         marks = Path(directory, "marks.so")
         compiler = ["cc", "-shared", "-fPIC", "-O1", "-x", "c", "-", "-o", str(marks)]
@@ -58,15 +58,19 @@ def instructions(shape: Shape, dtype: str) -> dict[str, int]:
     return {name: int(total) for name, total in (pattern.search(dump).groups() for dump in dumps)}
 
 
-def shape_of(text: str) -> Shape:
-    return Shape(*map(int, text.split("x")))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
-    parser.add_argument("--shape", type=shape_of, default=Shape(768, 768, 512), help="out x in x tokens")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--marks", help=argparse.SUPPRESS)  # given to the process under valgrind
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--shape",
+        type=Shape.parse,
+        default=Shape(768, 768, 512),
+        metavar="OUTxINxTOKENS",
+        help="out_features x in_features x tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="dtype of x, y and W (default: both)"
+    )
+    parser.add_argument("--marks", help=argparse.SUPPRESS)  # main() gives it to the process under valgrind
     options = parser.parse_args()
     if options.marks:
         run_kernels(options.shape, *options.dtype, ctypes.CDLL(options.marks))
@@ -74,11 +78,11 @@ def main() -> None:
     for needed in ("valgrind", "cc"):
         if shutil.which(needed) is None:
             sys.exit(f"{needed} is not found: install it (apt install valgrind gcc)")
-    print(LEGEND.format(lanes=LANES))
+    print(LEGEND)
     for dtype in options.dtype:
         print(f"\n{options.shape}, {dtype}\n{'kernel':<28}{'instructions':>14}{'/multiply-add':>15}")
         counts = instructions(options.shape, dtype)
-        # valgrind's processor may lack kernels that this one has: those that multiply the base's weight.
+        # The processor that valgrind shows may lack kernels that this one has: those that multiply the frozen weight.
         for kernel in (kernel for kernel in kernels_of(options.shape, DTYPES[dtype]) if kernel.name in counts):
             count = counts[kernel.name]
             print(f"{kernel.name:<28}{count:>14,}{count / (kernel.flops / 2 / LANES):>15.2f}", flush=True)

@@ -1,8 +1,8 @@
-"""Each CPU kernel by itself: a call into tensors made beforehand, the FLOPs and bytes it cannot do without, and for S
-the plain GEMM of the same FLOPs.
+"""Each CPU kernel by itself: a call into tensors made beforehand, and the FLOPs and bytes that it cannot do without.
 
-T tokens, O outputs, I inputs, rank r, n entries of S. A FLOP is a multiplication or an addition. Bytes are each operand
-once from memory, in x's dtype for x, y, dy, dx and W, and in fp32 or int32 for all else; of x, y, dy and dx only the cache
+A kernel of S also names the plain GEMM of the same FLOPs. T is the number of tokens, O is out_features, I is
+in_features, r the rank and n the nnz of S. A FLOP is a multiplication or an addition. The bytes count each operand once
+from memory: x, y, dy, dx and W in x's dtype, all else in fp32 or int32. Of x, y, dy and dx they count only the cache
 lines of features that the kernel needs.
 """
 
@@ -16,6 +16,7 @@ from layers import DENSITY, RANK, SCALING, Shape
 from rosa_kernels.backends import cpu
 
 _ops = torch.ops.rosa_kernels_cpu
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STRUCTURES = ("unstructured", "row", "column", "block16")
 NO_DROPOUT = (None, 0, 1.0)
 WORD, LINE = 4, 64  # bytes
@@ -28,7 +29,7 @@ class Kernel:
     flops: int
     bytes: int
     gathered: int = 0
-    """Bytes of x or dy that single entries of S load from cache: an unstructured S reuses none in registers."""
+    """The bytes of x or dy that single entries of S load from cache. An unstructured S reuses none in registers."""
     plain: Callable[[], object] | None = None
     plain_flops: int = 0
 
@@ -52,7 +53,7 @@ def pattern_of(structure: str, shape: Shape) -> rk.CSRPattern:
 
 
 class Tensors:
-    """Of one shape and dtype; every kernel writes into these."""
+    """The tensors of one shape and dtype. Every kernel reads and writes these."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype):
         self.T, self.O, self.I = T, O, I = shape.tokens, shape.out_features, shape.in_features
@@ -80,7 +81,7 @@ class Tensors:
 
     @property
     def rank_flops(self):
-        """(with A, with B): one product of the tokens with a factor."""
+        """The FLOPs of one product of the tokens with A, and of one with B."""
         return 2 * self.T * RANK * self.I, 2 * self.T * RANK * self.O
 
     @property
@@ -89,12 +90,12 @@ class Tensors:
 
 
 def bytes_of_lines(features: torch.Tensor, size: int) -> int:
-    """Of the cache lines of one token that hold these features."""
+    """The bytes of one token's cache lines that hold these features."""
     return LINE * (features.long() * size // LINE).unique().numel()
 
 
 class Sparse:
-    """S of one structure beside those tensors, and the plain GEMMs of its FLOPs."""
+    """An S of one structure for those tensors, and the plain GEMMs of as many FLOPs."""
 
     def __init__(self, t: Tensors, shape: Shape, structure: str):
         self.pattern = pattern_of(structure, shape)
@@ -112,9 +113,10 @@ class Sparse:
         self._plain_gemms(t, rows=structure == "row")
 
     def _plain_gemms(self, t: Tensors, rows: bool):
-        """fp32 for every dtype, k features of x (for rows of S, of dy) already side by side: T x k x O, or T x I x k.
+        """The plain GEMMs are fp32 for every dtype: T x k x O, or T x I x k for rows of S.
 
-        They add to y and dx where those are whole. The ops' GEMMs make their results, as the ops do.
+        The k features of x (for rows of S, of dy) already lie side by side. The GEMMs add to y and dx where the kernels
+        do. Those for the ops make their results, as the ops do.
         """
         k = max(1, round(self.n / (t.I if rows else t.O)))
         long, short = torch.randn(t.T, t.I if rows else t.O), torch.randn(t.T, k)
@@ -143,7 +145,7 @@ def forward(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None, wei
 
 
 def backward(t: Tensors, wanted: str, low_rank=(None, None, 0.0), s: Sparse | None = None, weight=None):
-    """wanted: some of dx, dA, dB, dS."""
+    """wanted names some of dx, dA, dB and dS."""
     outputs = {"dx": t.dx, "dA": t.dA, "dB": t.dB, "dS": s.dvalues if s else None}
     outputs = [tensor if name in wanted.split() else None for name, tensor in outputs.items()]
     indices = (*s.csr, *s.csc, s.structure) if s else (*NO_S, *NO_S, 0)
@@ -181,7 +183,7 @@ def low_rank_kernels(t: Tensors) -> Iterator[Kernel]:
 
 
 def sparse_kernels(t: Tensors, s: Sparse, structure: str) -> Iterator[Kernel]:
-    """The kernels into tensors made beforehand, then the ops, which make their results."""
+    """The kernels that write into tensors made beforehand, and then the ops, which make their results."""
     gather, x, y, both = s.gathered, s.x_bytes, s.y_bytes, s.x_bytes + s.y_bytes + s.bytes
     spmm, sddmm = (t.x, *s.csr, s.structure), (t.dy, t.x, *s.csr[1:], s.structure)
     for name, run, flops, moved, gathered, plain in (
@@ -227,7 +229,10 @@ def joint_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
 
 
 def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
-    """y and dx of the whole layer where the kernels multiply by W too: in fp32 merged, in bf16 in the adapter's pass."""
+    """y and dx of the whole layer, where our kernels multiply by W too.
+
+    In fp32 they multiply by the merged weight, in bf16 they multiply by W in the adapter's pass.
+    """
     if not cpu.own_gemm(t.x.dtype):
         return
     base, (with_A, with_B) = 2 * t.T * t.O * t.I, t.rank_flops

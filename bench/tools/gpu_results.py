@@ -1,4 +1,4 @@
-"""What a run of the GPU races leaves behind: one JSON file a device, bench/results/<device>.json."""
+"""The JSON file that a run of all GPU races writes: bench/results/<device>-<backends>.json."""
 
 import datetime
 import json
@@ -23,7 +23,7 @@ DRY_RUN = "dry run on the CPU: the times mean nothing"
 
 @dataclass(frozen=True)
 class Case:
-    """One race of an operation; str() of it is the test's id."""
+    """One race of an operation. str(case) is the test's id."""
 
     shape: Shape
     dtypes: str
@@ -56,7 +56,7 @@ class Result:
     left_out: dict[str, str]  # candidate -> why it did not run
 
     def as_json(self) -> dict:
-        """Times in seconds a call; ratios of lower quartiles, ours over each other candidate."""
+        """Times are seconds a call. Ratios are ours over each other candidate, of the lower quartiles."""
         ours = self.race.lower_quartile("ours")
         others = [name for name in self.race.seconds if name != "ours"]
         return {
@@ -71,7 +71,7 @@ class Result:
 
 
 def report(results: Iterable[Result], did_not_finish: list[str], partial: str | None, dry_run: bool) -> dict:
-    """partial: why some races are missing, or None; did_not_finish: races that an error ended."""
+    """partial says why some races are missing, or is None. did_not_finish names the races that an error ended."""
     results = list(results)
     races: dict[str, dict] = {}
     for result in results:
@@ -102,7 +102,7 @@ def report(results: Iterable[Result], did_not_finish: list[str], partial: str | 
 
 
 def keep(directory: Path, content: dict) -> str:
-    """Writes the report and says where; bench/results takes only whole runs on a GPU."""
+    """Writes the report and says where. bench/results takes only runs of all shapes on a GPU."""
     reason = DRY_RUN if content["dry_run"] else content["partial"]
     if reason and directory.resolve() == RESULTS.resolve():
         return f"not written to bench/results ({reason}); --results DIRECTORY keeps it elsewhere"
@@ -110,7 +110,7 @@ def keep(directory: Path, content: dict) -> str:
 
 
 def _write(directory: Path, content: dict) -> Path:
-    """<device>-<backends>.json in directory, whole or not at all."""
+    """Writes <device>-<backends>.json into the directory, whole or not at all."""
     device_and_backends = "-".join((content["device"], *content["backends"])).lower()
     name = "dry-run" if content["dry_run"] else re.sub(r"[^a-z0-9]+", "-", device_and_backends).strip("-")
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""The two ways to time GPU candidates, both by CUDA events (the same names serve ROCm); timers for interleaved.Race.
+"""Two timers for races on a GPU. Both read CUDA events, whose names serve ROCm as well.
 
-eager     Calls in a row between two events: the larger of what the GPU computes and what Python and the launches take,
-          as a user meets it. L2 stays as the calls leave it: a flush before each call would give the CPU time to run
-          ahead, and hide the very overhead that this mode is there to show.
-graphed   Each call replays a CUDA graph of the whole step between its own two events: the GPU's time alone. L2 is
-          flushed before each replay, outside of its events: in a model other layers run in between, and the weights
-          come from memory.
+eager     Several calls run in a row between two events. The figure is the larger of the GPU's time and of what Python
+          and the launches take, as a user meets it. L2 stays as the calls leave it: a flush before each call would give
+          the CPU time to run ahead, and would hide the overhead that this mode is there to show.
+graphed   Each call replays a CUDA graph of the whole step between its own two events, which gives the GPU's time alone.
+          L2 is flushed before each replay, outside of its events: in a model other layers run in between, and the
+          weights come from memory.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _FLUSHED_BYTES = 512 * 2**20
 """Twice the largest last-level cache of a GPU today (the 256 MiB of an MI300X; an H100 has 50 MiB)."""
 _WARM_UP_CALLS = 3
 _RACE_SECONDS = 0.25
-"""Of timed calls in one race: there are some 270."""
+"""One race times calls for so long. With all shapes there are some 270 races."""
 
 
 class Eager:
@@ -27,7 +27,7 @@ class Eager:
     l2 = "as the calls leave it"
 
     def prepare(self, function: Callable) -> Callable:
-        """What the race calls instead of function."""
+        """Returns what the race calls in place of the function."""
         return function
 
     def __call__(self, function: Callable, calls: int) -> float:
@@ -63,7 +63,7 @@ class Graphed:
 
 
 class DryRun(WallClock):
-    """Stands in for either on a CPU: few rounds of one call, by the CPU's clock; its figures mean nothing."""
+    """Stands in for either timer on a CPU, with few rounds of one call. Its figures mean nothing."""
 
     race_seconds = 0.0
     min_sample_seconds = 0.0
@@ -74,10 +74,11 @@ class DryRun(WallClock):
 
 
 def captured(function: Callable) -> Callable:
-    """function() as one CUDA graph: the result replays it and returns the tensors that it writes, the same every time.
+    """Captures function() as one CUDA graph, and returns a function that replays it.
 
-    function's inputs must stay where they are. The calls before the capture, on a stream of their own as PyTorch asks,
-    compile kernels and choose workspaces, neither of which may happen in a capture.
+    Each replay writes and returns the same tensors. The function's inputs must stay where they are. It is called before
+    the capture, on a stream of its own as PyTorch asks, because a capture may neither compile kernels nor choose
+    workspaces.
     """
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

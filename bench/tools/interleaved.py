@@ -1,13 +1,18 @@
-"""Timing candidates against each other: in turn within each round, so that a slow spell of the machine meets all of them.
+"""A race times candidates against each other, in turn within each round: a slow spell of the machine meets all of them.
 
-A candidate's figure is the lower quartile of its rounds: what it takes when nothing else runs, without trusting the one
-luckiest round. The verdict is SLOWER where both the lower quartile and the minimum of "ours" exceed those
-of the best naive candidate by more than NOISE (and an allowance in seconds, where the case has one), or where the
-ratio to "frozen" is more than DRIFT above an earlier run's. A race whose lower quartile is beyond DISTURBED times the
-minimum, for any candidate, is marked as noisy: other processes took the cores, repeat it on a quiet machine.
-A naive way that takes over HOPELESS times ours, and over HOPELESS_SECONDS, is timed once: no round could change the verdict.
-Candidates named in `unjudged` are timed and shown, marked with a star, but ours may lose to them: their result is
-another one.
+A candidate's figure is the lower quartile of its rounds. This is what it takes when nothing else runs, and it does not
+trust the one luckiest round.
+
+"ours" is SLOWER where both its lower quartile and its minimum exceed those of the best other candidate by more than
+NOISE, and by more than an allowance in seconds where the race has one. It is also SLOWER where its ratio to "frozen" is
+more than DRIFT above that of an earlier run. "frozen", the frozen layer's own GEMMs, is never among the others.
+
+A race is noisy where the lower quartile of any candidate exceeds DISTURBED times its minimum: other processes took the
+cores, and the race should be repeated on a quiet machine.
+
+A candidate that takes over HOPELESS times as long as ours, and over HOPELESS_SECONDS, is timed once: no further round
+could change the verdict. Candidates named in `unjudged` compute another result than ours. They are timed and shown with
+a star, and ours may lose to them.
 """
 
 import json
@@ -29,14 +34,14 @@ _OURS, _FROZEN = "ours", "frozen"
 
 class Timer(Protocol):
     min_sample_seconds: float
-    """A round calls a candidate so often that its calls take at least this."""
+    """A round repeats a candidate until its calls take at least this long."""
 
     def __call__(self, function: Callable, calls: int) -> float:
-        """The seconds that all those calls took."""
+        """Returns the seconds that all those calls took."""
 
 
 class WallClock(Timer):
-    """By the CPU's clock."""
+    """Times with the CPU's clock."""
 
     min_sample_seconds = 2e-3
 
@@ -45,6 +50,15 @@ class WallClock(Timer):
         for _ in range(calls):
             function()
         return time.perf_counter() - start
+
+
+def calls_a_round(timer: Timer, seconds: dict[str, float]) -> dict[str, int]:
+    """How often a round calls each candidate that takes so many seconds a call."""
+    return {name: max(1, round(timer.min_sample_seconds / time)) for name, time in seconds.items()}
+
+
+def lower_quartile(samples: list[float]) -> float:
+    return statistics.quantiles(samples, n=4, method="inclusive")[0] if len(samples) > 1 else samples[0]
 
 
 class Race:
@@ -69,17 +83,22 @@ class Race:
         self.verdict = ""
 
     @property
-    def naive(self) -> list[str]:
+    def others(self) -> list[str]:
         return [name for name in self.seconds if name not in (_OURS, _FROZEN)]
 
-    def run(self, benchmark, seconds: float) -> None:
-        """Agree on the numbers, which warms up too, then about `seconds` of rounds.
+    @property
+    def is_slower(self) -> bool:
+        return self.verdict.startswith("SLOWER")
 
-        pytest-benchmark times ours, its setup the others. The candidates, and the tensors that they hold, are let go at the end.
+    def run(self, benchmark, seconds: float) -> None:
+        """Checks that all results agree, which also warms up, then runs rounds for about `seconds`.
+
+        pytest-benchmark calls ours as its target and the others as its setup. At the end the race drops the candidates,
+        because they hold tensors.
         """
         self._check_same_results()
         one_call = {name: self.timer(function, 1) for name, function in self.candidates.items()}
-        calls = {name: max(1, round(self.timer.min_sample_seconds / t)) for name, t in one_call.items()}
+        calls = calls_a_round(self.timer, one_call)
         hopeless = self._hopeless(one_call)
         for name in hopeless:
             self.seconds[name].append(one_call[name])
@@ -101,37 +120,38 @@ class Race:
 
     def _hopeless(self, one_call: dict[str, float]) -> list[str]:
         limit = max(HOPELESS * one_call[_OURS], HOPELESS_SECONDS)
-        return [name for name in self.naive if one_call[name] > limit]
+        return [name for name in self.others if one_call[name] > limit]
 
     def _check_same_results(self) -> None:
-        """A race between different results says nothing. The tolerance is that of bf16, rounded by every naive way."""
+        """A race between different results says nothing. The tolerance allows every candidate its roundings to bf16."""
         ours = self.candidates[_OURS]()
         if _FROZEN in self.candidates:
             self.candidates[_FROZEN]()
-        for name in self.naive:
+        for name in self.others:
             for index, (got, expected) in enumerate(zip(self.candidates[name](), ours, strict=True)):
                 error = float((got.float() - expected.float()).norm() / (expected.float().norm() + 1e-30))
                 assert error < 2e-2, f"{self.name}: result {index} of {name!r} differs from ours by {error:.2g}"
 
     def lower_quartile(self, name: str) -> float:
-        samples = self.seconds[name]
-        return statistics.quantiles(samples, n=4, method="inclusive")[0] if len(samples) > 1 else samples[0]
+        return lower_quartile(self.seconds[name])
 
-    def best_naive(self) -> str:
-        return min((name for name in self.naive if name not in self.unjudged), key=self.lower_quartile)
+    def best_other(self) -> str:
+        return min((name for name in self.others if name not in self.unjudged), key=self.lower_quartile)
 
     def ratio(self) -> float:
-        """Ours over frozen, or over the best naive way where there is no frozen layer to compare with."""
-        return self.lower_quartile(_OURS) / self.lower_quartile(
-            _FROZEN if _FROZEN in self.seconds else self.best_naive()
-        )
+        """Ours over the yardstick."""
+        return self.lower_quartile(_OURS) / self.lower_quartile(self.yardstick())
+
+    def yardstick(self) -> str:
+        """The frozen layer, or the best other candidate in a race without a frozen layer."""
+        return _FROZEN if _FROZEN in self.seconds else self.best_other()
 
     def noisy(self) -> bool:
         return any(self.lower_quartile(name) > DISTURBED * min(self.seconds[name]) for name in self.seconds)
 
     def judge(self, earlier_ratio: float | None = None) -> str:
         """ "ok", "noisy" or "SLOWER ...", by the rules at the top of this file."""
-        best = self.best_naive()
+        best = self.best_other()
         if all(
             figure(_OURS) > NOISE * figure(best) + self.allowance
             for figure in (self.lower_quartile, lambda name: min(self.seconds[name]))
@@ -142,7 +162,7 @@ class Race:
         return "noisy" if self.noisy() else "ok"
 
     def summary(self) -> dict:
-        """For the JSON file."""
+        """What the --benchmark-json file holds of the race."""
         return {
             "ratio": self.ratio(),
             "goal": self.goal,
@@ -159,28 +179,33 @@ class Race:
 
 
 def table(races: list[Race]) -> str:
-    """One line a race: what frozen (or the best naive way) takes, everything over it, ours over the best naive way."""
-    rows = [("benchmark", "base", "ours", "to reach", "naive ways", "ours / best naive", "verdict")]
+    """One line a race: the yardstick's time, every candidate's time over it, and ours over the best of the others."""
+    rows = [("race", "yardstick", "ours", "goal", "the others", "ours / best other", "verdict")]
     for race in races:
-        base = _FROZEN if _FROZEN in race.seconds else race.best_naive()
-        unit = race.lower_quartile(base)
-        naive = "  ".join(
+        unit = race.lower_quartile(race.yardstick())
+        others = "  ".join(
             f"{name}{'*' if name in race.unjudged else ''} {race.lower_quartile(name) / unit:.2f}"
-            for name in race.naive
+            for name in race.others
         )
         rows.append(
             (
                 race.name,
-                f"{base} {_duration(unit)}",
+                f"{race.yardstick()} {_duration(unit)}",
                 f"{race.lower_quartile(_OURS) / unit:.2f}",
                 "" if race.goal is None else f"{race.goal:.2f}",
-                naive,
-                f"{race.lower_quartile(_OURS) / race.lower_quartile(race.best_naive()):.2f}",
+                others,
+                f"{race.lower_quartile(_OURS) / race.lower_quartile(race.best_other()):.2f}",
                 race.verdict,
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, ...]], numbers: bool = False) -> str:
+    """The rows as lines of equally wide columns. numbers moves all columns but the first to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    pad = str.rjust if numbers else str.ljust
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(pad, row[1:], widths[1:])]).rstrip() for row in rows)
 
 
 def _duration(seconds: float) -> str:
@@ -188,7 +213,7 @@ def _duration(seconds: float) -> str:
 
 
 def gradients(function: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) -> Callable:
-    """A whole step: function() forward and the gradients of leaves; returns (y, *gradients)."""
+    """Returns a whole step, which calls function(), and then returns (y, *gradients of the leaves)."""
 
     def step():
         y = function()
@@ -198,8 +223,11 @@ def gradients(function: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) 
 
 
 def earlier_ratios_of(path: Path | None) -> dict[str, float]:
-    """{test: ratio} of a --benchmark-json file; {} without a file."""
+    """{test's name: ratio} of a --benchmark-json file, or {} without a file.
+
+    A test keeps its name where its file moves, so that runs from before a move can be compared.
+    """
     if path is None:
         return {}
     races = json.loads(path.read_text())["benchmarks"]
-    return {race["fullname"]: race["extra_info"]["ratio"] for race in races}
+    return {race["name"]: race["extra_info"]["ratio"] for race in races}

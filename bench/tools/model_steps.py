@@ -1,8 +1,12 @@
-"""A train step of the review classifier, ours and in every other way: one adapted model, the same numbers in each.
+"""The train steps of the review classifier that the models' races compare: one adapted model in several forms.
 
-ours: models/adaptation.add_adapter. reference: the same on the reference backend. csr, dense (RoSA) and addmm (LoRA):
-each adapted layer replaced by an nn.Module written by hand (naive.HandWritten). peft: PEFT's LoRA. full: every parameter
-trains, the adapter merged. All start from the same function, so that the first loss and its gradients agree.
+ours               models/adaptation.add_adapter
+reference          the same on the reference backend
+csr, dense, addmm  a hand-written nn.Module (hand_written.py) in place of each adapted layer, for RoSA or for LoRA
+peft               PEFT's LoRA
+full               every parameter trains, and the adapter is merged
+
+All start from the same weights, so that the first loss and its gradients agree.
 """
 
 import copy
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 import rosa_kernels as rk
 from adaptation import add_adapter
 from data import PAD_ID, Batch
-from naive import CSR, Dense, HandWritten, NoSparse
+from hand_written import CSR, Dense, HandWritten, NoSparse
 from options import parse_options
 from rosa_kernels.adapters.inject import adapter_layers
 from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
@@ -33,7 +37,10 @@ except ImportError:
     peft = None
 
 MODES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}
-"""Name -> dtype of the linear layers' arithmetic. bf16: the base's parameters too, adapters fp32; autocast: --dtype bf16."""
+"""Each mode's dtype of the linear layers' arithmetic.
+
+In bf16 the frozen parameters are bf16 and the adapters fp32. autocast is the trainer's --dtype bf16.
+"""
 
 SEED = 0
 
@@ -52,7 +59,7 @@ class ModelShape:
         return parse_options(["--preset", "amazon", *self.arguments])
 
     def batch(self) -> Batch:
-        """Random reviews of about equal lengths, as the trainer sorts them; token frequencies about as Zipf has them."""
+        """Random reviews of about equal lengths, as the trainer sorts them, with token frequencies about as Zipf's."""
         longest = min(self.review_tokens, self.tokens)
         reviews, vocabulary = self.tokens // longest, self.options().vocabulary
         generator = torch.Generator().manual_seed(SEED)
@@ -71,10 +78,11 @@ AMAZON = ModelShape("amazon", (), 320, 64 * 320)
 WIDE = ModelShape("wide", ("--width", "768", "--layers", "2", "--heads", "12", "--feed-forward", "3072"), 128, 16 * 128)
 
 
-class Way:
-    """A model, its optimizer and a batch. A call is one train step and returns what all ways agree on at first.
+class TrainStep:
+    """A model, its optimizer and a batch. A call is one train step.
 
-    gradients: of the head and the probed adapter; over the norm of the head's, as clipping scales each way's by another number.
+    It returns what all forms agree on in their first step: the loss, and the gradients of the head and of the
+    probed adapter. These are divided by the norm of the head's, because clipping scales each model's by another number.
     """
 
     def __init__(self, model: nn.Module, mode: str, shape: ModelShape, gradients: Callable, backend: str = "auto"):
@@ -83,7 +91,7 @@ class Way:
         self.dtype = "bf16" if mode == "autocast" else "fp32"
 
     def __call__(self) -> tuple[Tensor, ...]:
-        torch.manual_seed(SEED)  # every way drops the same tokens and features
+        torch.manual_seed(SEED)  # every model drops the same tokens and features
         with rk.use_backend(self.backend):
             loss = training_step(self.model, self.batch, self.optimizer, self.dtype)
         head, *adapter = self.gradients()
@@ -113,33 +121,33 @@ class GradientsByChainRule:
         return gradients if self.entries is None else [*gradients, dW.view(-1)[self.entries]]
 
 
-def ways(adapter: str, mode: str, shape: ModelShape) -> dict[str, Way]:
-    """{name: way}; "peft" only where it is installed and computes the same."""
+def train_steps(adapter: str, mode: str, shape: ModelShape) -> dict[str, TrainStep]:
+    """Returns {name: step}. "peft" is among them where it is installed and computes the same."""
     base, model = _adapted(adapter, mode, shape)
 
-    def way(other, gradients=None, backend="auto"):
-        return Way(other, mode, shape, gradients or _gradients_of(other), backend)
+    def step(other, gradients=None, backend="auto"):
+        return TrainStep(other, mode, shape, gradients or _gradients_of(other), backend)
 
-    by_hand = {"csr": CSR, "dense": Dense} if adapter == "rosa" else {"addmm": lambda pattern: NoSparse()}
+    hand_written = {"csr": CSR, "dense": Dense} if adapter == "rosa" else {"addmm": lambda pattern: NoSparse()}
     full = rk.merge_and_unload(copy.deepcopy(model)).requires_grad_(True)
     chain_rule = GradientsByChainRule(full.head.weight, _probed(full).weight, _probed(model))
     found = {
-        "ours": way(model),
-        "reference": way(copy.deepcopy(model), backend="reference"),
-        **{name: way(_by_hand(copy.deepcopy(model), sparse)) for name, sparse in by_hand.items()},
-        "full": way(full, chain_rule),
+        "ours": step(model),
+        "reference": step(copy.deepcopy(model), backend="reference"),
+        **{name: step(_hand_written(copy.deepcopy(model), sparse)) for name, sparse in hand_written.items()},
+        "full": step(full, chain_rule),
     }
     if adapter == "lora" and peft is not None:
-        found["peft"] = way(_by_peft(base, model))
+        found["peft"] = step(_by_peft(base, model))
     return found
 
 
 def _adapted(adapter: str, mode: str, shape: ModelShape) -> tuple[ReviewClassifier, ReviewClassifier]:
-    """The base, and with an adapter in the midst of training: masks chosen, no part zero."""
+    """Returns the frozen model, and one with an adapter in the midst of training: no part of it is zero."""
     options = shape.options()
     torch.manual_seed(SEED)
     base = ReviewClassifier(model_config(options))
-    scored = copy.deepcopy(base)  # in fp32, as gradients in bf16 may take minutes
+    scored = copy.deepcopy(base)  # in fp32, because gradients in bf16 may take minutes
     add_adapter(scored, adapter, adapter_sizes(options))
     patterns = rk.select_masks(scored, [shape.batch()], review_loss) if adapter == "rosa" else {}
     if mode == "bf16":
@@ -156,7 +164,7 @@ def _adapted(adapter: str, mode: str, shape: ModelShape) -> tuple[ReviewClassifi
 
 
 def _probed(model: ReviewClassifier) -> nn.Module:
-    """The layer whose gradients are compared; the last one, where the fewest roundings to bf16 have met them."""
+    """The layer whose gradients are compared. It is the last one, because they have met the fewest roundings there."""
     return model.blocks[-1].feed_forward.down_proj
 
 
@@ -176,8 +184,8 @@ def _by_peft(base: ReviewClassifier, model: ReviewClassifier) -> nn.Module:
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), directory, is_trainable=True)
 
 
-def _by_hand(model: ReviewClassifier, sparse: Callable) -> ReviewClassifier:
-    """The model with a module written by hand in place of each of ours, around the same parameters."""
+def _hand_written(model: ReviewClassifier, sparse: Callable) -> ReviewClassifier:
+    """The model with a hand-written module in place of each of ours, around the same parameters."""
     for name, layer in adapter_layers(model).items():
         kind = HandWrittenEmbedding if isinstance(layer, RoSAEmbedding) else HandWrittenLinear
         model.set_submodule(name, kind(layer, sparse))
@@ -205,7 +213,7 @@ class HandWrittenLinear(nn.Module):
 
 
 class HandWrittenEmbedding(nn.Module):
-    """As PEFT, and each token's own row where it has one; the last row stays zero, for the other tokens."""
+    """PEFT's embedding, plus a row of S for each token that has one. The last row stays zero, for all other tokens."""
 
     def __init__(self, layer: RoSAEmbedding, sparse: Callable):
         super().__init__()
@@ -221,7 +229,7 @@ class HandWrittenEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         y = self.base(ids)
-        delta = self.scaling * F.linear(F.embedding(ids, self.A.T), self.B)
+        adapter = self.scaling * F.linear(F.embedding(ids, self.A.T), self.B)
         if self.rows is not None:
-            delta = delta + F.embedding(self.row_of_token[ids], self.rows, padding_idx=len(self.rows) - 1)
-        return (y + delta).to(y.dtype)
+            adapter = adapter + F.embedding(self.row_of_token[ids], self.rows, padding_idx=len(self.rows) - 1)
+        return (y + adapter).to(y.dtype)

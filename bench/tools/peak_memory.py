@@ -1,7 +1,8 @@
-"""Peak memory of a function in a fresh process: MB (10⁶ bytes) of resident memory above that of a process with its libraries loaded.
+"""Measures how many MB (10⁶ bytes) of memory a function takes at its peak, above a process with its libraries loaded.
 
-Counted is what the function holds (a model, its optimizer) and what calls add. The script reads a pickle's name a line and
-answers with a number; it imports once and forks for each.
+The figure counts what the function holds (a model, its optimizer) and what its calls add. The races of whole models use
+it. It runs this file as a process that reads the name of a pickle a line and answers with a number. That process imports
+the libraries once and forks for each pickle.
 """
 
 import os
@@ -14,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-import model_steps  # noqa: F401  what the pickles are made of, loaded before the processes fork
+import model_steps  # noqa: F401  the pickles need it, and the process loads it before it forks
 
 _CALLS = 2  # the first step makes the optimizer's state, the second runs beside it
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 class PeakMemory:
-    """A context; inside it megabytes(function) measures."""
+    """A context in which megabytes(function) measures."""
 
     def __enter__(self):
         self._directory = tempfile.TemporaryDirectory()
@@ -47,7 +48,7 @@ class PeakMemory:
 
 
 def _serve(threads: str) -> None:
-    """This process computes nothing, so that it has no threads yet that a fork would lose."""
+    """Computes nothing in this process, so that it has no threads that a fork would lose."""
     torch.set_num_threads(int(threads))
     for line in sys.stdin:
         child = os.fork()
@@ -59,7 +60,10 @@ def _serve(threads: str) -> None:
 
 
 def _measured(file: str) -> float:
-    for dtype in (torch.float32, torch.bfloat16):  # a small step: libraries come into memory when they are first used
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+    ):  # a small step first, because libraries come into memory when they are used
         layer = torch.nn.Linear(64, 64, dtype=dtype)
         layer(torch.ones(64, 64, dtype=dtype)).sum().backward()
         torch.optim.AdamW(layer.parameters(), fused=True).step()

@@ -1,12 +1,15 @@
-"""What a competent PyTorch user writes without this package: each way as fast as plain PyTorch ops allow.
+"""What a competent PyTorch user writes without this package, as fast as plain PyTorch ops allow.
 
-A HandWritten layer has its backward by hand, because autograd through torch.sparse gives dense gradients. Sparse
-parts: CSR (torch.sparse and sampled_addmm; fp32 copies for bf16, which PyTorch's CSR ops reject on a CPU), Dense (S
-scattered into a copy of W, the gradient gathered from a dense dW; in 16 bits this rounds away small deltas), DenseApart
-(S scattered into zeros and multiplied on its own) and Rows (three small GEMMs). fp32 adapters are cast to x's dtype.
+HandWritten is a layer with a backward of its own, because autograd through torch.sparse gives dense gradients. It casts
+fp32 adapters to x's dtype. Each class below computes the part of S in one of these forms:
 
-On a CPU without instructions for bf16 PyTorch's bf16 GEMMs are 8 to 130 times slower than fp32's: there these layers, and
-what stands for the frozen one, compute in fp32 between casts.
+CSR         torch.sparse and sampled_addmm; on a CPU they reject bf16, which is copied to fp32
+Dense       S scattered into a copy of W, its gradient gathered from a dense dW; 16 bits round small values of S away
+DenseApart  S scattered into zeros and multiplied on its own
+Rows        three small GEMMs, for an S of whole rows
+
+On a CPU without instructions for bf16, PyTorch's bf16 GEMMs are 8 to 130 times slower than its fp32 GEMMs. There these
+layers, and the frozen layer that they are compared with, compute in fp32 between casts.
 """
 
 import functools
@@ -34,7 +37,7 @@ class NoSparse:
 
 
 class CSR(NoSparse):
-    """dtype: that of the products with S and Sᵀ; sampled_addmm knows no 16-bit dtype on any device."""
+    """dtype is that of the products with S and Sᵀ. The gradient is fp32: sampled_addmm knows no 16-bit dtype."""
 
     def __init__(self, pattern: CSRPattern, dtype: torch.dtype = torch.float32):
         self.shape, self.dtype = pattern.shape, dtype
@@ -110,8 +113,8 @@ class Rows(NoSparse):
 
 
 @functools.cache
-def _bf16_is_slow(tokens: int, backward: bool) -> bool:
-    """Whether bf16 GEMMs of so many tokens lose to fp32 GEMMs between casts on this CPU, tried on a small weight."""
+def bf16_is_slow(tokens: int, backward: bool = True) -> bool:
+    """Whether bf16 GEMMs of so many tokens lose to fp32 GEMMs between casts on this CPU. A small weight tells."""
     x, W = torch.ones(min(tokens, 64), 512, dtype=torch.bfloat16), torch.ones(512, 512, dtype=torch.bfloat16)
 
     def seconds(multiply):
@@ -128,14 +131,14 @@ def _timed(function) -> float:
 
 
 def as_multiplied(x, *others, backward=True):
-    """The tensors in the dtype in which this device multiplies x fastest: fp32 where its bf16 GEMMs are slow."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _bf16_is_slow(x.numel() // x.shape[-1], backward):
+    """Returns the tensors in the dtype in which this device multiplies x fastest: fp32 where bf16 GEMMs are slow."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and bf16_is_slow(x.numel() // x.shape[-1], backward):
         return tuple(None if tensor is None else tensor.float() for tensor in (x, *others))
     return x, *others
 
 
 def frozen_step(x, W, b, dy):
-    """The layer's own two GEMMs: y and dx."""
+    """The frozen layer's own two GEMMs, which give y and dx."""
     wide_x, wide_dy, W, b = as_multiplied(x, dy, W, b)
     return F.linear(wide_x, W, b).to(x.dtype), (wide_dy @ W).to(x.dtype)
 
@@ -145,8 +148,8 @@ def frozen_forward(x, W, b):
     return F.linear(wide, W, b).to(x.dtype)
 
 
-def forward_by_hand(x, W, b, A, B, scaling, values, sparse):
-    """(y, the weight that S may be merged into, H or None): addmm into the base's result."""
+def forward(x, W, b, A, B, scaling, values, sparse):
+    """Returns y, the weight M that was multiplied (W, or a copy that holds S) and H = x Aᵀ or None."""
     M = sparse.weight(W, values)
     y = F.linear(x, M, b)
     H = None
@@ -157,15 +160,21 @@ def forward_by_hand(x, W, b, A, B, scaling, values, sparse):
     return y, M, H
 
 
+def spmm(x, values, sparse, out_features):
+    y = x.new_zeros(len(x), out_features)
+    sparse.add_to_y(y, x, values)
+    return y
+
+
 class HandWritten(Function):
-    """y = x Wᵀ + b + s x Aᵀ Bᵀ + x Sᵀ by forward_by_hand; gradients of x, A, B and values."""
+    """y = x Wᵀ + b + scaling x Aᵀ Bᵀ + x Sᵀ, with gradients of x, A, B and values."""
 
     @staticmethod
     def forward(ctx, x, W, b, A, B, scaling, values, sparse):
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, A, B, values)]
         dtype = x.dtype
         x, W, b, A, B, values = as_multiplied(x, W, b, A, B, values)
-        y, M, H = forward_by_hand(x, W, b, A, B, scaling, values, sparse)
+        y, M, H = forward(x, W, b, A, B, scaling, values, sparse)
         ctx.save_for_backward(x, M, A, B, values, H)
         ctx.scaling, ctx.sparse = scaling, sparse
         return y.to(dtype)
@@ -190,6 +199,6 @@ class HandWritten(Function):
 
 
 def lora_as_peft(x, W, b, A, B, scaling):
-    """Three matmuls and an addition through autograd; x goes to the adapters' dtype, as in peft."""
+    """PEFT's LoRA: three matmuls and an addition through autograd. x is cast to the adapters' dtype."""
     y = F.linear(x, W, b)
     return y + (F.linear(F.linear(x.to(A.dtype), A), B) * scaling).to(y.dtype)
