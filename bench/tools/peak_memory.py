@@ -1,8 +1,8 @@
 """Measures how many MB (10⁶ bytes) of memory a function takes at its peak, above a process with its libraries loaded.
 
-The figure counts what the function holds (a model, its optimizer) and what its calls add. The races of whole models use
-it. It runs this file as a process that reads the name of a pickle a line and answers with a number. That process imports
-the libraries once and forks for each pickle.
+The figure counts what the function holds (a model, its optimizer) and what its calls add. The races of whole models
+use it. It runs this file as a process, which imports the libraries once, reads the name of a pickle from each line,
+forks to run that pickle, and answers with a number.
 """
 
 import os
@@ -60,10 +60,7 @@ def _serve(threads: str) -> None:
 
 
 def _measured(file: str) -> float:
-    for dtype in (
-        torch.float32,
-        torch.bfloat16,
-    ):  # a small step first, because libraries come into memory when they are used
+    for dtype in (torch.float32, torch.bfloat16):  # a small step brings the libraries into memory
         layer = torch.nn.Linear(64, 64, dtype=dtype)
         layer(torch.ones(64, 64, dtype=dtype)).sum().backward()
         torch.optim.AdamW(layer.parameters(), fused=True).step()

@@ -1,11 +1,11 @@
-"""The GPU's benchmarks without a GPU: their code runs, their candidates agree, their file holds what it promises."""
+"""The GPU's races run without a GPU. Their candidates agree, and their file holds what it promises."""
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ WITH_CSR = {"rosa_forward", "rosa_step", "spmm", "sddmm"}
 
 
 def dry_run(*options) -> str:
-    """The output of a run whose every race passed: a candidate that disagrees with ours fails its race."""
+    """Returns the output of a run in which every race passed. A candidate that disagrees with ours fails its race."""
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", "--benchmark-only"]
     command += ["--gpu-dry-run", *map(str, options)]
     done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
@@ -40,7 +40,7 @@ def dry_run(*options) -> str:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     directory = tmp_path_factory.mktemp("results")
-    output = dry_run("--results", directory)
+    output = dry_run("--shapes", "all", "--results", directory)
     (path,) = directory.iterdir()  # no temporary file is left
     assert f"written: {path}" in output
     return json.loads(path.read_text())
@@ -96,12 +96,36 @@ def test_a_dry_run_or_a_part_of_a_run_never_lands_among_the_results(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (BENCH / "results").iterdir()}
     assert "not written to bench/results (dry run" in dry_run("-k", "csr_add")
     assert {path: path.stat().st_mtime_ns for path in (BENCH / "results").iterdir()} == before
-    dry_run("-k", "csr_add", "--results", tmp_path)
-    assert "collected races started" in json.loads((tmp_path / "dry-run.json").read_text())["partial"]
+    for options, why in ((["--shapes", "all"], "collected races started"), ([], "selected shapes only")):
+        dry_run("-k", "csr_add", "--results", tmp_path, *options)
+        assert why in json.loads((tmp_path / "dry-run.json").read_text())["partial"]
+
+
+def collected(*options) -> set[str]:
+    """The names of the tests that pytest collects from bench/ and one file of tests/ with these options."""
+    command = [sys.executable, "-m", "pytest", "tests/project/test_gpu_results.py", "bench", "--collect-only", "-q"]
+    command += ["-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line.split("::")[1] for line in done.stdout.splitlines() if line.startswith("bench/")}
+
+
+def test_the_selected_shapes_show_every_race_dtype_and_kind_of_call():
+    selected, everything = collected(), collected("--shapes", "all")
+    assert selected < everything
+    assert {name.partition("[")[0] for name in selected} == {name.partition("[")[0] for name in everything}
+    for race in ("rosa_step", "lora_step", "row_step", "sparse_step", "rosa_few_tokens", "spmm", "sddmm", "csr_add"):
+        for dtypes in ("fp32", "bf16"):
+            alike = re.compile(rf"test_{race}\[\d+x\d+x\d+-(unstructured-|row-)?{dtypes}\]")
+            assert any(map(alike.fullmatch, selected)), (race, dtypes)
+    assert any(name.startswith("test_lora_few_tokens[4096x4096x1-") for name in selected)  # one token
 
 
 class PretendCUDA:
-    """The part of torch.cuda that gpu_timing uses. Logs what a GPU would see; an event comes 2 ms after the one before."""
+    """The part of torch.cuda that gpu_timing uses. It logs what a GPU would see.
+
+    Each event comes 2 ms after the one before.
+    """
 
     def __init__(self):
         self.log = log = []

@@ -48,7 +48,7 @@ def test_a_whole_run_takes_the_names_of_the_device_and_of_what_served_it(results
     assert json.loads(path.read_text())["races"]
 
 
-@pytest.mark.parametrize("partial, dry_run", [("--shapes quick", False), (None, True)])
+@pytest.mark.parametrize("partial, dry_run", [("selected shapes only", False), (None, True)])
 def test_anything_else_stays_out_of_the_results(results, tmp_path, monkeypatch, partial, dry_run):
     monkeypatch.setattr(gpu_results, "RESULTS", tmp_path)
     assert keep(tmp_path, report(results, [], partial, dry_run)).startswith("not written")
