@@ -140,15 +140,7 @@ def run_and_judge(request, benchmark, earlier_ratios):
         race.run(benchmark, seconds)
         backend = serving_backend(device, dtype)
         before = earlier_ratios.get(request.node.name)
-        unjudged = (
-            "dry run"
-            if request.config.getoption("--gpu-dry-run")
-            else "reference"
-            if backend == "reference"
-            else "--benchmark-disable"
-            if benchmark.disabled
-            else None
-        )
+        unjudged = _why_unjudged(request.config, backend)
         race.verdict = f"{unjudged}: not judged" if unjudged else race.judge(before)
         benchmark.extra_info.update(race.summary(), backend=backend, threads=torch.get_num_threads())
         return backend
@@ -156,19 +148,21 @@ def run_and_judge(request, benchmark, earlier_ratios):
     return run
 
 
+def _why_unjudged(config, backend: str) -> str | None:
+    if config.getoption("--gpu-dry-run"):
+        return "dry run"
+    if config.getoption("--benchmark-disable"):
+        return "--benchmark-disable"
+    return backend if backend == "reference" else None
+
+
+def _fail_if_judged(race: Race, config) -> None:
+    if race.is_slower and config.getoption("--judge"):
+        pytest.fail(f"{race.name}: {race.verdict}\n{table([race])}", pytrace=False)
+
+
 @pytest.fixture
-def fail_if_judged(request):
-    """fail_if_judged(race) fails the test where ours is slower and --judge is given."""
-
-    def judge(race):
-        if race.is_slower and request.config.getoption("--judge"):
-            pytest.fail(f"{race.name}: {race.verdict}\n{table([race])}", pytrace=False)
-
-    return judge
-
-
-@pytest.fixture
-def race(request, run_and_judge, fail_if_judged):
+def race(request, run_and_judge):
     """race(candidates, dtype, ...) times the candidates in turn and records the result for the table at the end.
 
     candidates is {name: function}. "ours" is this package, and "frozen" is the frozen layer's own GEMMs. Ours is
@@ -179,13 +173,13 @@ def race(request, run_and_judge, fail_if_judged):
         result = Race(request.node.name.removeprefix("test_"), candidates, goal=goal, allowance=allowance)
         run_and_judge(result, "cpu", dtype, seconds=seconds)
         request.config.stash[_CPU_RACES].append(result)
-        fail_if_judged(result)
+        _fail_if_judged(result, request.config)
 
     return run
 
 
 @pytest.fixture
-def gpu_race(request, run_and_judge, fail_if_judged):
+def gpu_race(request, run_and_judge):
     """gpu_race(candidates, ...) does the same for the test's case, on its device and in its mode."""
     case = request.node.callspec.params["case"]
     request.config.stash[_GPU_STARTED].append(request.node.name)
@@ -200,7 +194,7 @@ def gpu_race(request, run_and_judge, fail_if_judged):
         request.config.stash[_GPU_RESULTS].append(
             gpu_results.Result(operation, case, result, backend, timer.l2, left_out)
         )
-        fail_if_judged(result)
+        _fail_if_judged(result, request.config)
 
     return run
 
@@ -231,15 +225,16 @@ def no_grad():
 
 def pytest_terminal_summary(terminalreporter, config):
     title = "time ratios (lower quartile of interleaved rounds)"
-    if races := config.stash[_CPU_RACES]:
+    cpu_races = config.stash[_CPU_RACES]
+    if cpu_races:
         terminalreporter.section(title)
         reasons = ", ".join(f"{name}: {reason or 'available'}" for name, reason in rk.available_backends().items())
         terminalreporter.write_line(f"{torch.get_num_threads()} threads, torch {torch.__version__}, backends {reasons}")
-        terminalreporter.write_line(table(races))
+        terminalreporter.write_line(table(cpu_races))
     if config.stash[_GPU_STARTED]:
         terminalreporter.section(f"GPU {title}")
         terminalreporter.write_line(_gpu_summary(config))
-    raced = [*races, *(result.race for result in config.stash[_GPU_RESULTS])]
+    raced = [*cpu_races, *(result.race for result in config.stash[_GPU_RESULTS])]
     if slower := [race.name for race in raced if race.is_slower]:
         fate = "failed" if config.getoption("--judge") else "not failed without --judge"
         terminalreporter.write_line(f"slower in {len(slower)} of {len(raced)} races ({fate}): {', '.join(slower)}")
