@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rosa_kernels.pattern import UNSTRUCTURED
 
-# Measured with AVX2 (Zen 3) on two threads; bench/test_plan_regret.py shows what trusting them costs.
+# Measured with AVX2 (Zen 3) on two threads; bench/races/test_cost_model_regret.py shows what trusting them costs.
 _LOW_RANK = 1.5  # a multiply-add of the kernels' low-rank part
 _ENTRY = 5.0  # an entry of S for a token, gathered; in rows, columns and blocks it is a dense multiply-add
 _ELEMENT = 7.0  # an element of x read, or of y read or written
