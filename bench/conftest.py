@@ -73,6 +73,7 @@ def pytest_configure(config):
         for option in ("--benchmark-disable", "--gpu-dry-run"):
             if config.getoption(option):
                 raise pytest.UsageError(f"--judge needs times, and {option} measures none")
+    config.option.benchmark_quiet = True  # pytest-benchmark's table has ours alone; --benchmark-verbose prints it
     torch.set_num_threads(config.getoption("--threads"))
     for key in (_CPU_RACES, _GPU_RESULTS, _GPU_COLLECTED, _GPU_STARTED):
         config.stash[key] = []
