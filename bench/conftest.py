@@ -12,6 +12,7 @@ Where there is a GPU, its races run and those of the CPU do not. The rules of ju
 Every shape of the GPU's races together writes bench/results/<device>-<backend>.json (tools/gpu_results.py).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _CPU_RACES = pytest.StashKey[list[Race]]()
 _GPU_RESULTS = pytest.StashKey[list[gpu_results.Result]]()
 _GPU_COLLECTED = pytest.StashKey[list[str]]()
 _GPU_STARTED = pytest.StashKey[list[str]]()
+_SECTIONS = pytest.StashKey[dict[str, Callable[[], str]]]()
 _SKIPPED = pytest.StashKey[set[str]]()
 _NOT_CAPTURED = (
     "raced eagerly only: cuSPARSE's version decides whether a capture works, and a failed one spoils the process"
@@ -77,6 +79,7 @@ def pytest_configure(config):
     torch.set_num_threads(config.getoption("--threads"))
     for key in (_CPU_RACES, _GPU_RESULTS, _GPU_COLLECTED, _GPU_STARTED):
         config.stash[key] = []
+    config.stash[_SECTIONS] = {}
     config.stash[_SKIPPED] = set()
 
 
@@ -218,6 +221,12 @@ def _without_csr_where_it_fails(candidates: dict, mode: str) -> tuple[dict, dict
     return {name: function for name, function in candidates.items() if name != "csr"}, {"csr": reason}
 
 
+@pytest.fixture(scope="session")
+def closing_sections(request):
+    """A dictionary {title: function}. When the session ends, each function's text is printed under its title."""
+    return request.config.stash[_SECTIONS]
+
+
 @pytest.fixture
 def no_grad():
     with torch.no_grad():
@@ -225,6 +234,9 @@ def no_grad():
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    for title, text in config.stash[_SECTIONS].items():
+        terminalreporter.section(title)
+        terminalreporter.write_line(text())
     title = "time ratios (lower quartile of interleaved rounds)"
     cpu_races = config.stash[_CPU_RACES]
     if cpu_races:

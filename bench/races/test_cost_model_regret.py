@@ -25,27 +25,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class RegretSummary:
-    """Prints the mean and the worst regret when the session ends."""
-
-    def __init__(self):
-        self.regrets = {}
-
-    def pytest_terminal_summary(self, terminalreporter):
-        terminalreporter.section("regret of the CPU's cost model")
-        if self.regrets:
-            worst = max(self.regrets, key=self.regrets.get)
-            terminalreporter.write_line(
-                f"the chosen algorithm takes {statistics.mean(self.regrets.values()):.3f} of the best one's time in "
-                f"the mean over {len(self.regrets)} calls, at worst {self.regrets[worst]:.3f}: {worst}"
-            )
-
-
 @pytest.fixture(scope="session")
-def regret_summary(request):
-    summary = RegretSummary()
-    request.config.pluginmanager.register(summary)
-    return summary
+def regrets(closing_sections):
+    """{test: the chosen algorithm's time over the best one's}, of which a line is printed when the session ends."""
+    ratios = {}
+
+    def summary():
+        worst = max(ratios, key=ratios.get)
+        return (
+            f"the chosen algorithm takes {statistics.mean(ratios.values()):.3f} of the best one's time in the mean "
+            f"over {len(ratios)} calls, at worst {ratios[worst]:.3f}: {worst}"
+        )
+
+    closing_sections["regret of the CPU's cost model"] = lambda: summary() if ratios else "nothing was raced"
+    return ratios
 
 
 def forced(algorithm, function):
@@ -90,7 +83,7 @@ def passes(layer: Layer, with_sparse: bool) -> dict:
 @pytest.mark.parametrize("result", ["y", "gradients"])
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.05])
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
-def test_cost_model_regret(request, race, benchmark, regret_summary, shape, dtypes, density, result):
+def test_cost_model_regret(request, race, benchmark, regrets, shape, dtypes, density, result):
     layer = Layer(shape, dtypes, density=density or 0.01)
     legal, choice, function = passes(layer, density > 0)[result]
     others = {algorithm.name.lower(): forced(algorithm, function) for algorithm in legal if algorithm is not choice}
@@ -99,4 +92,4 @@ def test_cost_model_regret(request, race, benchmark, regret_summary, shape, dtyp
     try:
         race({"ours": function, **others}, layer.dtype, seconds=SECONDS)
     finally:
-        regret_summary.regrets[request.node.name] = max(1.0, benchmark.extra_info.get("ratio", 1.0))
+        regrets[request.node.name] = max(1.0, benchmark.extra_info.get("ratio", 1.0))

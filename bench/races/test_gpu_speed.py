@@ -20,10 +20,9 @@ import torch.nn.functional as F
 import rosa_kernels as rk
 from gpu_results import Case
 from gpu_timing import MODES
-from hand_written import CSR, Dense, DenseApart, HandWritten, NoSparse, Rows, forward, lora_as_peft, spmm
-from interleaved import gradients
+from hand_written import CSR, Dense, DenseApart, NoSparse, Rows, forward, lora_as_peft, spmm
+from layer_steps import lora_step, rosa_step
 from layers import Shape
-from rosa_step import rosa_step
 
 MANY_TOKENS = [Shape(768, 768, 4096), Shape(3072, 768, 4096), Shape(4096, 4096, 2048), Shape(4096, 4096, 8192)]
 FEW_TOKENS = [Shape(4096, 4096, tokens) for tokens in (1, 16, 64)]
@@ -106,16 +105,7 @@ def test_gpu_rosa_forward(gpu_race, case):
 
 @over(MANY_TOKENS, densities=NO_S)
 def test_gpu_lora_step(gpu_race, case):
-    layer = case.layer()
-    arguments, leaves = (*layer.base, *layer.lora), [layer.x, layer.lora_A, layer.lora_B]
-    gpu_race(
-        {
-            "frozen": layer.frozen_step(),
-            "ours": gradients(lambda: rk.lora_linear(*arguments), leaves, layer.dy),
-            "addmm": gradients(lambda: HandWritten.apply(*arguments, None, NoSparse()), leaves, layer.dy),
-            "peft": gradients(lambda: lora_as_peft(*arguments), leaves, layer.dy),
-        }
-    )
+    gpu_race(lora_step(case.layer()))
 
 
 @over(MANY_TOKENS, densities=DENSITIES)

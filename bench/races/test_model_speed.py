@@ -18,31 +18,13 @@ BF16_GOAL = {"rosa": 1 / 1.5}  # of the best other candidate's time
 FEW_TOKENS = {"amazon": 1280, "wide": 32}  # where PyTorch's bf16 GEMMs take 100 times as long as those of fp32
 
 
-class ModelTable:
-    """Prints its rows when the session ends."""
-
-    def __init__(self):
-        self.rows = [("model", "tokens", "adapter", "dtype", "candidate", "ms a step", "over ours", "peak MB")]
-
-    def add(self, case: tuple, seconds: dict[str, dict], megabytes: dict[str, float]) -> None:
-        for candidate, figures in seconds.items():
-            quartile = figures["lower_quartile"]
-            over_ours = quartile / seconds["ours"]["lower_quartile"]
-            peak = f"{megabytes[candidate]:.0f}" if candidate in megabytes else ""
-            self.rows.append((*case, candidate, f"{quartile * 1e3:.0f}", f"{over_ours:.2f}", peak))
-
-    def pytest_terminal_summary(self, terminalreporter):
-        terminalreporter.section("a train step of the classifier")
-        terminalreporter.write_line(aligned(self.rows))
-        if peft is None:
-            terminalreporter.write_line("peft left out: not installed")
-
-
 @pytest.fixture(scope="session")
-def model_table(request):
-    table = ModelTable()
-    request.config.pluginmanager.register(table)
-    return table
+def model_rows(closing_sections):
+    """The rows of the table that is printed when the session ends."""
+    rows = [("model", "tokens", "adapter", "dtype", "candidate", "ms a step", "over ours", "peak MB")]
+    missing = "" if peft else "\npeft left out: not installed"
+    closing_sections["a train step of the classifier"] = lambda: aligned(rows) + missing
+    return rows
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +40,7 @@ def _affordable(shape: ModelShape, mode: str, untimed: bool) -> ModelShape:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("adapter", ["rosa", "lora"])
-def test_model_step(race, benchmark, model_table, peak_memory, shape, adapter, mode):
+def test_model_step(race, benchmark, model_rows, peak_memory, shape, adapter, mode):
     shape = _affordable(shape, mode, benchmark.disabled)
     candidates = train_steps(adapter, mode, shape)
     measured = ["ours"] if benchmark.disabled else candidates  # one is enough to see that the measurement runs
@@ -67,5 +49,8 @@ def test_model_step(race, benchmark, model_table, peak_memory, shape, adapter, m
     try:
         race(candidates, MODES[mode], goal=None if mode == "fp32" else BF16_GOAL.get(adapter))
     finally:
-        case = shape.name, str(shape.tokens), adapter, mode
-        model_table.add(case, benchmark.extra_info.get("seconds", {}), megabytes)
+        quartiles = {name: times["lower_quartile"] for name, times in benchmark.extra_info.get("seconds", {}).items()}
+        for name, seconds in quartiles.items():
+            peak = f"{megabytes[name]:.0f}" if name in megabytes else ""
+            figures = f"{seconds * 1e3:.0f}", f"{seconds / quartiles['ours']:.2f}", peak
+            model_rows.append((shape.name, str(shape.tokens), adapter, mode, name, *figures))

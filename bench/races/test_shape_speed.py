@@ -3,8 +3,8 @@
 import pytest
 
 from hand_written import CSR, Dense
+from layer_steps import rosa_step
 from layers import Layer, Shape
-from rosa_step import rosa_step
 
 SHAPES = [
     Shape(out, into, tokens)

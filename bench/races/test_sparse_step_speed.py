@@ -5,8 +5,8 @@ import pytest
 import rosa_kernels as rk
 from hand_written import CSR, Dense, HandWritten, Rows
 from interleaved import gradients
+from layer_steps import rosa_step
 from layers import STEP_SHAPES, Layer
-from rosa_step import rosa_step
 
 SHAPES = STEP_SHAPES[:2]
 SELECTED = SHAPES[:1]

@@ -2,11 +2,9 @@
 
 import pytest
 
-import rosa_kernels as rk
-from hand_written import CSR, Dense, HandWritten, NoSparse, bf16_is_slow, lora_as_peft
-from interleaved import gradients
+from hand_written import CSR, Dense, bf16_is_slow
+from layer_steps import lora_step, rosa_step
 from layers import STEP_SHAPES, Layer
-from rosa_step import rosa_step
 
 SHAPES = STEP_SHAPES
 SELECTED = SHAPES[:1]
@@ -35,17 +33,7 @@ def test_rosa_step(race, shape, dtypes):
 @DTYPES
 def test_lora_step(race, shape, dtypes):
     layer = Layer(shape, dtypes)
-    leaves = [layer.x, layer.lora_A, layer.lora_B]
-    peft = {}
-    if dtypes == "fp32" or not bf16_is_slow(shape.tokens):  # slow bf16 GEMMs would take a minute
-        peft["peft"] = gradients(lambda: lora_as_peft(*layer.base, *layer.lora), leaves, layer.dy)
-    race(
-        {
-            "frozen": layer.frozen_step(),
-            "ours": gradients(lambda: rk.lora_linear(*layer.base, *layer.lora), leaves, layer.dy),
-            **peft,
-            "addmm": gradients(lambda: HandWritten.apply(*layer.base, *layer.lora, None, NoSparse()), leaves, layer.dy),
-        },
-        layer.dtype,
-        goal=LORA_GOALS.get((dtypes, shape)),
-    )
+    candidates = lora_step(layer)
+    if dtypes != "fp32" and bf16_is_slow(shape.tokens):
+        del candidates["peft"]  # its bf16 GEMMs would take a minute
+    race(candidates, layer.dtype, goal=LORA_GOALS.get((dtypes, shape)))

@@ -62,31 +62,10 @@ class Tensors:
         self.y, self.dx, self.merged = (torch.zeros_like(t) for t in (self.dy, self.x, self.weight))
         self.A, self.B = torch.randn(RANK, I) / I, torch.randn(O, RANK) / O
         self.dA, self.dB = torch.empty_like(self.A), torch.empty_like(self.B)
-
-    @property
-    def low_rank(self):
-        return self.A, self.B, SCALING
-
-    @property
-    def x_bytes(self):
-        return self.size * self.T * self.I
-
-    @property
-    def y_bytes(self):
-        return self.size * self.T * self.O
-
-    @property
-    def weight_bytes(self):
-        return self.size * self.O * self.I
-
-    @property
-    def rank_flops(self):
-        """The FLOPs of one product of the tokens with A, and of one with B."""
-        return 2 * self.T * RANK * self.I, 2 * self.T * RANK * self.O
-
-    @property
-    def factor_bytes(self):
-        return WORD * RANK * (self.I + self.O)
+        self.low_rank = self.A, self.B, SCALING
+        self.x_bytes, self.y_bytes, self.weight_bytes = (self.size * elements for elements in (T * I, T * O, O * I))
+        self.factor_bytes = WORD * RANK * (I + O)
+        self.rank_flops = 2 * T * RANK * I, 2 * T * RANK * O  # of the tokens' product with A, and with B
 
 
 def bytes_of_lines(features: torch.Tensor, size: int) -> int:

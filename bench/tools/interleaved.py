@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -61,26 +62,20 @@ def lower_quartile(samples: list[float]) -> float:
     return statistics.quantiles(samples, n=4, method="inclusive")[0] if len(samples) > 1 else samples[0]
 
 
+@dataclass
 class Race:
-    """The rounds of one benchmark."""
+    """The rounds of one benchmark. seconds holds each candidate's time a call, round by round."""
 
-    def __init__(
-        self,
-        name: str,
-        candidates: dict[str, Callable],
-        goal: float | None = None,
-        allowance: float = 0.0,
-        unjudged: Collection[str] = (),
-        timer: Timer | None = None,
-    ):
-        self.name = name
-        self.candidates = candidates
-        self.goal = goal
-        self.allowance = allowance
-        self.unjudged = unjudged
-        self.timer = timer or WallClock()
-        self.seconds: dict[str, list[float]] = {candidate: [] for candidate in candidates}  # a call, by round
-        self.verdict = ""
+    name: str
+    candidates: dict[str, Callable]
+    goal: float | None = None
+    allowance: float = 0.0
+    unjudged: Collection[str] = ()
+    timer: Timer = field(default_factory=WallClock)
+    verdict: str = ""
+
+    def __post_init__(self):
+        self.seconds: dict[str, list[float]] = {candidate: [] for candidate in self.candidates}
 
     @property
     def others(self) -> list[str]:

@@ -1,7 +1,7 @@
-"""The candidates of a race of RoSA's whole layer step, forward and backward."""
+"""The candidates of a race of a RoSA or a LoRA layer's whole step, forward and backward."""
 
 import rosa_kernels as rk
-from hand_written import HandWritten, NoSparse
+from hand_written import HandWritten, NoSparse, lora_as_peft
 from interleaved import gradients
 from layers import Layer
 
@@ -18,4 +18,19 @@ def rosa_step(layer: Layer, **hand_written: NoSparse) -> dict:
         "frozen": layer.frozen_step(),
         "ours": step(rk.rosa_linear, layer.pattern),
         **{name: step(HandWritten.apply, sparse) for name, sparse in hand_written.items()},
+    }
+
+
+def lora_step(layer: Layer) -> dict:
+    """Returns {name: function} for "frozen", "ours", "peft" and "addmm"."""
+    leaves = [layer.x, layer.lora_A, layer.lora_B]
+
+    def step(call, *sparse):
+        return gradients(lambda: call(*layer.base, *layer.lora, *sparse), leaves, layer.dy)
+
+    return {
+        "frozen": layer.frozen_step(),
+        "ours": step(rk.lora_linear),
+        "peft": step(lora_as_peft),
+        "addmm": step(HandWritten.apply, None, NoSparse()),
     }
