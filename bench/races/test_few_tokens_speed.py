@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 def forward(layer, sparse, values):
     """The forward of hand_written.HandWritten without the cost of a Function."""
     A, B, scaling = layer.lora
-    x, W, b, A, B, values = as_multiplied(*layer.base, A, B, values, backward=False)
+    x, W, b, A, B, values = as_multiplied(*layer.linear, A, B, values, backward=False)
     y = torch.nn.functional.linear(x, W, b)
     y.addmm_(x @ A.T, B.T, alpha=scaling)
     sparse.add_to_y(y, x, values)
@@ -33,8 +33,8 @@ def test_rosa_few_tokens(race, shape, dtypes):
     csr = CSR(layer.pattern)
     race(
         {
-            "frozen": lambda: (frozen_forward(*layer.base),),
-            "ours": lambda: (rk.rosa_linear(*layer.base, *layer.lora, layer.values, layer.pattern),),
+            "frozen": lambda: (frozen_forward(*layer.linear),),
+            "ours": lambda: (rk.rosa_linear(*layer.linear, *layer.lora, layer.values, layer.pattern),),
             "csr": lambda: forward(layer, csr, layer.values),
         },
         layer.dtype,
@@ -48,8 +48,8 @@ def test_lora_few_tokens(race, shape, dtypes):
     nothing = NoSparse()
     race(
         {
-            "frozen": lambda: (frozen_forward(*layer.base),),
-            "ours": lambda: (rk.lora_linear(*layer.base, *layer.lora),),
+            "frozen": lambda: (frozen_forward(*layer.linear),),
+            "ours": lambda: (rk.lora_linear(*layer.linear, *layer.lora),),
             "addmm": lambda: forward(layer, nothing, None),
         },
         layer.dtype,

@@ -71,11 +71,11 @@ def unless_exact(case, *names):
 @over(MANY_TOKENS + FEW_TOKENS, densities=NO_S)
 def test_gpu_lora_forward(gpu_race, case):
     layer = case.layer()
-    arguments = (*layer.base, *layer.lora)
+    arguments = (*layer.linear, *layer.lora)
     with torch.no_grad():
         gpu_race(
             {
-                "frozen": lambda: (F.linear(*layer.base),),
+                "frozen": lambda: (F.linear(*layer.linear),),
                 "ours": lambda: (rk.lora_linear(*arguments),),
                 "addmm": lambda: forward(*arguments, None, NoSparse())[:1],
                 "peft": lambda: (lora_as_peft(*arguments),),
@@ -87,12 +87,12 @@ def test_gpu_lora_forward(gpu_race, case):
 @over(FEW_TOKENS)
 def test_gpu_rosa_forward(gpu_race, case):
     layer = case.layer()
-    arguments = (*layer.base, *layer.lora, layer.values)
+    arguments = (*layer.linear, *layer.lora, layer.values)
     csr, apart, dense = CSR(layer.pattern, layer.dtype), DenseApart(layer.pattern), Dense(layer.pattern)
     with torch.no_grad():
         gpu_race(
             {
-                "frozen": lambda: (F.linear(*layer.base),),
+                "frozen": lambda: (F.linear(*layer.linear),),
                 "ours": lambda: (rk.rosa_linear(*arguments, layer.pattern),),
                 "csr": lambda: forward(*arguments, csr)[:1],
                 "apart": lambda: forward(*arguments, apart)[:1],

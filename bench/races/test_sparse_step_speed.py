@@ -25,13 +25,13 @@ def test_sparse_step(race, shape, dtypes):
 
     def hand_written(sparse):
         return gradients(
-            lambda: HandWritten.apply(*layer.base, None, None, 1.0, layer.values, sparse), leaves, layer.dy
+            lambda: HandWritten.apply(*layer.linear, None, None, 1.0, layer.values, sparse), leaves, layer.dy
         )
 
     race(
         {
             "frozen": layer.frozen_step(),
-            "ours": gradients(lambda: rk.sparse_linear(*layer.base, layer.values, layer.pattern), leaves, layer.dy),
+            "ours": gradients(lambda: rk.sparse_linear(*layer.linear, layer.values, layer.pattern), leaves, layer.dy),
             "csr": hand_written(CSR(layer.pattern)),
             "dense": hand_written(Dense(layer.pattern)),
         },

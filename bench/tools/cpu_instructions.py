@@ -27,7 +27,7 @@ void end(const char* name) { CALLGRIND_TOGGLE_COLLECT; CALLGRIND_DUMP_STATS_AT(n
 LANES = 8
 LEGEND = f"""\
 instructions   those of one call whose scratch memory is already there
-/multiply-add  these over the vector multiply-adds ({LANES} a vector) that the FLOPs need; at 1.00 there is nothing else
+/multiply-add  instructions over the vector multiply-adds ({LANES} a vector) that the FLOPs need; 1.00 is the least
 One thread; callgrind, AVX2."""
 
 

@@ -214,7 +214,7 @@ def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
     """
     if not cpu.own_gemm(t.x.dtype):
         return
-    base, (with_A, with_B) = 2 * t.T * t.O * t.I, t.rank_flops
+    dense, (with_A, with_B) = 2 * t.T * t.O * t.I, t.rank_flops
     moved = t.x_bytes + t.y_bytes + t.weight_bytes + t.factor_bytes + s.bytes
     if t.size == WORD:
         adapter, gathered = 2 * RANK * t.O * t.I + s.n, 0
@@ -230,7 +230,7 @@ def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
             ("dx", lambda: backward(t, "dx", t.low_rank, s, t.weight)),
         )
     for name, run in runs:
-        yield Kernel(f"{name}, base and all", run, base + adapter, moved, gathered)
+        yield Kernel(f"{name}, whole layer", run, dense + adapter, moved, gathered)
 
 
 def kernels_of(shape: Shape, dtype: torch.dtype) -> list[Kernel]:

@@ -9,7 +9,7 @@ from layers import Layer
 def rosa_step(layer: Layer, **hand_written: NoSparse) -> dict:
     """Returns {name: function} for "frozen", "ours" and each hand-written form of S (hand_written.py)."""
     leaves = [layer.x, layer.lora_A, layer.lora_B, layer.values]
-    arguments = *layer.base, *layer.lora, layer.values
+    arguments = *layer.linear, *layer.lora, layer.values
 
     def step(call, *pattern):
         return gradients(lambda: call(*arguments, *pattern), leaves, layer.dy)
@@ -26,7 +26,7 @@ def lora_step(layer: Layer) -> dict:
     leaves = [layer.x, layer.lora_A, layer.lora_B]
 
     def step(call, *sparse):
-        return gradients(lambda: call(*layer.base, *layer.lora, *sparse), leaves, layer.dy)
+        return gradients(lambda: call(*layer.linear, *layer.lora, *sparse), leaves, layer.dy)
 
     return {
         "frozen": layer.frozen_step(),

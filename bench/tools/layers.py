@@ -76,7 +76,7 @@ class Layer:
         self.values = normal(self.pattern.nnz, dtype=adapter_dtype, scale=in_features**-0.5).requires_grad_()
 
     @property
-    def base(self):
+    def linear(self):
         return self.x, self.weight, self.bias
 
     @property

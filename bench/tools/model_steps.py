@@ -195,7 +195,7 @@ def _hand_written(model: ReviewClassifier, sparse: Callable) -> ReviewClassifier
 class HandWrittenLinear(nn.Module):
     def __init__(self, layer: AdapterLayer, sparse: Callable):
         super().__init__()
-        self.base, self.scaling, self.has_sparse = layer.base_layer, layer.scaling, layer.has_sparse
+        self.base_layer, self.scaling, self.has_sparse = layer.base_layer, layer.scaling, layer.has_sparse
         self.A, self.B = layer.low_rank_factors()
         self.sparse_values = layer.sparse_values if layer.has_sparse else None
         self.sparse = sparse(layer.sparse_pattern())
@@ -204,7 +204,7 @@ class HandWrittenLinear(nn.Module):
         return self.A, self.B
 
     def forward(self, x: Tensor) -> Tensor:
-        W, b = self.base.weight, self.base.bias
+        W, b = self.base_layer.weight, self.base_layer.bias
         if torch.is_autocast_enabled(x.device.type):
             x, W, b = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, W, b))
         with torch.autocast(x.device.type, enabled=False):
@@ -217,7 +217,7 @@ class HandWrittenEmbedding(nn.Module):
 
     def __init__(self, layer: RoSAEmbedding, sparse: Callable):
         super().__init__()
-        self.base, self.scaling = layer.base_layer, layer.scaling
+        self.base_layer, self.scaling = layer.base_layer, layer.scaling
         self.A, self.B = layer.low_rank_factors()
         self.rows = None
         if layer.has_sparse:
@@ -228,7 +228,7 @@ class HandWrittenEmbedding(nn.Module):
             self.row_of_token[tokens] = torch.arange(len(tokens))
 
     def forward(self, ids: Tensor) -> Tensor:
-        y = self.base(ids)
+        y = self.base_layer(ids)
         adapter = self.scaling * F.linear(F.embedding(ids, self.A.T), self.B)
         if self.rows is not None:
             adapter = adapter + F.embedding(self.row_of_token[ids], self.rows, padding_idx=len(self.rows) - 1)
