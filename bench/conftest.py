@@ -5,7 +5,7 @@
     pytest bench/ --benchmark-only --judge          a race fails where this package is slower; the table marks it anyway
     pytest bench/ --benchmark-only -k spmm          one op
     pytest bench/ --benchmark-only --against FILE   compare with the --benchmark-json file of an earlier run as well
-    pytest bench/ --benchmark-disable               everything runs and nothing is timed
+    pytest bench/ --benchmark-disable               everything runs once, to see that it runs
 
 Further options: --device auto|cpu|gpu|all, --threads N, --results DIRECTORY (`pytest bench/ --help` explains them).
 Where there is a GPU, its races run and those of the CPU do not. The rules of judgement are in tools/interleaved.py.
