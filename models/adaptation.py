@@ -1,4 +1,4 @@
-"""What each choice of --adapter adds to the frozen base, and when its masks are chosen."""
+"""What each --adapter adds to the frozen base, and when its masks are chosen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,24 +16,25 @@ ADAPTERS = {
     "sparse": "S alone",
     "row": "S alone, whole rows of each weight",
 }
-HEAD = "head"  # the classifier's last layer; it trains whole with every adapter
+HEAD = "head"  # the classifier's last layer trains whole with every adapter
 EMBEDDING = "token_embedding"
-TARGETS = rf".*_proj|{EMBEDDING}"  # every linear layer but the head, and the tokens' rows
-MASK_ROUND = 0  # stands where training has its epoch, from 1, in the seed of the batches that choose the masks
+TARGETS = rf".*_proj|{EMBEDDING}"  # adapters go on every linear layer but the head, and on the token embedding
+# Training shuffles its batches by (seed, epoch) with epochs from 1; the batches that choose the masks take this number.
+MASK_ROUND = 0
 
 
 @dataclass(frozen=True)
 class AdapterSizes:
     r: int
     alpha: float
-    density: float  # of S in each linear layer
-    embedding_density: float  # share of the tokens that get a row of their own
+    density: float  # S holds this share of each linear layer's entries
+    embedding_density: float  # this share of the tokens gets a row of its own in S
     mask: str
-    warmup_steps: int  # of low-rank training before the masks are chosen
+    warmup_steps: int  # the low-rank part trains alone for so many steps, then the masks are chosen
 
 
 def add_adapter(model: ReviewClassifier, adapter: str, sizes: AdapterSizes) -> None:
-    """Leave trainable what the choice trains, adapters included; the model computes what it did before."""
+    """Add the adapter and freeze what it does not train. The model still computes what it did before."""
     if adapter == "none":
         model.requires_grad_(False)
     elif adapter == "full":
@@ -60,9 +61,9 @@ def adapter_config(adapter: str, sizes: AdapterSizes) -> rk.LoRAConfig:
 def mask_selection(
     model: ReviewClassifier, adapter: str, sizes: AdapterSizes, reviews: EncodedReviews, settings: TrainingSettings
 ) -> Callable[[int], None]:
-    """For train(before_step=...): after the warm-up, choose the masks from training batches.
+    """Make the function that train calls before each step: it chooses the masks once the warm-up is over.
 
-    Without a low-rank part there is nothing to warm up but the head, so that masks are chosen at once.
+    Without a low-rank part there is nothing to warm up but the head, so the masks are chosen before the first step.
     """
     selecting_step = {"rosa": sizes.warmup_steps, "sparse": 0, "row": 0}.get(adapter)
 

@@ -1,4 +1,4 @@
-"""The base model: trained once for each configuration and data, then found again under runs/."""
+"""The base model is trained once for each configuration and data, and found again under runs/."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ FACTS = "base.json"
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """All that decides the base's weights."""
+    """Everything that decides the base's weights."""
 
     sources: Sources
-    config: ClassifierConfig  # its vocabulary is an upper limit: a small training set has fewer tokens
+    config: ClassifierConfig  # its vocabulary is an upper limit, as a small training set has fewer tokens
     settings: TrainingSettings
 
     def key(self) -> str:
-        """16 hexadecimal digits that change with the data, the configuration, the code and its libraries."""
+        """Return 16 hexadecimal digits that change with the data, the configuration, the code and its libraries."""
         described = {
             "reviews": [part.describe() for part in self.sources.base_parts()],
             "config": self.config.to_dict(),
@@ -46,9 +46,9 @@ class BaseRecipe:
 
 
 def trained_base(recipe: BaseRecipe, runs: Path, device: torch.device | str = "cpu") -> Path:
-    """The directory runs/base-KEY with the trained base; trains it first where there is none.
+    """Return the directory runs/base-KEY with the trained base, and train the base first if there is none.
 
-    It appears there whole: what an interrupted training leaves has another name and is never read.
+    The directory appears whole: an interrupted training leaves one of another name, which is never read.
     """
     directory = runs / f"base-{recipe.key()}"
     if directory.is_dir():
@@ -63,12 +63,12 @@ def trained_base(recipe: BaseRecipe, runs: Path, device: torch.device | str = "c
     except OSError:
         if not directory.is_dir():
             raise
-        shutil.rmtree(partial)  # another process was faster; the same recipe gives the same base
+        shutil.rmtree(partial)  # another process was faster, and the same recipe gives the same base
     return directory
 
 
 def base_facts(directory: Path) -> dict:
-    """The fields of the base's TrainingRun, and "data": file_facts of the files it is made of."""
+    """Return the fields of the base's TrainingRun, and under "data" the file_facts of the files it was trained on."""
     return json.loads((directory / FACTS).read_text())
 
 

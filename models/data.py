@@ -1,4 +1,8 @@
-"""From reviews to batches: a BPE tokenizer, reviews as token ids outside the Python heap, length-bucketed batches."""
+"""From reviews to batches.
+
+A BPE tokenizer is trained on the texts. Reviews become token ids in a file, outside the Python heap. A batch holds
+reviews of about equal length.
+"""
 
 import tempfile
 from array import array
@@ -14,16 +18,16 @@ from torch import Tensor
 from reviews import Review
 
 PAD, PAD_ID = "[PAD]", 0
-TOKENIZER_REVIEWS = 500_000  # more reviews no longer change a vocabulary of this size, but take minutes
-SMALLEST_VOCABULARY = 257  # the padding and every byte
-POOL_BATCHES = 64  # reviews of this many batches are sorted by length together
+TOKENIZER_REVIEWS = 500_000  # more reviews take minutes and no longer change a vocabulary of this size
+SMALLEST_VOCABULARY = 257  # it holds the padding and every byte
+POOL_BATCHES = 64  # the reviews of so many batches are sorted by length together
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A lower-casing byte-level BPE tokenizer of at most `vocabulary` tokens, learnt from the first 500,000 texts.
+    """Train a lower-casing byte-level BPE tokenizer of at most `vocabulary` tokens on the first 500,000 texts.
 
-    Bytes are its smallest tokens, so that no text is unknown to it; id 0 is the padding. The same texts give the same
-    tokenizer. Pass training texts only: what the tokenizer has seen of a test set is no longer unseen.
+    Bytes are its smallest tokens, so it can encode any text; id 0 is the padding. The same texts give the same
+    tokenizer. Pass training texts only: a test set that the tokenizer has seen is no longer unseen.
 
     Raises:
         ValueError: vocabulary below 257.
@@ -45,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 class Batch(NamedTuple):
-    tokens: Tensor  # (B, T) int64, PAD_ID behind a review's last token
+    tokens: Tensor  # (B, T) int64, PAD_ID after a review's last token
     is_token: Tensor  # (B, T) bool, False at padding
     labels: Tensor  # (B,) int64
 
@@ -54,12 +58,14 @@ class Batch(NamedTuple):
 
 
 class EncodedReviews:
-    """Reviews as token ids in a nameless temporary file that is mapped into memory, and 17 bytes a review beside it.
+    """Reviews as token ids, in a nameless temporary file that is mapped into memory.
+
+    Beside the file it keeps 17 bytes a review.
 
     Args:
-        reviews: read once, 1024 at a time.
-        tokenizer: gives each text its ids.
-        max_tokens: what a review has beyond them is cut off.
+        reviews: they are read once, 1024 at a time.
+        tokenizer: it gives each text its ids.
+        max_tokens: a longer review is cut to so many tokens.
     """
 
     def __init__(self, reviews: Iterable[Review], tokenizer: Tokenizer, max_tokens: int) -> None:
@@ -81,14 +87,14 @@ class EncodedReviews:
         self._file.flush()
         self.labels = np.frombuffer(labels, dtype=np.uint8)
         self._bounds = np.concatenate([[0], np.frombuffer(ends, dtype=np.int64)])
-        self.lengths = np.diff(self._bounds)  # (n,) int64: the tokens of each review, cut to max_tokens
+        self.lengths = np.diff(self._bounds)  # (n,) int64: how many tokens each review has
         self._tokens = np.memmap(self._file, dtype=id_type, mode="r")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        """The reviews of the given numbers, padded to the longest of them."""
+        """Return the reviews at these indices, padded to the longest of them."""
         lengths = self.lengths[indices]
         is_token = np.arange(lengths.max()) < lengths[:, None]
         tokens = np.full(is_token.shape, PAD_ID, dtype=np.int64)
@@ -97,10 +103,10 @@ class EncodedReviews:
         return Batch(torch.from_numpy(tokens), torch.from_numpy(is_token), torch.from_numpy(labels))
 
     def batches(self, batch_size: int, shuffle_seed: tuple[int, ...] | None = None) -> Iterator[Batch]:
-        """Each review once, in batches of about equal lengths.
+        """Yield each review once, in batches of about equal lengths.
 
-        shuffle_seed: the same numbers, (seed, epoch) say, give the same batches in the same order; None reads
-        from the shortest review to the longest.
+        shuffle_seed: the same numbers, for example (seed, epoch), give the same batches in the same order. None yields
+        the reviews from the shortest to the longest.
         """
         if shuffle_seed is None:
             order = np.argsort(self.lengths, kind="stable")

@@ -1,4 +1,4 @@
-"""The command line of train_classifier.py: presets first, then what the user says."""
+"""The command line of train_classifier.py. A preset fills in what the user does not say."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ PRESETS = {
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options with every default filled in; wrong ones end the process with a message."""
+    """Return the options with every default filled in; a wrong option ends the process with a message."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if (options.train is None) != (options.test is None):

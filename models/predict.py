@@ -1,4 +1,4 @@
-"""Classify reviews with a run of train_classifier.py: a line `label <tab> probability <tab> text` for each.
+"""Classify reviews with a run of train_classifier.py. Each gives a line `label <tab> probability <tab> text`.
 
 python models/predict.py runs/rosa "The battery died after a week."
 python models/predict.py runs/rosa < reviews.txt
@@ -22,13 +22,13 @@ BATCH = 64
 
 
 def class_name(label: int, classes: int) -> str:
-    """label from 0, the worst: negative and positive of two, else stars."""
+    """Name a class: negative or positive of two classes, else stars. Label 0 is the worst."""
     return ("negative", "positive")[label] if classes == 2 else f"{label + 1} star{'s' if label else ''}"
 
 
 @torch.inference_mode()
 def predict(model: ReviewClassifier, tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[str, float, str]]:
-    """(name of the likeliest class, its probability, text) of each text that is not blank."""
+    """Yield (name of the likeliest class, its probability, text) for each text that is not blank."""
     texts = (text.strip() for text in texts if text.strip())
     while chunk := list(islice(texts, BATCH)):
         encoded = EncodedReviews((Review(0, text) for text in chunk), tokenizer, model.config.max_tokens)

@@ -1,4 +1,4 @@
-"""report.json: what was trained on what, how well it did, and what it cost."""
+"""report.json says what was trained on which data, how well it did, and what it cost."""
 
 import argparse
 import platform
@@ -14,12 +14,8 @@ from reviews import ReviewFile
 from sources import Sources, file_facts
 from training import TrainingRun, accuracy, macro_f1
 
-COSTS = (
-    "seconds",
-    "base_seconds",
-    "reviews_per_second",
-    "peak_memory_mib",
-)  # differ from run to run; the rest does not
+# These fields differ from run to run; the others do not.
+COSTS = ("seconds", "base_seconds", "reviews_per_second", "peak_memory_mib")
 
 
 def make_report(
@@ -32,10 +28,13 @@ def make_report(
     parameters: dict,
     seconds: float,
 ) -> dict:
-    """Plain Python for JSON.
+    """Return the report as plain Python for JSON.
 
-    base: base_facts of the base; run: None where nothing was adapted; parameters: rk.trainable_parameters of the adapted
-    model; seconds: the whole process, a base found under runs/ not trained again.
+    Args:
+        base: the base_facts of the base.
+        run: None if nothing was adapted.
+        parameters: the rk.trainable_parameters of the adapted model.
+        seconds: the time of the whole process. A base that was found under runs/ was not trained in it.
     """
     return {
         "adapter": options.adapter,
@@ -61,7 +60,7 @@ def make_report(
 
 
 def read_since(sources: Sources) -> list[ReviewFile]:
-    """The files that were read after the base was made: without an adapter no validation file is."""
+    """Return the files that were read after the base was made. Without an adapter, no validation file is among them."""
     base_paths = {file.path for file in sources.base_files()}
     return [file for file in sources.files() if file.path not in base_paths and file.records]
 
@@ -72,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mib() -> float:
-    """The most memory this process had resident, in MiB."""
+    """Return the most memory that this process had resident, in MiB."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

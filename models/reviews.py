@@ -1,8 +1,8 @@
-"""Read labelled reviews from a file as a stream: the memory in use does not depend on the file's length.
+"""Read labelled reviews from a file as a stream, so the memory in use does not depend on the file's length.
 
 | ending | a record | labels |
 |---|---|---|
-| .txt | `__label__2 Title: text`, UTF-8, a line a review (Kaggle bittlingmayer/amazonreviews, fastText) | from 1 |
+| .txt | `__label__2 Title: text`, UTF-8, one line a review (Kaggle bittlingmayer/amazonreviews, fastText) | from 1 |
 | .csv | `"2","title","text"` or `"2","text"`, a header row allowed (amazon_polarity, amazon_review_full) | from 1 |
 | .parquet | columns label, title (optional), and text, content or review (Hugging Face; needs pyarrow) | from 0 |
 
@@ -23,25 +23,25 @@ PARQUET_TEXT_COLUMNS = ("text", "content", "review")
 
 
 class Review(NamedTuple):
-    label: int  # 0 ... classes - 1, from the worst to the best
+    label: int  # 0 is the worst, classes - 1 the best
     text: str
 
 
 class MalformedRecord(ValueError):
-    """Why a record is no review."""
+    """A record is no review; the message says why."""
 
 
 class ReviewFile:
-    """The reviews of one file; each iteration reads it anew and counts anew.
+    """The reviews of one file. Each iteration reads the file and counts its records again.
 
-    After an iteration `records` and `malformed` say how many records were seen and how many of them were no reviews
-    (no label, a label outside 1 ... classes, no text, no UTF-8), and `first_malformed` what was wrong with the first.
+    After an iteration `records` says how many records were seen, and `malformed` how many of them were no reviews: no
+    label, a label outside 1 ... classes, no text, or no UTF-8. `first_malformed` says what was wrong with the first.
 
     Args:
-        path: see the module's table; any other ending is a ValueError.
+        path: its ending is one of the module's table; any other raises ValueError.
         classes: how many labels there are.
 
-    Iterating raises ValueError at the end of a file without reviews or with more than 1 % malformed records.
+    At its end an iteration raises ValueError if the file has no reviews or more than 1 % malformed records.
     """
 
     def __init__(self, path: str | Path, classes: int = 2) -> None:
@@ -84,7 +84,7 @@ class ReviewFile:
 
 
 def _format_of(path: Path) -> tuple[Callable, Callable]:
-    """(iterator over a path's records, parser of a record into (label from 0, text))."""
+    """Return what iterates over a path's records, and what parses a record into (label from 0, text)."""
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in (".bz2", ".gz"):
         suffixes = suffixes[:-1]
@@ -133,7 +133,7 @@ def _csv_rows(path: Path) -> Iterator[list[str] | csv.Error]:
             except csv.Error as error:
                 yield error
                 continue
-            if row and not (first and not row[0].strip().isdigit()):  # skip blank lines and a header
+            if row and not (first and not row[0].strip().isdigit()):  # blank lines and a header are skipped
                 yield row
             first = False
 

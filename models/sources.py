@@ -1,4 +1,4 @@
-"""Which reviews train the base, which adapt it, which choose the best epoch, and which test the result."""
+"""Which reviews train the base, adapt it, choose the best epoch and test the result."""
 
 import hashlib
 import zlib
@@ -10,12 +10,15 @@ from pathlib import Path
 from reviews import Review, ReviewFile
 
 SAMPLE = Path(__file__).parent / "sample"
-VALIDATION_SHARE = 0.05  # of a training file that comes without a validation file
+VALIDATION_SHARE = 0.05  # so much of a training file validates, where no validation file comes with it
 
 
 @dataclass(frozen=True)
 class Part:
-    """The reviews of a file whose text hashes into [begin, end) of [0, 1): the same on every run, equal texts together."""
+    """The reviews of a file whose text hashes into [begin, end) of [0, 1).
+
+    They are the same on every run, and equal texts stay together.
+    """
 
     file: ReviewFile
     begin: float = 0.0
@@ -40,7 +43,7 @@ class Sources:
         return (review.text for review in chain(self.base_train, self.train))
 
     def base_parts(self) -> tuple[Part, ...]:
-        """What the base is made of, the tokenizer's texts included."""
+        """Return what the base is made of, the tokenizer's texts included."""
         return self.base_train, self.base_validation, self.train
 
     def base_files(self) -> list[ReviewFile]:
@@ -55,7 +58,7 @@ def distinct_files(*parts: Part) -> list[ReviewFile]:
 
 
 def file_facts(file: ReviewFile) -> dict:
-    """What a report says of a file that was read to its end."""
+    """Return what a report says of a file that was read to its end."""
     return {
         "file": file.path.name,
         "sha256": file_sha256(file.path),
@@ -65,7 +68,7 @@ def file_facts(file: ReviewFile) -> dict:
 
 
 def sample_sources() -> Sources:
-    """The snippets in the repository: a base from films, adapted to Amazon's products; two classes."""
+    """Return the snippets in the repository, of two classes: films for the base, Amazon's products for the adapter."""
 
     def part(name: str) -> Part:
         return Part(ReviewFile(SAMPLE / f"{name}.txt.bz2"))
@@ -80,9 +83,10 @@ def sample_sources() -> Sources:
 
 
 def file_sources(train: Path, test: Path, base_train: Path | None, base_share: float, classes: int) -> Sources:
-    """Sources from the user's files; 5 % of each training file choose the best epoch and train nothing.
+    """Return the user's files as sources. 5 % of each training file choose the best epoch and train nothing.
 
-    Without a file for the base, it learns from `base_share` of the training reviews and the adapter from the others.
+    Without a file of its own, the base learns from `base_share` of the training reviews. The adapter learns from the
+    others.
     """
     target, testing = ReviewFile(train, classes), ReviewFile(test, classes)
     validation = Part(target, 0.0, VALIDATION_SHARE)

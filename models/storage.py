@@ -1,6 +1,6 @@
-"""A trained classifier in a directory: config.json, tokenizer.json, model.safetensors and, adapted, adapter/.
+"""A trained classifier in a directory: config.json, tokenizer.json, model.safetensors and adapter/ if it was adapted.
 
-report.json is written last and removed first: a directory with a report is complete.
+report.json is written last and removed first, so a directory with a report is complete.
 """
 
 import json
@@ -29,7 +29,7 @@ def save_classifier(
 ) -> None:
     """Write the model without adapters and its tokenizer.
 
-    weights: a model.safetensors to copy in place of the model's own parameters: the base of a model with adapters.
+    weights: the model.safetensors of the base. A model with adapters gets a copy of it, not its own parameters.
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / CONFIG, model.config.to_dict())
@@ -39,10 +39,10 @@ def save_classifier(
 
 
 def load_classifier(directory: Path) -> tuple[ReviewClassifier, Tokenizer]:
-    """The model without adapters, in evaluation mode.
+    """Load the model without adapters, in evaluation mode.
 
     Raises:
-        FileNotFoundError: not a directory that save_classifier wrote.
+        FileNotFoundError: save_classifier did not write the directory.
     """
     config = ClassifierConfig(**json.loads((directory / CONFIG).read_text()))
     model = ReviewClassifier(config)
@@ -53,7 +53,7 @@ def load_classifier(directory: Path) -> tuple[ReviewClassifier, Tokenizer]:
 def save_run(
     directory: Path, model: ReviewClassifier, tokenizer: Tokenizer, report: dict, base: Path, adapted: bool
 ) -> None:
-    """Write a finished run: the frozen base of `base` and the adapter, or the whole trained model; last the report."""
+    """Write a finished run: the frozen base and the adapter, or the whole trained model; and the report at last."""
     (directory / REPORT).unlink(missing_ok=True)
     shutil.rmtree(directory / ADAPTER, ignore_errors=True)
     save_classifier(directory, model, tokenizer, weights=base / MODEL if adapted else None)
@@ -63,7 +63,7 @@ def save_run(
 
 
 def load_run(directory: Path) -> tuple[ReviewClassifier, Tokenizer]:
-    """The trained classifier, its adapter added, in evaluation mode.
+    """Load the trained classifier with its adapter, in evaluation mode.
 
     Raises:
         FileNotFoundError: the directory holds no finished run.
@@ -81,7 +81,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file is there whole or not at all, whenever the process ends."""
+    """Write the file so that it is there whole or not at all, whenever the process ends."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:

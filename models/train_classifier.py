@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch loads OpenMP: workers that spin between two small ops starve each other where cores are shared
+# This must be set before torch loads OpenMP. Where cores are shared, workers that spin between two small ops starve one
+# another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     options = parse_options(arguments)
     torch.set_num_threads(options.threads)
-    # AdamW's averages of rarely seen tokens decay into denormal numbers, on which a CPU computes many times slower
+    # AdamW's averages of rarely seen tokens decay into denormal numbers, and a CPU computes those many times slower.
     torch.set_flush_denormal(True)
     with rk.use_backend(options.backend):
         report = run(options, began)
@@ -47,7 +48,7 @@ def run(options: argparse.Namespace, began: float) -> dict:
     model.to(options.device)
     test_set = EncodedReviews(sources.test, tokenizer, options.max_tokens)
     confusion = base_confusion = confusion_matrix(model, test_set, options.dtype)
-    torch.manual_seed(options.seed)  # the same from here on, whether the base was trained or found
+    torch.manual_seed(options.seed)  # from here on all is the same, whether the base was trained or found
     sizes = adapter_sizes(options)
     add_adapter(model, options.adapter, sizes)
     parameters = rk.trainable_parameters(model)

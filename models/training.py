@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from data import Batch, EncodedReviews
 
-WARM_UP_SHARE = 0.05  # of all steps, in which the learning rate rises to its full height; then it falls in a line to 0
-GRADIENT_NORM = 1.0  # longer gradients are cut to this length
+WARM_UP_SHARE = 0.05  # the learning rate rises during this share of all steps, then falls linearly to 0
+GRADIENT_NORM = 1.0  # a longer gradient is cut to this length
 EVALUATION_BATCH = 256
 
 
@@ -24,22 +24,22 @@ class TrainingSettings:
     epochs: int
     batch_size: int
     learning_rate: float
-    sparse_learning_rate: float  # of the adapters' sparse values; the other parameters take learning_rate
+    sparse_learning_rate: float  # it is for the adapters' sparse values; other parameters take learning_rate
     weight_decay: float
-    dtype: str  # "fp32", or "bf16": linear layers compute in bfloat16 under autocast, parameters stay float32
+    dtype: str  # "fp32", or "bf16": autocast computes linear layers in bfloat16, and parameters stay float32
     seed: int
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    best_epoch: int  # from 1
-    validation_accuracy: float  # of the best epoch
+    best_epoch: int  # epochs count from 1
+    validation_accuracy: float  # what the best epoch reached
     seconds: float
-    reviews_per_second: float  # in the training steps alone
+    reviews_per_second: float  # in training steps, validation left out
 
 
 def review_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy, a float32 scalar."""
+    """Return the mean cross-entropy, a float32 scalar."""
     return F.cross_entropy(model(batch.tokens, batch.is_token).float(), batch.labels)
 
 
@@ -50,7 +50,7 @@ def autocast(model: nn.Module, dtype: str):
 
 @torch.no_grad()
 def confusion_matrix(model: nn.Module, reviews: EncodedReviews, dtype: str) -> Tensor:
-    """(C, C) int64 on the CPU: how many reviews of class i (row) the model calls class j (column)."""
+    """Count how many reviews of class i (row) the model calls class j (column): (C, C) int64 on the CPU."""
     model.eval()
     device = next(model.parameters()).device
     with autocast(model, dtype):
@@ -68,7 +68,10 @@ def accuracy(confusion: Tensor) -> float:
 
 
 def macro_f1(confusion: Tensor) -> float:
-    """Mean over the classes of F1 = 2 tp / (2 tp + fp + fn); a class that neither occurs nor is predicted counts 0."""
+    """Return the mean over the classes of F1 = 2 tp / (2 tp + fp + fn).
+
+    A class that neither occurs nor is predicted counts 0.
+    """
     hits = confusion.diagonal().double()
     return (2 * hits / (confusion.sum(0) + confusion.sum(1)).clamp(min=1)).mean().item()
 
@@ -81,10 +84,10 @@ def train(
     title: str,
     before_step: Callable[[int], None] = lambda step: None,
 ) -> TrainingRun:
-    """Train the parameters that require gradients; the model ends with those of its best epoch on `validation`.
+    """Train the parameters that require gradients. The model ends with those of its best epoch on `validation`.
 
-    The best epoch has the highest accuracy, the lowest epoch among equals. before_step is called with each
-    step's number, from 0. Progress goes to stderr: a bar on a terminal, else a line an epoch.
+    The best epoch has the highest accuracy; among equals it is the first. before_step is called with each step's
+    number, from 0. Progress goes to stderr: a bar on a terminal, and a line an epoch elsewhere.
     """
     steps = settings.epochs * -(-len(training) // settings.batch_size)
     optimizer = make_optimizer(model, settings)
@@ -130,7 +133,7 @@ def training_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimiz
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW over what trains: sparse values at a rate of their own, weight decay on matrices alone."""
+    """Make AdamW for what trains. Sparse values have their own learning rate, and only matrices have weight decay."""
     sparse, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -150,7 +153,7 @@ def learning_rate_share(step: int, steps: int) -> float:
 
 
 class BestEpoch:
-    """A copy of the trained parameters as they were after the best epoch so far."""
+    """Keeps a copy of the trained parameters as they were after the best epoch so far."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -1,7 +1,8 @@
-"""A small encoder that classifies a review: token embedding, pre-norm attention blocks, masked mean pooling, a linear head.
+"""A small encoder that classifies a review.
 
-Every projection is an nn.Linear of its own (q_proj, k_proj, v_proj, out_proj, up_proj, down_proj, head), so that adapters
-reach all of them. Shapes below: B reviews, T tokens of the longest review in the batch, D the width, H heads, C classes.
+It has a token embedding, pre-norm attention blocks, masked mean pooling and a linear head. Every projection is an
+nn.Linear of its own (q_proj, k_proj, v_proj, out_proj, up_proj, down_proj, head), so adapters reach all of them.
+Shapes: B reviews, T tokens of the longest review in the batch, D the width, H heads, C classes.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 class ClassifierConfig:
     vocabulary: int = 8192
     classes: int = 2
-    max_tokens: int = 256  # longer reviews are cut by the data pipeline; a longer batch is an error here
+    max_tokens: int = 256  # the data pipeline cuts longer reviews; a longer batch is an error here
     width: int = 128
     layers: int = 2
     heads: int = 4
     feed_forward: int = 256
-    # Chance that a token is left out of one training step as if it had been padding; the cheapest dropout there is: one
-    # random number a token instead of one a feature, and no mask over a wide activation.
+    # Each token is left out of a training step with this chance, as if it were padding. No dropout is cheaper: it takes
+    # one random number a token, not one a feature, and no mask over a wide activation.
     token_dropout: float = 0.2
-    dropout: float = 0.2  # on the pooled review, (B, D): the blocks' activations are T times as wide
+    dropout: float = 0.2  # it acts on the pooled review (B, D), as the blocks' activations have T times as many numbers
 
     def __post_init__(self) -> None:
         for name in ("vocabulary", "classes", "max_tokens", "width", "layers", "heads", "feed_forward"):
@@ -49,7 +50,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, is_token: Tensor) -> Tensor:
-        """x (B, T, D), is_token (B, T) bool -> (B, T, D); no position attends to one that is not a token."""
+        """x (B, T, D), is_token (B, T) bool -> (B, T, D). No position attends to padding."""
 
         def split_heads(projected: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, D / H)
             return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -93,7 +94,7 @@ class ReviewClassifier(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.width, config.classes)
         self.apply(self._initialise)
-        nn.init.normal_(self.token_embedding.weight, std=0.1)  # larger than what attention adds to it at first
+        nn.init.normal_(self.token_embedding.weight, std=0.1)  # larger than what attention adds at first
         nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     @staticmethod
@@ -103,10 +104,10 @@ class ReviewClassifier(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, is_token: Tensor) -> Tensor:
-        """Scores of each class.
+        """Return the logits of each class.
 
         tokens (B, T) int64, is_token (B, T) bool, False at padding -> logits (B, C) in the parameters' dtype. More
-        padding changes no logit beyond rounding. T above config.max_tokens is a ValueError.
+        padding changes no logit beyond rounding. T above config.max_tokens raises ValueError.
         """
         if tokens.shape[1] > self.config.max_tokens:
             raise ValueError(f"reviews must have at most {self.config.max_tokens} tokens, got {tokens.shape[1]}")
@@ -119,13 +120,13 @@ class ReviewClassifier(nn.Module):
         return self.head(self.dropout(self.final_norm(masked_mean(x, is_token))))
 
     def _drop_tokens(self, is_token: Tensor) -> Tensor:
-        """Leave out each token by chance, but never the first one: a review keeps at least one token."""
+        """Leave out tokens by chance, but never the first one, so a review keeps at least one token."""
         kept = torch.rand(is_token.shape, device=is_token.device) >= self.config.token_dropout
         kept[:, 0] = True
         return is_token & kept
 
 
 def masked_mean(x: Tensor, is_token: Tensor) -> Tensor:
-    """Mean of x (B, T, D) over the positions where is_token (B, T) is True: (B, D)."""
+    """Return the mean of x (B, T, D) over the positions where is_token (B, T) is True: (B, D)."""
     weights = is_token.to(x.dtype).unsqueeze(-1)
     return (x * weights).sum(dim=1) / weights.sum(dim=1)
