@@ -28,7 +28,7 @@ _PLAINER = {
     r"\bmend(s|ed)?\b": "fixes",
     r"\bown GEMM\b": "our GEMM",
     r"\bby hand\b": "hand-written",
-    r"\bways?\b": "algorithm",
+    r"\bways\b": "algorithms",
 }
 """Words that the pages do without: regular expression -> what they say instead."""
 
@@ -109,7 +109,9 @@ def repository_paths() -> set[str]:
 
 
 def looks_like_a_path(span: str) -> bool:
-    return re.fullmatch(r"[\w./-]*\w[\w./-]*", span) is not None and ("/" in span or span.endswith(_FILE_ENDINGS))
+    if re.fullmatch(r"[\w./-]*\w[\w./-]*", span) is None or span in _FILE_ENDINGS:
+        return False
+    return "/" in span or span.endswith(_FILE_ENDINGS)
 
 
 def is_there(span: str) -> bool:
