@@ -17,6 +17,8 @@ from hypothesis import settings
 
 import interpreter_subset
 import rosa_kernels as rk
+import tiers
+from paths import TESTS
 from rosa_kernels.backends.gpu import cost_model
 from rosa_kernels.dispatch import refusal
 
@@ -25,6 +27,7 @@ CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("CUDA_EMULATED")
 CPU_EMULATED = os.environ.get("CPU_EMULATED")
+LEFT_TO_EXHAUSTIVE = pytest.StashKey[int]()
 BACKENDS_ON_CPU_TENSORS = ("triton",) if INTERPRETED else ("cuda",) if EMULATED else ("reference", "cpu")
 BACKENDS_ON_GPU_TENSORS = ("triton", "cuda", "reference")
 
@@ -50,13 +53,18 @@ if CPU_EMULATED:
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="run every test (25 minutes on two cores), not the selection of support/tiers.py (3 minutes)",
+    )
+    parser.addoption(
         "--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run"
     )
     parser.addoption(
-        "--all-kernels", action="store_true", help="test_triton_aot.py: all 10,000 kernels, not a sample (hours)"
+        "--all-kernels", action="store_true", help="triton/test_aot.py: all 10,000 kernels, not a sample (hours)"
     )
-    parser.addoption("--compile-table", metavar="FILE", help="test_triton_aot.py: write its table there, as markdown")
-    parser.addoption("--cuda-compile-table", metavar="FILE", help="the same for test_cuda_compile.py")
+    parser.addoption("--compile-table", metavar="FILE", help="triton/test_aot.py: write its table there, as markdown")
+    parser.addoption("--cuda-compile-table", metavar="FILE", help="the same for cuda/test_compile.py")
 
 
 def pytest_configure(config):
@@ -64,23 +72,33 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    dropped = {item for item in on_gpu if not interpreter_subset.takes_on_gpu(item)}
-    if INTERPRETED:
-        taken = [item for item in items if interpreter_subset.takes(item)]
-    elif EMULATED:
-        taken = [item for item in items if cuda_emulation.takes(item)]
-    elif CPU_EMULATED:
-        taken = [item for item in items if cpu_emulation.takes(item)]
-    else:
-        taken = [item for item in items if item not in dropped]
+    """What of this folder's tests runs here; those of other folders (bench/) are left alone."""
+    own = [item for item in items if TESTS in item.path.parents]
+    taken = [item for item in own if _runs_here(item)]
+    if not tiers.is_exhaustive(config):
+        taken, fitting = tiers.default_tier(taken), len(taken)
+        config.stash[LEFT_TO_EXHAUSTIVE] = fitting - len(taken)
     if part := config.getoption("part"):
         first, parts = map(int, part.split("/"))
         taken = taken[first::parts]
-    left_out = set(items) - set(taken)
-    if left_out:
+    if left_out := set(own) - set(taken):
         config.hook.pytest_deselected(items=left_out)
-        items[:] = taken
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _runs_here(item) -> bool:
+    if INTERPRETED:
+        return interpreter_subset.takes(item)
+    if EMULATED:
+        return cuda_emulation.takes(item)
+    if CPU_EMULATED:
+        return cpu_emulation.takes(item)
+    return not item.get_closest_marker("gpu") or interpreter_subset.takes_on_gpu(item)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left := config.stash.get(LEFT_TO_EXHAUSTIVE, 0):
+        terminalreporter.write_line(f"{left} tests were left out; --exhaustive runs them too")
 
 
 def _backends(on_gpu_too: bool):
@@ -125,6 +143,12 @@ if INTERPRETED or EMULATED:
     def _low_rank_gradients_by_the_kernels(monkeypatch):
         """For such small calls the plan would leave them to the library; test_triton_ways.py tests that too."""
         monkeypatch.setattr(cost_model, "low_rank_gradients_by_library", lambda *sizes: False)
+
+
+@pytest.fixture
+def exhaustive(request) -> bool:
+    """Whether this run is one of everything: for tests that start runs of their own, as long as the tier allows."""
+    return tiers.is_exhaustive(request.config)
 
 
 @pytest.fixture(autouse=True)

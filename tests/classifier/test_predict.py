@@ -10,6 +10,7 @@ import torch
 import predict
 import rosa_kernels as rk
 from data import train_tokenizer
+from scripts import run_script
 from storage import save_run
 from transformer import ClassifierConfig, ReviewClassifier
 
@@ -35,25 +36,24 @@ def make_run(directory: Path, classes: int, adapted: bool) -> ReviewClassifier:
     return model.eval()
 
 
-def predict_in_process(run: Path, *texts: str, stdin: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, predict.__file__, run, *texts]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, encoding="utf-8")
+def rows_of(output: str) -> list[list[str]]:
+    return [line.split("\t") for line in output.splitlines()]
 
 
-def test_texts_as_arguments(tmp_path):
+def test_texts_as_arguments(tmp_path, capsys):
     make_run(tmp_path, classes=2, adapted=True)
-    process = predict_in_process(tmp_path / "run", *TEXTS)
-    assert process.returncode == 0, process.stderr
-    rows = [line.split("\t") for line in process.stdout.splitlines()]
+    run_script(predict.__file__, tmp_path / "run", *TEXTS)
+    rows = rows_of(capsys.readouterr().out)
     assert [row[2] for row in rows] == TEXTS
     assert all(row[0] in ("negative", "positive") and 0.5 <= float(row[1]) <= 1 for row in rows)
 
 
 def test_lines_on_standard_input_blank_ones_left_out(tmp_path):
     make_run(tmp_path, classes=5, adapted=False)
-    process = predict_in_process(tmp_path / "run", stdin="good\n\n  \nbad – naïve ☺\n")
+    command, lines = [sys.executable, predict.__file__, tmp_path / "run"], "good\n\n  \nbad – naïve ☺\n"
+    process = subprocess.run(command, input=lines, capture_output=True, text=True, encoding="utf-8", check=False)
     assert process.returncode == 0, process.stderr
-    rows = [line.split("\t") for line in process.stdout.splitlines()]
+    rows = rows_of(process.stdout)
     assert [row[2] for row in rows] == ["good", "bad – naïve ☺"]
     assert all(row[0] in {"1 star", "2 stars", "3 stars", "4 stars", "5 stars"} for row in rows)
 
@@ -82,5 +82,5 @@ def test_no_finished_run_is_an_error(tmp_path, unfinished):
     if unfinished:
         make_run(tmp_path, classes=2, adapted=False)
         (tmp_path / "run" / "report.json").unlink()
-    process = predict_in_process(tmp_path / "run", "good")
-    assert process.returncode == 1 and "no finished run" in process.stderr and "Traceback" not in process.stderr
+    with pytest.raises(SystemExit, match="^error: .*no finished run"):
+        run_script(predict.__file__, tmp_path / "run", "good")

@@ -161,6 +161,7 @@ def _train_sharded(rank, port, backend, path):
     dist.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
 def test_fsdp2_on_one_process_trains_as_without(backend, tmp_path):
     """fully_shard frees and gathers parameters again around each forward and backward, behind the version counters."""

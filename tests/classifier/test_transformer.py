@@ -103,7 +103,7 @@ def test_every_projection_is_a_linear_layer():
     assert matrices == {f"{name}.weight" for name in names | {"token_embedding", "position_embedding"}}
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_compiles_as_one_graph(training):
     model = make_model(token_dropout=0.3).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -7,13 +7,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 
 import cpu_emulation
 import cuda_emulation
-from paths import CSRC, REPOSITORY, TESTS
+from child_runs import count_passed
+from paths import CSRC, TESTS
 
 pytestmark = pytest.mark.skipif("CPU_EMULATED" in os.environ, reason="starts emulated runs: this is one")
 
@@ -29,31 +29,25 @@ FLAGS = {"avx512bf16": AVX512, "amx": (*AVX512, "-mamx-tile", "-mamx-bf16")}
 INSTRUCTIONS = {"avx512bf16": "vdpbf16ps", "amx": "tdpbf16ps"}
 
 
-def run(instruction_set: str, variant: str, fewest: int, *options: str) -> None:
+def run(instruction_set: str, variant: str, every: int, fewest: int) -> None:
     reason = cuda_emulation.unavailable_reason(variant)
     if reason is not None:
         pytest.skip(f"no emulation: {reason}")
-    environment = os.environ | cuda_emulation.environment(variant)
+    environment = cuda_emulation.environment(variant)
     environment |= {"CPU_EMULATED": str(cpu_emulation.build(variant)), "ROSA_KERNELS_CPU": instruction_set}
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short", *options]
-    done = subprocess.run(
-        [*command, *(str(TESTS / name) for name in FILES)],
-        env=environment, cwd=REPOSITORY, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[:6000]}\n...\n{done.stdout[-6000:]}"
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    print(f"{instruction_set}, {variant}: {passed} emulated tests passed")
-    assert passed >= fewest
+    assert count_passed(FILES, environment, every=every, processes=1) >= fewest
 
 
 @pytest.mark.parametrize("instruction_set", cpu_emulation.SETS)
-def test_the_kernels_pass_the_ops_tests(instruction_set):
-    run(instruction_set, "plain", 600)
+def test_the_kernels_pass_the_ops_tests(instruction_set, exhaustive):
+    every, fewest = (1, 600) if exhaustive else (11, 55)
+    run(instruction_set, "plain", every, fewest)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("instruction_set", cpu_emulation.SETS)
 def test_no_access_is_out_of_bounds(instruction_set):
-    run(instruction_set, "address", 60, "--part=0/7")
+    run(instruction_set, "address", every=7, fewest=60)
 
 
 def test_the_emulation_aborts_where_the_processor_would_fault(tmp_path):
@@ -75,6 +69,7 @@ def test_the_emulation_aborts_where_the_processor_would_fault(tmp_path):
         assert done.returncode == -signal.SIGABRT and "emulated tiles:" in done.stderr, use
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("instruction_set", cpu_emulation.SETS)
 def test_the_processor_s_own_code_holds_the_instructions(instruction_set, tmp_path):
     """In each of the products: every function that multiplies rows or sums outer products inlines them."""

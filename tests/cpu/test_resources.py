@@ -184,6 +184,7 @@ def digest_of(structure: str, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.exhaustive
 def test_the_same_bits_on_every_run_at_each_thread_count():
     first, second = measured("digests"), measured("digests")
     for case, runs in first.items():
@@ -233,6 +234,7 @@ def memory_peaks() -> dict[str, dict[str, list[int]]]:
     return {dtype: {name: rises[1:] for name, rises in by_call.items()} for dtype, by_call in peaks.items()}
 
 
+@pytest.mark.exhaustive
 @needs_proc
 def test_memory_beyond_the_outputs_does_not_grow_with_tokens_but_for_H():
     """Peak of 4 T tokens less that of T, against sizes. Pages and the threads' stacks leave a quarter MiB of doubt."""

@@ -1,6 +1,6 @@
 """Every CUDA kernel compiled for GPUs that are not here: no spills, no local memory, tensor cores, 16-byte accesses.
 
-`--cuda-compile-table bench/results/cuda-compile-table.md` writes the table that is printed at the end.
+The default tier compiles one source file, `--exhaustive` all of them. `--cuda-compile-table bench/results/cuda-compile-table.md` writes the table that is printed at the end.
 """
 
 import os
@@ -13,6 +13,7 @@ import torch
 
 import cuda_compile
 from cuda_compile import CHIPS, CSRC, FLAGS, SOURCES, Kernel, compiled, nvcc, nvdisasm, output_of
+from tiers import is_exhaustive
 
 if reason := cuda_compile.missing_tools():
     pytest.skip(reason, allow_module_level=True)
@@ -23,6 +24,7 @@ KERNELS = sorted(
     for source in (*SOURCES, *(CSRC / "cuda").glob("*.h"))
     for name in re.findall(r"__global__[^{;]*?(\w+_kernel)\(", source.read_text(encoding="utf-8"))
 )
+SOURCE_OF_DEFAULT_TIER, KERNELS_OF_DEFAULT_TIER = CSRC / "cuda" / "outer.cu", ["outer_kernel"]
 REGISTERS, SHARED = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 """Of a multiprocessor; a block takes 1 KiB of shared memory more than it asks for."""
 
@@ -49,10 +51,10 @@ needs_nvdisasm = pytest.mark.skipif(
 class Compiler:
     """Compiles on all processors, ahead of the tests that ask; its results are the table."""
 
-    def __init__(self, chips: list[str], directory: Path):
+    def __init__(self, sources: tuple[Path, ...], chips: list[str], directory: Path):
         self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         # the newest GPU's take longest
-        self._jobs = {chip: [self._start(source, chip, directory) for source in SOURCES] for chip in reversed(chips)}
+        self._jobs = {chip: [self._start(source, chip, directory) for source in sources] for chip in reversed(chips)}
 
     def _start(self, source: Path, chip: str, directory: Path):
         own = directory / chip / source.stem
@@ -80,7 +82,8 @@ def compiler(request, tmp_path_factory):
     """For the GPUs of the tests selected."""
     own = [item for item in request.session.items if item.path == request.path and "kernels" in item.fixturenames]
     wanted = {item.callspec.params["chip"] for item in own}
-    compiler = Compiler([chip for chip in CHIPS if chip in wanted], tmp_path_factory.mktemp("cuda"))
+    sources = SOURCES if is_exhaustive(request.config) else (SOURCE_OF_DEFAULT_TIER,)
+    compiler = Compiler(sources, [chip for chip in CHIPS if chip in wanted], tmp_path_factory.mktemp("cuda"))
     request.config.pluginmanager.register(compiler)
     yield compiler
     compiler.close()
@@ -96,7 +99,8 @@ def kernels(compiler, chip, name, dtype) -> list[Kernel]:
 
 def pytest_generate_tests(metafunc):
     if "kernels" in metafunc.fixturenames:
-        for argument, values in (("name", KERNELS), ("dtype", DTYPES), ("chip", CHIPS)):
+        names = KERNELS if is_exhaustive(metafunc.config) else KERNELS_OF_DEFAULT_TIER
+        for argument, values in (("name", names), ("dtype", DTYPES), ("chip", CHIPS)):
             metafunc.parametrize(argument, values)
 
 

@@ -181,6 +181,7 @@ class TestNumbers:
             assert said.decode() == NO_ERROR and bool(((acc.double() - exact).abs() <= bound).all())
 
 
+@pytest.mark.exhaustive
 @sanitizer("address")
 class TestAddressSanitizer:
     def test_a_sound_kernel_passes(self):
@@ -202,6 +203,7 @@ class TestAddressSanitizer:
         assert done.returncode != 0 and re.search(message, done.stderr), done.stdout + done.stderr[-3000:]
 
 
+@pytest.mark.exhaustive
 @sanitizer("thread")
 class TestThreadSanitizer:
     def test_a_sound_kernel_passes(self):

@@ -10,6 +10,10 @@ from cases import LinearCase, make_inputs
 
 _ops = torch.ops.rosa_kernels
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "values")
+COMPILERS = pytest.mark.parametrize(
+    "compiler",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)],  # which starts a C++ compiler
+)
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +109,7 @@ def assert_equal_to_eager(function, compiled, inputs, needing=NAMES, exactly=Fal
     assert all(traced[name].grad is None for name in NAMES if name not in needing)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@COMPILERS
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_compiled_equals_eager(backend, compiler, dropout_p):
     inputs = make_inputs(LinearCase((2, 11), 18, 13, 4), torch.float32)
@@ -137,7 +141,7 @@ def test_compiled_without_grad(backend):
         torch.testing.assert_close(compiled(t), two_layers(t, inputs.pattern))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@COMPILERS
 def test_checkpointing_a_compiled_layer(backend, compiler):
     """The recomputed forward draws the same dropout mask."""
     inputs = make_inputs(LinearCase((2, 11), 18, 13, 4), torch.float32)
@@ -162,6 +166,7 @@ def test_a_new_number_of_tokens_does_not_recompile_each_time(backend):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.xfail(
     strict=True, reason="Dynamo makes a constant of a Python float that an op takes: a graph for every value of scaling"
 )

@@ -111,6 +111,7 @@ def test_indices_beyond_16_bits(backend, shape):
         torch.testing.assert_close(rk.sddmm(dy, x.detach(), pattern), (dy.T @ x.detach())[mask])
 
 
+@pytest.mark.exhaustive
 def test_entries_beyond_the_integers_of_fp32(backend):
     """A permutation counted in fp32 would repeat itself above 2**24 entries."""
     shape = (2, 2**23 + 3)

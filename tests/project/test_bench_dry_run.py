@@ -46,6 +46,7 @@ def report(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.exhaustive
 def test_the_file_says_that_it_is_a_dry_run_and_of_what(report):
     assert report["dry_run"] is True and "dry run" in report["device"]
     assert report["partial"] is None and report["did_not_finish"] == []
@@ -53,6 +54,7 @@ def test_the_file_says_that_it_is_a_dry_run_and_of_what(report):
     assert {"driver", "triton", "cuda", "hip", "date", "rosa_kernels", "commit"} <= report.keys()
 
 
+@pytest.mark.exhaustive
 def test_every_operation_has_both_modes_and_every_dtype(report):
     races = report["races"].values()
     assert {race["operation"] for race in races} == OPERATIONS
@@ -63,6 +65,7 @@ def test_every_operation_has_both_modes_and_every_dtype(report):
         assert dtypes == expected, operation
 
 
+@pytest.mark.exhaustive
 def test_every_race_has_its_times_and_ratios(report):
     for name, race in report["races"].items():
         for mode in ("eager", "graphed"):
@@ -77,6 +80,7 @@ def test_every_race_has_its_times_and_ratios(report):
                 assert 0 < times["min"] <= times["lower_quartile"] <= times["median"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch.sparse multiplies on a CPU with MKL alone")
 def test_only_missing_dtypes_and_graphs_leave_torch_sparse_out(report):
     for name, race in report["races"].items():
@@ -86,12 +90,14 @@ def test_only_missing_dtypes_and_graphs_leave_torch_sparse_out(report):
             assert reason == "" if race["dtypes"] == "fp32" else reason == "" or "not implemented for" in reason, name
 
 
+@pytest.mark.exhaustive
 def test_only_a_weight_merged_in_16_bits_is_not_judged(report):
     for race in report["races"].values():
         merged = race["operation"] in ("rosa_forward", "rosa_step", "row_step") and race["dtypes"] != "fp32"
         assert race["eager"]["unjudged"] == race["graphed"]["unjudged"] == (["dense"] if merged else [])
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_or_a_part_of_a_run_never_lands_among_the_results(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (BENCH / "results").iterdir()}
     assert "not written to bench/results (dry run" in dry_run("-k", "csr_add")

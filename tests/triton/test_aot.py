@@ -1,7 +1,8 @@
 """Every Triton kernel compiled for GPUs that are not here: no spills, tensor cores for dots, loops that fetch ahead.
 
-A sample by default: each configuration of each GPU's lists for LoRA and dS, each variant in the default configuration,
-and of the launches that differ only in which parts they have, those with most. `--all-kernels`: all of everything().
+The default tier compiles one kernel for each GPU. `--exhaustive` compiles a sample: each configuration of each GPU's
+lists for LoRA and dS, each variant in the default configuration, and of the launches that differ only in which parts
+they have, those with most. `--exhaustive --all-kernels` compiles all of everything().
 `--compile-table bench/results/triton-compile-table.md` writes the table that is printed at the end.
 """
 
@@ -22,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tiers import is_exhaustive
 from triton_aot import CHIPS, UNITS, Compiled, Specialised, compile_for, missing_tools, specialise
 from triton_launches import (
     BF16,
@@ -97,10 +99,16 @@ def distinct(launches: list[Launch], chip: str) -> list[Specialised]:
     return list({(kernel := specialise(chip, launch)).key: kernel for launch in launches}.values())
 
 
+def kernels_of(config) -> list[Specialised]:
+    if not is_exhaustive(config):
+        return [a_kernel(chip) for chip in CHIPS if chip != "other"]
+    choose = everything if config.getoption("--all-kernels") else sample
+    return [kernel for chip in CHIPS for kernel in distinct(choose(chip), chip)]
+
+
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
-        choose = everything if metafunc.config.getoption("--all-kernels") else sample
-        kernels = [kernel for chip in CHIPS for kernel in distinct(choose(chip), chip)]
+        kernels = kernels_of(metafunc.config)
         metafunc.parametrize("kernel", kernels, ids=unique([kernel.title for kernel in kernels]))
 
 
@@ -282,6 +290,7 @@ def test_kernel(compiler, kernel):
     assert not unexplained, "; ".join(unexplained)
 
 
+@pytest.mark.exhaustive
 def test_no_gap_is_closed(compiler):
     whole = sum(len(distinct(sample(chip), chip)) for chip in CHIPS)
     if len(compiler.finished) < whole:
@@ -308,6 +317,7 @@ def widened_dot_kernel(out, x, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     tl.store(out + at, tl.dot(tile, tile, input_precision=PRECISION))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_dot_of_widened_operands_fails(chip, precision):

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from child_runs import count_passed
 from paths import REPOSITORY, TESTS
 
 pytest.importorskip("triton", reason="backend triton: Triton is not installed")
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="starts interpreted runs: this is one"
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="starts interpreted runs: this is one"),
+]
 
 EVERY = 12
 """Takes every 12th test of the interpreted run's list, so some of each kind, in a minute."""
@@ -39,36 +41,37 @@ def sanitizer_library() -> Path | None:
 needs_sanitizer = pytest.mark.skipif(sanitizer_library() is None, reason="no gcc with AddressSanitizer's libasan.so")
 
 
-def run_sanitized(*command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {
+def sanitized() -> dict[str, str]:
+    """The environment of such a run."""
+    return {
         "TRITON_INTERPRET": "1",
         "LD_PRELOAD": str(sanitizer_library()),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has until it ends
     }
+
+
+def run_kernel(access: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TESTS / "support" / "triton_oob_kernels.py"), access]
     return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=REPOSITORY, check=False
+        command, env=os.environ | sanitized(), capture_output=True, text=True, cwd=REPOSITORY, check=False
     )
 
 
 @needs_sanitizer
 def test_a_kernel_within_its_tensors_passes():
-    run = run_sanitized(str(TESTS / "support" / "triton_oob_kernels.py"), "nothing")
+    run = run_kernel("nothing")
     assert run.returncode == 0 and run.stdout == "unharmed\n", run.stderr[-3000:]
 
 
 @needs_sanitizer
 @pytest.mark.parametrize("access", ["read", "write"])
 def test_a_planted_access_one_element_past_the_end_is_caught(access):
-    run = run_sanitized(str(TESTS / "support" / "triton_oob_kernels.py"), access)
+    run = run_kernel(access)
     assert run.returncode != 0 and "unharmed" not in run.stdout
     assert "ERROR: AddressSanitizer: heap-buffer-overflow" in run.stderr and f"{access.upper()} of size 4" in run.stderr
 
 
 @needs_sanitizer
 def test_the_kernels_stay_within_their_tensors():
-    files = [str(TESTS / name) for name in ("ops/test_ops.py", "triton/test_algorithms.py")]
-    # -s: the sanitizer writes its report past pytest's capture
-    run = run_sanitized("-m", "pytest", *files, f"--part=0/{EVERY}", "-q", "-s", "-p", "no:cacheprovider", "--tb=short")
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert " passed" in run.stdout
-    print(run.stdout.splitlines()[-1])
+    files = ("ops/test_ops.py", "triton/test_algorithms.py")
+    assert count_passed(files, sanitized(), every=EVERY, processes=1) > 0
