@@ -37,8 +37,8 @@ def main() -> None:
         print(f"  {name:<10} {'ready' if reason is None else 'not available: ' + reason}")
     if cpu.unavailable_reason() is None:
         own = [str(dtype).removeprefix("torch.") for dtype in DTYPES[:2] if cpu.own_gemm(dtype)]
-        gemm = f", with a GEMM of their own in {' and '.join(own)}" if own else ""
-        print(f"  cpu kernels: {cpu.instruction_set()} in use{gemm}; {cpu.build_info()}")
+        base = f", multiplying the base's weight too in {' and '.join(own)}" if own else ""
+        print(f"  cpu kernels: {cpu.instruction_set()} in use{base}; {cpu.build_info()}")
     if cuda.unavailable_reason() is None:
         print(f"  cuda kernels: {cuda.build_info()}")
     if direct_call.missing_names:

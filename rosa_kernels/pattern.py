@@ -16,6 +16,10 @@ MOST_ENTRIES = 2**31 - 2**20
 """Kernels count entries in int32, and a last step past the end must not wrap."""
 
 
+CSC = tuple[Tensor, Tensor, Tensor]
+"""A pattern by columns: ccol_indices, row_indices and permutation, int32."""
+
+
 class CSRPattern:
     """Where a sparse matrix S has entries, in compressed sparse row (CSR) form; their values are a tensor of their own.
 
@@ -42,16 +46,11 @@ class CSRPattern:
         self.crow_indices = crow_indices.to(torch.int32, copy=True)
         self.col_indices = col_indices.to(torch.int32, copy=True)
         self.structure = _detect_structure(self.crow_indices, self.col_indices, self.shape)
-        self._transposed: tuple[Tensor, Tensor, Tensor] | None = None
+        self._transposed: CSC | None = None
 
     @classmethod
     def _trusted(
-        cls,
-        crow_indices: Tensor,
-        col_indices: Tensor,
-        shape: tuple[int, int],
-        structure: int,
-        transposed: tuple[Tensor, Tensor, Tensor] | None,
+        cls, crow_indices: Tensor, col_indices: Tensor, shape: tuple[int, int], structure: int, transposed: CSC | None
     ) -> "CSRPattern":
         """A pattern from tensors that an earlier pattern checked: no validation, no synchronisation."""
         pattern = cls.__new__(cls)
@@ -146,7 +145,7 @@ class CSRPattern:
         rows = torch.arange(self.shape[0], device=self.device)
         return rows.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
 
-    def transpose(self) -> tuple[Tensor, Tensor, Tensor]:
+    def transpose(self) -> CSC:
         """The pattern by columns: (ccol_indices, row_indices, permutation), int32, computed once.
 
         Sizes are (in_features + 1,), (nnz,) and (nnz,). Entry k by columns is entry ``permutation[k]`` by rows, so that
@@ -156,7 +155,7 @@ class CSRPattern:
             self._transposed = self._csc()
         return self._transposed
 
-    def _csc(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _csc(self) -> CSC:
         bounds = torch.arange(self.shape[1] + 1, device=self.device)
         if self.nnz == 0:  # torch.compile of a sort of nothing fails on GPUs (torch 2.11)
             return torch.zeros_like(bounds, dtype=torch.int32), self.col_indices, self.col_indices
@@ -178,10 +177,8 @@ class CSRPattern:
         """The pattern on another device; the same object where it already is there."""
         if torch.device(device) == self.device:
             return self
-        moved = self._transposed
-        if moved is not None:
-            ccol_indices, row_indices, permutation = moved
-            moved = ccol_indices.to(device), row_indices.to(device), permutation.to(device)
+        csc = self._transposed
+        moved = csc and (csc[0].to(device), csc[1].to(device), csc[2].to(device))
         return CSRPattern._trusted(
             self.crow_indices.to(device), self.col_indices.to(device), self.shape, self.structure, moved
         )

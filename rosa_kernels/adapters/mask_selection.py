@@ -13,13 +13,16 @@ from rosa_kernels.config import LoRAConfig, RoSAConfig
 from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
 from rosa_kernels.pattern import CSRPattern
 
+Layers = dict[str, AdapterLayer]
+LossFunction = Callable[[nn.Module, object], Tensor]
+
 _NEEDS_BATCHES = ("gradient", "fisher", "snip")
 
 
 def select_masks(
     model: nn.Module,
     batches: Iterable | None = None,
-    loss_fn: Callable[[nn.Module, object], Tensor] | None = None,
+    loss_fn: LossFunction | None = None,
     *,
     config: RoSAConfig | None = None,
     generator: torch.Generator | None = None,
@@ -77,7 +80,7 @@ def select_masks(
     return patterns
 
 
-def _layers_to_select(model: nn.Module) -> dict[str, AdapterLayer]:
+def _layers_to_select(model: nn.Module) -> Layers:
     sparse = {name: layer for name, layer in adapter_layers(model).items() if layer.has_sparse}
     layers = {name: layer for name, layer in sparse.items() if not layer.masks_selected}
     if not layers:
@@ -95,11 +98,7 @@ def _layers_to_select(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def _gradient_statistics(
-    model: nn.Module,
-    layers: dict[str, AdapterLayer],
-    config: RoSAConfig,
-    batches: Iterable,
-    loss_fn: Callable[[nn.Module, object], Tensor],
+    model: nn.Module, layers: Layers, config: RoSAConfig, batches: Iterable, loss_fn: LossFunction
 ) -> dict[str, Tensor]:
     """{name: (out_features, in_features) float32}: the sum of gradients, of their squares, or sum · weight."""
     sums = {name: torch.zeros(layer.weight_shape, device=layer.weight.device) for name, layer in layers.items()}
@@ -121,12 +120,7 @@ def _gradient_statistics(
     return sums
 
 
-def _base_gradients(
-    model: nn.Module,
-    layers: dict[str, AdapterLayer],
-    batch: object,
-    loss_fn: Callable[[nn.Module, object], Tensor],
-) -> dict[str, Tensor]:
+def _base_gradients(model: nn.Module, layers: Layers, batch: object, loss_fn: LossFunction) -> dict[str, Tensor]:
     """{name: d loss / d base weight} of the layers that the loss depends on."""
     with torch.enable_grad(), _weights_as_leaves(layers) as leaves:
         loss = loss_fn(model, batch)
@@ -141,7 +135,7 @@ def _base_gradients(
 
 
 @contextlib.contextmanager
-def _weights_as_leaves(layers: dict[str, AdapterLayer]) -> Iterator[dict[str, nn.Parameter]]:
+def _weights_as_leaves(layers: Layers) -> Iterator[dict[str, nn.Parameter]]:
     """Each base weight stands in as a Parameter of its own that requires gradients and shares the weight's memory.
 
     So the frozen Parameters are never touched, and a weight that two modules share is scored for each on its own.
@@ -180,7 +174,7 @@ def _sum_over_ranks(statistic: Tensor) -> Tensor:
     return statistic
 
 
-def _best(layers: dict[str, AdapterLayer], scores: dict[str, Tensor], scope: str) -> dict[str, CSRPattern]:
+def _best(layers: Layers, scores: dict[str, Tensor], scope: str) -> dict[str, CSRPattern]:
     patterns = {}
     competing = {name: layer for name, layer in layers.items() if layer.structure == "unstructured"}
     if scope == "global" and competing:
@@ -227,7 +221,7 @@ def _pattern(layer: AdapterLayer, units: Tensor) -> CSRPattern:
     return CSRPattern.from_mask(units)
 
 
-def _check_resizable(model: nn.Module, layers: dict[str, AdapterLayer], patterns: dict[str, CSRPattern]) -> None:
+def _check_resizable(model: nn.Module, layers: Layers, patterns: dict[str, CSRPattern]) -> None:
     """Values change their number under the global scope, and where blocks are cut at an edge."""
     resized = [name for name, layer in layers.items() if layer.sparse_values.shape[0] != patterns[name].nnz]
     if not resized:

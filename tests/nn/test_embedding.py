@@ -53,7 +53,7 @@ def test_output_is_a_look_up_in_base_plus_delta(r, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("r", [0, 2])
 def test_many_tokens_are_adapted_as_few_are(r, dtype):
-    """There are more tokens than rows, so that the rows are adapted; outputs and gradients are those of each token."""
+    """More tokens than rows, so that the rows are adapted: outputs and gradients against those of each token alone."""
     layer = randomise(make_layer(r, dtype))
     ids = torch.arange(2 * VOCABULARY).remainder(VOCABULARY - 2).view(4, -1)
     dy = torch.randn(*ids.shape, DIM, dtype=dtype)

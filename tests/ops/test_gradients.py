@@ -234,7 +234,7 @@ def test_autocast_leaves_float64_alone():
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("where", [*NAMES, "dy"])
 def test_nan_and_inf_reach_every_result_they_should(backend, dtype, device, tokens, poison, where):
-    """A result is finite exactly where float64 arithmetic on the entries of S alone is."""
+    """A result is not finite just where float64 arithmetic on the entries of S alone is not finite."""
     inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, "half"), dtype, device)
     target = getattr(inputs, where)
     target[(target.shape[0] // 2,) + (0,) * (target.dim() - 1)] = poison

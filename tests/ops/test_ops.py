@@ -150,10 +150,10 @@ def test_no_tokens_with_strides_of_their_own(backend, dtype, device):
 
 @pytest.mark.parametrize("tokens", [6, 66])
 def test_a_fresh_adapter_changes_nothing(backend, dtype, device, tokens):
-    """With lora_B = 0 and values = 0, as at injection, y is F.linear's, bit for bit where that computes x Wᵀ.
+    """lora_B = 0 and values = 0, as at injection: y is F.linear's; bit for bit where that computes the base.
 
-    A kernel of Triton or the CPU that computes x Wᵀ too may sum in another order than the library. That differs by a
-    rounding of y, and of fp32 sums.
+    A kernel of Triton or the CPU that multiplies the base too may sum in another order than the library: a rounding
+    apart, and fp32's own.
     """
     inputs = make_inputs(LinearCase((tokens,), 66, 35, zero_values="all"), dtype, device)
     y = rk.rosa_linear(
