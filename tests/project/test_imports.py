@@ -1,6 +1,7 @@
 """The package's files import downwards: from their own room or a lower one, and never in a circle."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_no_file_imports_from_a_higher_room(graph):
 
 def test_no_files_import_one_another_in_a_circle(graph):
     assert circle_in(graph) == []
+
+
+def test_the_architecture_page_lists_the_rooms_in_this_order():
+    """A row a room, whose first cell lists the room's files; it may list more of them than ROOMS, which has folders."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ \| (.+?) \|", page, re.MULTILINE)
+    listed = [[name.replace("/", ".") for name in re.findall(r"`([\w/]+)`", row)] for row in rows]
+    assert [[name for name in names if name in room] for names, room in zip(listed, ROOMS)] == ROOMS
+    assert len(listed) == len(ROOMS) and all(room_of(name) == n for n, names in enumerate(listed) for name in names)
 
 
 @pytest.mark.parametrize(
