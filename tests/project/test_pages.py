@@ -95,7 +95,9 @@ def faults_of_command(words: list[str]) -> list[str]:
 
 
 def is_option(option: str, text: str) -> bool:
-    return re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text) is not None
+    """Whether a help text names the option; of a short one, the letter without the value that may follow it."""
+    name = option if option.startswith("--") else option[:2]
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
 
 
 @functools.cache
