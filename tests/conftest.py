@@ -98,7 +98,7 @@ def _runs_here(item) -> bool:
 
 def pytest_terminal_summary(terminalreporter, config):
     if left := config.stash.get(LEFT_TO_EXHAUSTIVE, 0):
-        terminalreporter.write_line(f"{left} tests were left out; --exhaustive runs them too")
+        terminalreporter.write_line(f"{left} more tests run with --exhaustive (docs/testing.md)")
 
 
 def _backends(on_gpu_too: bool):
