@@ -1,6 +1,7 @@
 """Every CUDA kernel compiled for GPUs that are not here: no spills, no local memory, tensor cores, 16-byte accesses.
 
-The default tier compiles one source file, `--exhaustive` all of them. `--cuda-compile-table bench/results/cuda-compile-table.md` writes the table that is printed at the end.
+The default tier compiles one source file, `--exhaustive` compiles all of them.
+`--cuda-compile-table bench/results/cuda-compile-table.md` writes the table that is printed at the end.
 """
 
 import os
@@ -24,7 +25,7 @@ KERNELS = sorted(
     for source in (*SOURCES, *(CSRC / "cuda").glob("*.h"))
     for name in re.findall(r"__global__[^{;]*?(\w+_kernel)\(", source.read_text(encoding="utf-8"))
 )
-SOURCE_OF_DEFAULT_TIER, KERNELS_OF_DEFAULT_TIER = CSRC / "cuda" / "outer.cu", ["outer_kernel"]
+SOURCE_OF_DEFAULT_TIER, KERNELS_OF_DEFAULT_TIER = CSRC / "cuda" / "lora_grad.cu", ["lora_grad_kernel"]
 REGISTERS, SHARED = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 """Of a multiprocessor; a block takes 1 KiB of shared memory more than it asks for."""
 
