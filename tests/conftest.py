@@ -8,7 +8,7 @@ and CPU_EMULATED=library (of cpu_emulation.build): the CPU backend's bf16, by em
 
 import os
 
-# Before torch loads OpenMP: workers that spin between two small ops starve each other where cores are shared (20x here).
+# This comes before torch loads OpenMP. Workers that spin between two small ops starve each other on shared cores (20x).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

@@ -25,9 +25,10 @@ from transformer import ClassifierConfig, ReviewClassifier
 
 MODELS = Path(train_classifier.__file__).parent
 TINY = [
-    "--vocabulary", "300", "--max-tokens", "24", "--width", "16", "--layers", "1", "--heads", "2", "--feed-forward", "16",
-    "--base-epochs", "2", "--epochs", "4", "--batch-size", "16", "--base-lr", "0.01", "--lr", "0.01", "--r", "2",
-    "--density", "0.1", "--embedding-density", "0.1", "--warmup-steps", "3", "--token-dropout", "0.1", "--threads", "1",
+    "--vocabulary", "300", "--max-tokens", "24", "--width", "16", "--layers", "1", "--heads", "2",
+    "--feed-forward", "16", "--base-epochs", "2", "--epochs", "4", "--batch-size", "16", "--base-lr", "0.01",
+    "--lr", "0.01", "--r", "2", "--density", "0.1", "--embedding-density", "0.1", "--warmup-steps", "3",
+    "--token-dropout", "0.1", "--threads", "1",
 ]  # fmt: skip
 WORDS = {"source": ("dull slow weak", "bright quick strong"), "target": ("leaky noisy faulty", "sturdy silent handy")}
 
