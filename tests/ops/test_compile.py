@@ -6,10 +6,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import rosa_kernels as rk
-from cases import LinearCase, make_inputs
+from cases import LinearCase, LinearInputs, make_inputs
 
 _ops = torch.ops.rosa_kernels
-NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "values")
+NAMES = LinearInputs.DIFFERENTIABLE
 COMPILERS = pytest.mark.parametrize(
     "compiler",
     ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)],  # which starts a C++ compiler
@@ -80,10 +80,6 @@ def test_opcheck_sparse_ops(backend, pattern):
     torch.library.opcheck(_ops.csr_add, (inputs.weight, inputs.values, crow, col))
 
 
-def leaves_of(inputs, needing=NAMES):
-    return {name: t.detach().clone().requires_grad_(name in needing) for name, t in inputs.tensors().items()}
-
-
 def two_layers(t, pattern, scaling=0.75, dropout_p=0.0):
     """A layer, a non-linearity and the layer's ops on their own, so that the graph has something around them."""
     y = rk.rosa_linear(
@@ -95,7 +91,7 @@ def two_layers(t, pattern, scaling=0.75, dropout_p=0.0):
 
 
 def assert_equal_to_eager(function, compiled, inputs, needing=NAMES, exactly=False):
-    eager, traced = leaves_of(inputs, needing), leaves_of(inputs, needing)
+    eager, traced = inputs.leaves(needing), inputs.leaves(needing)
     torch.manual_seed(3)
     expected = function(eager)
     expected.backward(inputs.dy)
@@ -176,7 +172,7 @@ def test_a_new_scaling_does_not_recompile_each_time(backend):
     function = lambda t, scaling: two_layers(t, inputs.pattern, scaling)
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for scaling in (0.5, 1.0, 2.0, 3.5, 16.0):
-        torch.testing.assert_close(compiled(leaves_of(inputs), scaling), function(leaves_of(inputs), scaling))
+        torch.testing.assert_close(compiled(inputs.leaves(), scaling), function(inputs.leaves(), scaling))
     assert counter.frame_count <= 2
 
 
@@ -184,7 +180,7 @@ def test_new_values_do_not_recompile_or_go_stale(backend):
     counter = CompileCounterWithBackend("aot_eager")
     inputs = make_inputs(LinearCase((9,), 18, 13, 4), torch.float32)
     inputs.pattern.transpose()  # else made in the first graph, cached after it, and so a second graph without it
-    leaves = leaves_of(inputs)
+    leaves = inputs.leaves()
     compiled = torch.compile(lambda t: two_layers(t, inputs.pattern), backend=counter, fullgraph=True)
     for _ in range(3):
         torch.testing.assert_close(compiled(leaves), two_layers(leaves, inputs.pattern))

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import rosa_kernels as rk
-from cases import LinearCase, make_inputs
+from cases import LinearCase, LinearInputs, make_inputs
 
-NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "values")
+NAMES = LinearInputs.DIFFERENTIABLE
 SIZES = pytest.mark.parametrize("tokens", [6, 66], ids=["unmerged", "merged"])
 
 
@@ -20,10 +20,6 @@ def rosa(t, pattern, scaling=0.75, dropout_p=0.0):
     return rk.rosa_linear(
         t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], scaling, t["values"], pattern, dropout_p=dropout_p
     )
-
-
-def leaves_of(inputs, needing=NAMES):
-    return {name: t.detach().clone().requires_grad_(name in needing) for name, t in inputs.tensors().items()}
 
 
 class TestGradcheck:
@@ -38,21 +34,21 @@ class TestGradcheck:
     @pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
     def test_rosa_linear(self, leading, pattern):
         inputs = make_inputs(LinearCase(leading, 5, 7, 2, pattern), torch.float64)
-        leaves = leaves_of(inputs)
+        leaves = inputs.leaves()
         call = lambda *tensors: rosa(dict(zip(NAMES, tensors)), inputs.pattern)
         assert torch.autograd.gradcheck(call, tuple(leaves.values()))
 
     @pytest.mark.parametrize("dropout_p", [0.4, 1.0])
     def test_rosa_linear_with_dropout(self, dropout_p):
         inputs = make_inputs(LinearCase((3,), 5, 7, 2, "half"), torch.float64)
-        leaves = leaves_of(inputs)
+        leaves = inputs.leaves()
         call = lambda *tensors: rosa(dict(zip(NAMES, tensors)), inputs.pattern, dropout_p=dropout_p)
         assert torch.autograd.gradcheck(call, tuple(leaves.values()))
 
     @pytest.mark.parametrize("leaves_out", ["lora", "sparse", "neither"])
     def test_rosa_delta(self, leaves_out):
         inputs = make_inputs(LinearCase((3,), 5, 7, 2, "half"), torch.float64)
-        t = leaves_of(inputs, needing=("x", "lora_A", "lora_B", "values"))
+        t = inputs.leaves(needing=("x", "lora_A", "lora_B", "values"))
         if leaves_out == "lora":
             call = lambda x, v: rk.rosa_delta(x, None, None, 1.0, v, inputs.pattern)
             assert torch.autograd.gradcheck(call, (t["x"], t["values"]))
@@ -65,7 +61,7 @@ class TestGradcheck:
 
     def test_sparse_ops(self):
         inputs = make_inputs(LinearCase((2, 3), 5, 7, 2, "half"), torch.float64)
-        t, dy, p = leaves_of(inputs), inputs.dy.requires_grad_(), inputs.pattern
+        t, dy, p = inputs.leaves(), inputs.dy.requires_grad_(), inputs.pattern
         assert torch.autograd.gradcheck(lambda x, v: rk.spmm(x, v, p), (t["x"], t["values"]))
         assert torch.autograd.gradcheck(lambda dy, x: rk.sddmm(dy, x, p), (dy, t["x"]))
         assert torch.autograd.gradcheck(lambda W, v: rk.csr_add(W, v, p), (t["weight"], t["values"]))
@@ -77,13 +73,13 @@ class TestGradcheck:
 def test_every_combination_of_needed_gradients(backend, dtype, device, tokens, pattern, dropout_p):
     """Those asked for are the same, up to the order of sums, whatever else is asked for; the others stay None."""
     inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, pattern), dtype, device)
-    leaves = leaves_of(inputs)
+    leaves = inputs.leaves()
     rosa(leaves, inputs.pattern, dropout_p=dropout_p).backward(inputs.dy)
     complete = {name: leaf.grad for name, leaf in leaves.items()}
     tolerance = 8 * torch.finfo(dtype).eps
     for count in range(1, len(NAMES)):
         for needing in itertools.combinations(NAMES, count):
-            leaves = leaves_of(inputs, needing)
+            leaves = inputs.leaves(needing)
             rosa(leaves, inputs.pattern, dropout_p=dropout_p).backward(inputs.dy)
             for name, leaf in leaves.items():
                 if name not in needing:
@@ -98,7 +94,7 @@ def test_nothing_needed_makes_no_graph(backend, device):
     t = inputs.tensors()
     assert rosa(t, inputs.pattern).grad_fn is None
     with torch.no_grad():
-        assert rosa(leaves_of(inputs), inputs.pattern).grad_fn is None
+        assert rosa(inputs.leaves(), inputs.pattern).grad_fn is None
     with torch.inference_mode():
         assert rosa(t, inputs.pattern).is_inference()
 
@@ -106,7 +102,7 @@ def test_nothing_needed_makes_no_graph(backend, device):
 def test_is_once_differentiable(backend, device):
     """A second derivative is refused, never silently wrong."""
     inputs = make_inputs(LinearCase(), torch.float32, device)
-    leaves = leaves_of(inputs)
+    leaves = inputs.leaves()
     (dx,) = torch.autograd.grad(rosa(leaves, inputs.pattern).square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
@@ -116,7 +112,7 @@ def test_is_once_differentiable(backend, device):
 def test_an_upstream_gradient_of_stride_zero(backend, dtype, device, tokens):
     """y.sum().backward() hands over one element, expanded."""
     inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), dtype, device)
-    leaves, copies = leaves_of(inputs), leaves_of(inputs)
+    leaves, copies = inputs.leaves(), inputs.leaves()
     rosa(leaves, inputs.pattern).sum().backward()
     y = rosa(copies, inputs.pattern)
     y.backward(torch.ones_like(y))
@@ -128,7 +124,7 @@ def test_an_upstream_gradient_of_stride_zero(backend, dtype, device, tokens):
 @pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "values", "weight"])
 def test_changing_a_saved_tensor_in_place_is_an_error(backend, device, tokens, name):
     inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32, device)
-    leaves = leaves_of(inputs)
+    leaves = inputs.leaves()
     y = rosa(leaves, inputs.pattern)
     with torch.no_grad():
         leaves[name].add_(1)
@@ -140,9 +136,9 @@ def test_changing_a_saved_tensor_in_place_is_an_error(backend, device, tokens, n
 def test_backward_reads_nothing_but_what_autograd_saved(backend, device, tokens):
     """Poison every input behind autograd's back; what went through saved_tensors_hooks has copies to go on with."""
     inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32, device)
-    whole = leaves_of(inputs)
+    whole = inputs.leaves()
     rosa(whole, inputs.pattern, dropout_p=0.3).backward(inputs.dy)
-    leaves = leaves_of(inputs)
+    leaves = inputs.leaves()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
         y = rosa(leaves, inputs.pattern, dropout_p=0.3)
     for leaf in leaves.values():
@@ -157,7 +153,7 @@ def test_backward_reads_nothing_but_what_autograd_saved(backend, device, tokens)
 def test_saves_little_beside_its_inputs(backend, dtype, device, tokens, dropout_p):
     """No copy of x in another layout or dtype, no materialised mask: at most H (tokens, r) in fp32, and a seed."""
     inputs = make_inputs(LinearCase((tokens,), 330, 200, 4, lora_dtype=torch.float32), dtype, device)
-    leaves = leaves_of(inputs)
+    leaves = inputs.leaves()
     pattern = inputs.pattern
     known = {t.untyped_storage().data_ptr() for t in (*leaves.values(), *pattern.transpose())}
     known |= {t.untyped_storage().data_ptr() for t in (pattern.crow_indices, pattern.col_indices)}
@@ -184,7 +180,7 @@ def test_checkpointing(backend, device, tokens, use_reentrant, x_needs_grad):
     """Adapters train under both kinds, and dropout's mask is the same when the forward runs again."""
     inputs = make_inputs(LinearCase((tokens,), 33, 20, 4), torch.float32, device)
     needing = NAMES if x_needs_grad else NAMES[1:]
-    plain, leaves = leaves_of(inputs, needing), leaves_of(inputs, needing)
+    plain, leaves = inputs.leaves(needing), inputs.leaves(needing)
 
     def layer(x, t):
         return rk.rosa_linear(
@@ -208,7 +204,7 @@ def test_autocast_casts_as_linear_does(backend, device, tokens, adapters):
     inputs = make_inputs(
         LinearCase((tokens,), 33, 20, 4, lora_dtype=adapters, values_dtype=adapters), torch.float32, device
     )
-    leaves, casts = leaves_of(inputs), leaves_of(inputs)
+    leaves, casts = inputs.leaves(), inputs.leaves()
     with torch.autocast(device.type, torch.bfloat16):
         y = rosa(leaves, inputs.pattern, dropout_p=0.3)
         assert y.dtype == F.linear(leaves["x"], leaves["weight"]).dtype == torch.bfloat16
@@ -238,7 +234,7 @@ def test_nan_and_inf_reach_every_result_they_should(backend, dtype, device, toke
     inputs = make_inputs(LinearCase((tokens,), 33, 20, 4, "half"), dtype, device)
     target = getattr(inputs, where)
     target[(target.shape[0] // 2,) + (0,) * (target.dim() - 1)] = poison
-    leaves = leaves_of(inputs)
+    leaves = inputs.leaves()
     y = rosa(leaves, inputs.pattern)
     y.backward(inputs.dy)
     wide = {name: t.detach().cpu().double().requires_grad_() for name, t in inputs.tensors().items()}

@@ -149,6 +149,10 @@ class LinearInputs:
         named = {name: getattr(self, name) for name in self.DIFFERENTIABLE}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def leaves(self, needing: tuple[str, ...] = DIFFERENTIABLE) -> dict[str, Tensor]:
+        """Copies of them, of which those named need a gradient."""
+        return {name: t.detach().clone().requires_grad_(name in needing) for name, t in self.tensors().items()}
+
 
 CPU = torch.device("cpu")
 
