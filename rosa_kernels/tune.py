@@ -1,163 +1,35 @@
 """python -m rosa_kernels.tune: measures this GPU for the Triton backend, in a few minutes, and remembers it.
 
-What it writes: the rates that the cost model plans with (rosa_kernels/plan/cost_model.py), and for each kernel, operand
-size and bucket of tokens which of its listed block sizes is the fastest. Later processes read the file; delete it to
-plan from data sheets again. Nothing is tuned during training: see rosa_kernels/backends/triton/configs.py.
+It writes the rates that the heuristics count with (rosa_kernels/backends/triton/heuristics.py). For each kernel,
+operand size and bucket of tokens it also writes which of the listed block sizes is the fastest. Later processes read
+the file; delete it to go by data sheets again. Nothing is tuned during training: see
+rosa_kernels/backends/triton/configs.py.
 """
 
 import argparse
-import datetime
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-import triton
-from torch import Tensor
-from tqdm import tqdm
 
-from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
-from rosa_kernels.backends.gpu.operands import Linear, Sparse
-from rosa_kernels.backends.triton import configs
-from rosa_kernels.backends.triton.linear import take
-from rosa_kernels.backends.triton.lora import outer, shrink
-from rosa_kernels.backends.triton.sddmm import take as take_sddmm
-from rosa_kernels.pattern import CSRPattern
-
-FEATURES, RANK, DENSITY = 4096, 16, 0.01
-TOKENS = (8, 32, 64, 512, 4096)
-"""One for each of configs.TOKEN_BUCKETS."""
-NOISE = 0.97
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
-
-
-class Measure:
-    """Times calls on one device; `seconds` (a function of a function) replaces the clock in tests."""
-
-    def __init__(self, device: torch.device, seconds: Callable, features: int = FEATURES):
-        self.device, self.seconds, self.features = device, seconds, features
-        self.pattern = CSRPattern.random((features, features), DENSITY, seed=0).to(device)
-
-    def normal(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.randn(*size, device=self.device).to(dtype)
-
-    def rates(self) -> dict[str, float]:
-        """The fields of device_rates.Rates."""
-        n, T = self.features, TOKENS[-1]
-        flops = 2 * T * n * n
-        x, weight = self.normal(T, n), self.normal(n, n)
-        library = self.seconds(lambda: F.linear(x, weight))
-        ours = self.seconds(lambda: take(Linear(x, n, weight), cost_model.LinearWay("kernel")))
-        x32, weight32 = x.float(), weight.float()
-        by_precision = {}
-        before = torch.backends.cuda.matmul.fp32_precision
-        try:
-            for precision in ("tf32", "ieee"):
-                torch.backends.cuda.matmul.fp32_precision = precision
-                by_precision[precision] = flops / self.seconds(lambda: F.linear(x32, weight32))
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
-        large, target = (torch.empty(16 * n * n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
-        nothing = self.normal(1)
-        return {
-            "flops_16_bit": flops / library,
-            "flops_tf32": by_precision["tf32"],
-            "flops_fp32": by_precision["ieee"],
-            "bandwidth": 2 * large.nbytes / self.seconds(lambda: target.copy_(large)),
-            "l2_bandwidth": self._gathered_bytes_per_second(),
-            "multiprocessors": hardware.multiprocessors(self.device),
-            "kernel_efficiency": library / ours,
-            "launch_seconds": self.seconds(lambda: nothing.zero_()),
-        }
-
-    def _gathered_bytes_per_second(self) -> float:
-        """What the entry-by-entry product with x by columns reads from L2, a second."""
-        T, n = 1024, self.features
-        values = self.normal(self.pattern.nnz)
-        S = Sparse(values, self.pattern.crow_indices, self.pattern.col_indices, 0, self.pattern.shape)
-        x = self.normal(n, T).T
-        problem = Linear(x, n, S=S)
-        return (
-            self.pattern.nnz
-            * T
-            * x.element_size()
-            / self.seconds(lambda: take(problem, cost_model.LinearWay("", "", "gather")))
-        )
-
-    def config_calls(self, element_size: int, tokens: int) -> dict[str, Callable]:
-        """A representative call of each tuned kernel."""
-        n, dtype = self.features, DTYPES[element_size]
-        x, dy, weight = (
-            self.normal(tokens, n, dtype=dtype),
-            self.normal(tokens, n, dtype=dtype),
-            self.normal(n, n, dtype=dtype),
-        )
-        A, B = self.normal(RANK, n, dtype=dtype), self.normal(n, RANK, dtype=dtype)
-        parts = torch.randn(1, tokens, RANK, device=self.device)
-        crow, col = self.pattern.crow_indices, self.pattern.col_indices
-        chosen = torch.rand(n // 16, n // 16, generator=torch.Generator().manual_seed(0)) < DENSITY
-        blocks = CSRPattern.from_blocks(chosen, 16, (n, n)).to(self.device)
-        in_kernel = Linear(x, n, weight, None, A, B, 2.0)
-        return {
-            configs.LINEAR: lambda: take(in_kernel, cost_model.LinearWay("kernel", "before")),
-            configs.SHRINK: lambda: shrink(x, A),
-            configs.OUTER: lambda: outer(dy, parts, B, 2.0, features_first=True, Q=B),
-            configs.SDDMM_TILED: lambda: take_sddmm("tiled", dy, x, crow, col, 0, dtype),
-            configs.SDDMM_BLOCKS: lambda: take_sddmm(
-                "blocks", dy, x, blocks.crow_indices, blocks.col_indices, blocks.structure, dtype
-            ),
-        }
-
-    def configs(self) -> dict[str, str]:
-        """{config_key: label of the fastest in its list}; the default unless another is clearly faster."""
-        fastest = {}
-        cases = [(size, bucket, tokens) for size in DTYPES for bucket, tokens in enumerate(TOKENS)]
-        for size, bucket, tokens in tqdm(cases, desc="block sizes", unit="bucket"):
-            for kernel, call in self.config_calls(size, tokens).items():
-                listed = configs.configs(kernel, hardware.target(self.device), size, bucket)
-                key = device_rates.config_key(kernel, size, bucket)
-                took = {config.label: self._seconds_with(key, config.label, call) for config in listed}
-                best = min(took, key=took.get)
-                fastest[key] = best if took[best] < NOISE * took[listed[0].label] else listed[0].label
-        return fastest
-
-    def _seconds_with(self, key: str, label: str, call: Callable) -> float:
-        device_rates.use_table(self.device, {"rates": {}, "configs": {key: label}})
-        return self.seconds(call)
-
-
-def median_seconds(call: Callable) -> float:
-    """On the GPU alone: captured in a CUDA graph, so that the time to launch from Python is not in it."""
-    return triton.testing.do_bench_cudagraph(call, return_mode="median") * 1e-3
+from rosa_kernels.backends import triton as backend
+from rosa_kernels.backends.gpu import device_rates
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m rosa_kernels.tune", description=__doc__.split("\n\n")[0].split(": ")[1]
-    )
+    description = __doc__.split("\n\n")[0].split(": ")[1]
+    parser = argparse.ArgumentParser(prog="python -m rosa_kernels.tune", description=description)
     parser.add_argument("--device", default="cuda", help="the GPU to measure (default: cuda)")
     device = torch.device(parser.parse_args(arguments).device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        parser.exit(
-            1,
-            "tune measures CUDA and ROCm GPUs; there is none here\n"
-            if device.type == "cuda"
-            else f"no GPU: {device}\n",
-        )
+    if backend.triton is None:
+        parser.exit(1, f"tune measures the Triton kernels: {backend.unavailable_reason()}\n")
+    if device.type != "cuda":
+        parser.exit(1, f"no GPU: {device}\n")
+    if not torch.cuda.is_available():
+        parser.exit(1, "tune measures CUDA and ROCm GPUs; there is none here\n")
+    from rosa_kernels.backends.triton import autotune  # needs Triton
+
     device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
-    with torch.cuda.device(device):
-        measure = Measure(device, median_seconds)
-        chosen = measure.configs()
-        device_rates.use_table(device, {"rates": {}, "configs": chosen})
-        table = {
-            "device": name,
-            "triton": triton.__version__,
-            "torch": torch.__version__,
-            "configs": chosen,
-            "rates": measure.rates(),
-        }
-    table["date"] = datetime.date.today().isoformat()
-    path = device_rates.table_file(name)
+    table = autotune.measure(device)
+    path = device_rates.table_file(table["device"])
     device_rates.write_table(path, table)
     for rate, value in table["rates"].items():
         print(f"{rate:<18} {value:.3g}")

@@ -19,7 +19,7 @@ import interpreter_subset
 import rosa_kernels as rk
 import tiers
 from paths import TESTS
-from rosa_kernels.backends.gpu import cost_model
+from rosa_kernels.backends.triton import heuristics
 from rosa_kernels.dispatch import refusal
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -141,8 +141,8 @@ if INTERPRETED or EMULATED:
 
     @pytest.fixture(autouse=True)
     def _low_rank_gradients_by_the_kernels(monkeypatch):
-        """For such small calls the plan would leave them to the library; test_triton_ways.py tests that too."""
-        monkeypatch.setattr(cost_model, "low_rank_gradients_by_library", lambda *sizes: False)
+        """For such small calls the library would make them; triton/test_algorithms.py tests that too."""
+        monkeypatch.setattr(heuristics, "low_rank_gradients_by_library", lambda *sizes: False)
 
 
 @pytest.fixture

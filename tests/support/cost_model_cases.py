@@ -1,4 +1,4 @@
-"""Calls for the tests of the cost models: a grid of sizes, and what a LinearCase asks of a plan."""
+"""Calls for the tests of the cost models: a grid of sizes, and the call that a LinearCase makes."""
 
 import operator
 
@@ -9,13 +9,13 @@ from rosa_kernels.backends.gpu import cost_model
 
 
 def calls():
-    """Sizes, densities and dtypes around every choice of a plan."""
-    for tokens in (1, 16, 300, 4096, 32768):
-        for N, K in ((64, 64), (768, 768), (3072, 768), (4096, 4096), (4096, 14336)):
+    """Sizes, densities and dtypes around every choice of the heuristics."""
+    for T in (1, 16, 300, 4096, 32768):
+        for out_features, in_features in ((64, 64), (768, 768), (3072, 768), (4096, 4096), (4096, 14336)):
             for density in (0.0, 0.001, 0.01, 0.2):
                 for element_size, tf32 in ((2, False), (4, False), (4, True)):
-                    nnz = round(density * N * K)
-                    yield cost_model.LinearCall(tokens, N, K, 16, nnz, 0, element_size, tf32)
+                    nnz = round(density * out_features * in_features)
+                    yield cost_model.LinearCall(T, out_features, in_features, 16, nnz, 0, element_size, tf32)
 
 
 def structure_of(case: LinearCase) -> int:
@@ -23,18 +23,18 @@ def structure_of(case: LinearCase) -> int:
 
 
 def call_of(case: LinearCase, dtype: torch.dtype) -> cost_model.LinearCall:
-    """The forward's call, as far as legal ways depend on it."""
+    """The forward's call, as far as the list of algorithms depends on it."""
     mixed = {
         name: wide is not None and wide != dtype
         for name, wide in (("lora", case.lora_dtype), ("values", case.values_dtype))
     }
     return cost_model.LinearCall(
         case.tokens, case.out_features, case.in_features, case.r, int(case.pattern is not None), structure_of(case),
-        dtype.itemsize, base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"],
+        dtype.itemsize, has_base=case.base, dropout="x" if case.dropout_p else "", mixed_lora=mixed["lora"],
         mixed_values=mixed["values"], fp16=dtype == torch.float16,
     )  # fmt: skip
 
 
-def nearest(ways, wanted):
-    """The legal way that shares the most with the wanted one: a backward knows H, transposes rows to columns."""
-    return max(ways, key=lambda way: sum(map(operator.eq, way, wanted)))
+def nearest(algorithms, wanted):
+    """The one that shares the most with the wanted one: a backward knows H, and has columns where a forward has rows."""
+    return max(algorithms, key=lambda algorithm: sum(map(operator.eq, algorithm, wanted)))

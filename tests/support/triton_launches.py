@@ -1,6 +1,6 @@
 """Which kernels the Triton backend launches for a call, recorded on tensors without memory: no GPU, no driver.
 
-Each op runs for every way of the plan and every configuration of a target's list; what it hands to Triton is kept.
+Each op runs by every algorithm and every configuration of an architecture's list; what it hands to Triton is kept.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from rosa_kernels.backends import triton as backend
-from rosa_kernels.backends.gpu import cost_model, hardware
-from rosa_kernels.backends.triton import configs
+from rosa_kernels.backends.gpu import hardware
+from rosa_kernels.backends.triton import configs, heuristics
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -87,7 +87,7 @@ class Launch:
         flags = [self.arguments["SPARSE"]] if self.arguments.get("SPARSE") else []
         flags += [f"dropout-{self.arguments['DROPOUT']}"] if self.arguments.get("DROPOUT") else []
         flags += [name.lower() for name in _FLAGS if self.arguments.get(name)]
-        flags += [f"r{self.arguments['BLOCK_R']}"] if any(map(self.has, "ABP")) else []
+        flags += [f"r{self.arguments['BLOCK_R']}"] if any(map(self.has, ("A", "B", "H_parts", "H"))) else []
         dtype = "tf32" if self.precision == "tf32" else {FP32: "fp32", BF16: "bf16", FP16: "fp16"}[self.operand]
         return " ".join([self.name, dtype, *parts, *flags, *([] if self.aligned else ["odd"])])
 
@@ -105,8 +105,8 @@ class Launch:
         return (self.name, self.aligned, self.operand, self.precision, *self.options.items(), *constants)
 
 
-_NAMED = ("weight", "bias", "H", "A", "B", "S", "values", "permutation", "seed", "shrunk", "base")
-_FLAGS = ("ACCUMULATE", "BY_COLUMNS", "ZERO")
+_NAMED = ("weight", "bias", "H_parts", "A", "B", "S", "values", "permutation", "seed", "dH_parts")
+_FLAGS = ("ACCUMULATE", "TRANSPOSED", "ZERO")
 _TILE = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "BLOCK_F")
 _EXTRAS = ("DROPOUT", "ACCUMULATE")
 
@@ -170,8 +170,8 @@ class _Chooser:
         return options[min(self.position, len(options) - 1)]
 
 
-def recorded(case: Case, target: str, *, every_config: bool = True) -> list[Launch]:
-    """The launches of the case, many repeated: every way, every configuration (or the default) of the lists."""
+def recorded(case: Case, architecture: str, *, every_config: bool = True) -> list[Launch]:
+    """The launches of the case, many repeated: every algorithm, every configuration (or the default) of the lists."""
     launches: list[Launch] = []
     precision = "tf32" if case.tf32 else "ieee"
 
@@ -180,30 +180,30 @@ def recorded(case: Case, target: str, *, every_config: bool = True) -> list[Laun
         arguments = dict(zip(kernel.arg_names, args)) | constants
         launches.append(Launch(kernel, arguments, keywords, case.dtype, precision))
 
-    def run(way: _Chooser, config: _Chooser) -> None:
+    def run(algorithm: _Chooser, config: _Chooser) -> None:
         def listed(kernel, device, dtype, tokens):
-            return config(configs.configs(kernel, target, dtype.itemsize, configs.token_bucket(tokens)))
+            return config(configs.configs(kernel, architecture, dtype.itemsize, configs.token_bucket(tokens)))
 
         stand_ins = [
             (JITFunction, "run", launch),
-            (hardware, "target", lambda device: target),
+            (hardware, "architecture", lambda device: architecture),
             (hardware, "multiprocessors", lambda device: 132),
             (hardware, "precision", lambda x: precision if x.dtype == FP32 else "ieee"),
             (configs, "choose", listed),
-            (cost_model, "choose_linear", lambda call, rates: way(cost_model.linear_ways(call))),
-            (cost_model, "choose_sddmm", lambda call, rates: way(cost_model.sddmm_ways(call))),
-            (cost_model, "low_rank_gradients_by_library", lambda *sizes: False),
+            (heuristics, "choose_linear", lambda call, device: algorithm(heuristics.linear_algorithms(call))),
+            (heuristics, "choose_sddmm", lambda call, device: algorithm(heuristics.sddmm_algorithms(call))),
+            (heuristics, "low_rank_gradients_by_library", lambda dy, x: False),
         ]
         with contextlib.ExitStack() as stack:
             for module, name, stand_in in stand_ins:
                 stack.enter_context(mock.patch.object(module, name, stand_in))
             _run(case)
 
-    for way_position in itertools.count():
+    for algorithm_position in itertools.count():
         for config_position in itertools.count():
-            way, config = _Chooser(way_position), _Chooser(config_position)
-            run(way, config)
+            algorithm, config = _Chooser(algorithm_position), _Chooser(config_position)
+            run(algorithm, config)
             if not every_config or config_position + 1 >= config.longest:
                 break
-        if way_position + 1 >= way.longest:
+        if algorithm_position + 1 >= algorithm.longest:
             return launches

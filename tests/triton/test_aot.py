@@ -188,7 +188,7 @@ def loop_operands(launch: Launch) -> int:
     if launch.name == "linear":
         streamed = sum(map(launch.has, ("weight", "S", "A")))
         return streamed + (streamed > 0)
-    return {"shrink": 2, "sddmm_tiled": 2, "outer": 1}.get(launch.name, 0)
+    return {"shrink": 2, "sddmm_tiled": 2, "lora_grad": 1}.get(launch.name, 0)
 
 
 def faults(kernel: Specialised, compiled: Compiled) -> list[str]:
@@ -253,9 +253,9 @@ def _spills(fault: str) -> bool:
 
 
 GAPS = {
-    "outer adds the parts of H in a loop inside the one over tokens, which is then not pipelined: of few tokens": (
+    "lora_grad adds the parts of H in a loop inside the one over tokens, which is then not pipelined: of few tokens": (
         lambda launch, chip, compiled, fault: (
-            launch.name == "outer" and launch.arguments["z"].shape[0] <= 64 and _loop_fault(fault)
+            launch.name == "lora_grad" and launch.arguments["z"].shape[0] <= 64 and _loop_fault(fault)
         )
     ),
     "sizes that nothing is known of: a pointer for each element fills the registers": (

@@ -23,6 +23,7 @@ FILES = (
     "ops/test_gradients.py",
     "ops/test_dispatch.py",
     "triton/test_algorithms.py",
+    "triton/test_autotune.py",
     "triton/test_interpreter_guard.py",
 )
 

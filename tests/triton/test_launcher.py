@@ -51,9 +51,9 @@ def launches(monkeypatch):
     monkeypatch.setattr(CompiledKernel, "run", property(run))
     monkeypatch.setattr(CompiledKernel, "_init_handles", lambda self: None)
     monkeypatch.setattr(launcher, "_compiled", {})
-    transpose.by_columns_kernel.device_caches.clear()
+    transpose.transpose_kernel.device_caches.clear()
     yield made
-    transpose.by_columns_kernel.device_caches.clear()
+    transpose.transpose_kernel.device_caches.clear()
     driver._active = before
 
 
@@ -61,7 +61,7 @@ def launch_transpose(x, features=None, config=BLOCKS):
     T, features = x.shape[0], features or x.shape[1]
     out = torch.empty(features, 128, dtype=x.dtype)
     grid = (2, -(-features // 64))
-    launcher.launch(transpose.by_columns_kernel, grid, out, x, T, 128, features, *x.stride(), config=config)
+    launcher.launch(transpose.transpose_kernel, grid, out, x, T, 128, features, *x.stride(), config=config)
 
 
 CALLS = {  # each of another kind for Triton, or of the same with other numbers
@@ -91,7 +91,7 @@ def test_direct_launches_are_those_that_triton_would_make(launches, monkeypatch)
     assert len({id(compiled) for compiled, _, _ in first}) >= 8
     launches.clear()
     with monkeypatch.context() as patch:  # Triton's own way is out of reach
-        patch.setattr(type(transpose.by_columns_kernel), "run", None)
+        patch.setattr(type(transpose.transpose_kernel), "run", None)
         for call in CALLS.values():
             call()
     assert list(map(comparable, launches)) == first

@@ -6,14 +6,26 @@ from pathlib import Path
 import torch
 
 from rosa_kernels.backends import native_library
-from rosa_kernels.backends.cuda.densify import add_in_place, dense, sum_with
-from rosa_kernels.backends.cuda.gradients import low_rank_gradients
-from rosa_kernels.backends.cuda.gradients import sddmm as _sddmm
-from rosa_kernels.backends.cuda.linear import linear
+from rosa_kernels.backends.cuda import bindings, gradients, heuristics
+from rosa_kernels.backends.cuda.linear import finish_linear
 from rosa_kernels.backends.gpu import hardware
-from rosa_kernels.backends.gpu.ops import Kernels, Ops
+from rosa_kernels.backends.gpu.backend import GpuBackend
+from rosa_kernels.backends.gpu.ops import Ops
 
-_ops = Ops(Kernels(linear, low_rank_gradients, _sddmm, sum_with, add_in_place, dense))
+_ops = Ops(
+    GpuBackend(
+        heuristics=heuristics,
+        finish_linear=finish_linear,
+        low_rank_gradients=gradients.low_rank_gradients,
+        H_of_matrix=gradients.H_of_matrix,
+        matrix_of_H=gradients.matrix_of_H,
+        sddmm=gradients.sddmm,
+        gather_columns=bindings.gather_columns,
+        gather_whole_rows=bindings.gather_whole_rows,
+        gather_entries=gradients.gather_entries,
+        densify=bindings.densify,
+    )
+)
 rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
 spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 

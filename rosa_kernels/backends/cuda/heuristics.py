@@ -1,39 +1,45 @@
-"""The cost model of the CUDA backend: which kernels and library calls make y, dx and dS.
+"""Which kernels and library calls of the CUDA backend make y, dx and dS: the cheapest by the count.
 
-The base is always a library GEMM, or one GEMM by W + scaling B A + S where that is exact enough (plan/cost_model.py). What is
-left for the kernels, by the count for 16-bit operands on an H100 (T tokens, N x K weight, nnz entries of S):
+gpu/cost_model.py says how seconds are counted, and what library calls are worth. The base is always a library GEMM, or
+part of one GEMM by W + scaling · B A + S where that is exact enough. What the count says of the kernels, for 16-bit
+operands on an H100 (T tokens, an N x K weight, nnz entries of S):
 
-- One pass over y, 2 T N elements, adds the low-rank part and S. An entry costs 16 tokens 32 bytes of shared memory,
-  where a copy of x by columns lies: a read of 4 entries' tokens by a warp, some 12 instructions (SASS of sm_90), takes 3
-  to 4 cycles of a multiprocessor, as random features share banks. Measured: 1.1 times what L2 would deliver. The entries
-  themselves, 8 bytes each, come from L2 once for each 16 tokens, and so do A and B. Where shared memory does not hold
-  all K features, x comes by columns from L2.
-- Or D = scaling B A + S, dense, and a second library GEMM: 2 T N K FLOPs whatever the density. Even near 0.45 %
-  at T = N = K = 4096.
-- Rows of S are a library GEMM with fp32 results, which the pass adds at their places; columns of S a library GEMM of
-  gathered columns of x that accumulates into y.
-- dS: all of dyᵀ x by the library and a pick of its entries, or a dot product of two columns for each entry, 2 T bytes
-  from L2. Rows and columns: a library GEMM of gathered columns.
+- One pass over y, the epilogue, adds the low-rank part and S. It moves 2 · T · N elements.
+- The epilogue gathers x from shared memory, where a transposed copy of 16 tokens lies. A warp reads the tokens of 4
+  entries by some 12 instructions (SASS of sm_90). That takes 3 to 4 cycles of a multiprocessor, because random features
+  share banks: as measured, 1.1 times what L2 would deliver.
+- The entries themselves, 8 bytes each, come from L2 once for each 16 tokens, and so do A and B.
+- Where shared memory does not hold all K features, x comes from a transposed copy in L2.
+- The dense delta as a second library GEMM costs 2 · T · N · K FLOPs at any density. At T = N = K = 4096 it costs as
+  much as the epilogue near a density of 0.45 %.
 """
 
 import functools
 from typing import NamedTuple
 
-from rosa_kernels.backends.gpu import cost_model
-from rosa_kernels.backends.gpu.cost_model import LinearCall, LinearWay, SDDMMCall
+import torch
+from torch import Tensor
+
+from rosa_kernels.backends.cuda.bindings import EPILOGUE_TOKENS, PACKED_ENTRY_BYTES
+from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall, sddmm_seconds
 from rosa_kernels.backends.gpu.device_rates import Rates
+from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.pattern import COLUMN, ROW
 
-TOKENS_A_BLOCK = 16
 SHARED_OVER_L2 = 1.1
 """Entries that a gather from shared memory serves, over those from L2: as measured on an H100."""
-ENTRY_BYTES = 8
+_S_IN_THE_EPILOGUE = ("shared", "global", "rows")
 
 
-class CudaWay(NamedTuple):
-    """base: "library", "merged" or "". H: "kernel", "library", "delta", or "". S: "shared" or "global" (where x is
-    gathered from), "rows", "columns", "delta", or "". H and S "delta": one matrix scaling B A + S, multiplied by the
-    library."""
+class LinearAlgorithm(NamedTuple):
+    """Who multiplies the weight, and where H and x Sᵀ come from. "" stands for a part that the call does not have.
+
+    base: the "library", or the library with a "merged" weight that leaves nothing else to do.
+    H: made by the "kernel" or the "library".
+    S: the epilogue gathers x from "shared" or "global" memory; the library multiplies whole "rows" and "columns".
+    H and S "delta": the matrix scaling · B A + S is multiplied by the library.
+    """
 
     base: str
     H: str = ""
@@ -44,77 +50,90 @@ class CudaWay(NamedTuple):
         return self.H == "kernel" or self.S in _S_IN_THE_EPILOGUE
 
 
-_S_IN_THE_EPILOGUE = ("shared", "global", "rows")
+def linear_algorithms(call: LinearCall, shared_memory: int) -> list[LinearAlgorithm]:
+    """Those that may serve the call, in a fixed order. shared_memory: the bytes that a block may have."""
+    algorithms = [LinearAlgorithm("merged")] if cost_model.may_merge(call) else []
+    base = "library" if call.has_base else ""
+    for S in _choices_of_S(call, shared_memory):
+        algorithms += [LinearAlgorithm(base, H, S) for H in _choices_of_H(call, S)]
+    return algorithms
 
 
-def linear_ways(call: LinearCall, shared_limit: int) -> list[CudaWay]:
-    """The legal ways, in a fixed order. shared_limit: bytes of shared memory that a block may have."""
-    ways = []
-    if call.base and call.element_size == 4 and not call.tf32 and not call.dropout:
-        ways.append(CudaWay("merged"))
-    base = "library" if call.base else ""
-    for S in _sparse_ways(call, shared_limit):
-        if S == "delta":
-            ways.append(CudaWay(base, "delta" if call.r else "", S))
-            continue
-        by_library = call.r and not call.dropout and not call.mixed_lora and S not in _S_IN_THE_EPILOGUE
-        ways += [CudaWay(base, H, S) for H in (("kernel", "library") if by_library else ("kernel" if call.r else "",))]
-    return ways
-
-
-def _sparse_ways(call: LinearCall, shared_limit: int) -> tuple[str, ...]:
+def _choices_of_S(call: LinearCall, shared_memory: int) -> tuple[str, ...]:
     if not call.nnz:
         return ("",)
     if call.structure in (ROW, COLUMN):
         return ("rows",) if call.structure == ROW else ("columns",)
-    fits = call.K * TOKENS_A_BLOCK * call.element_size <= shared_limit
-    return ("shared" if fits else "global", *(("delta",) if cost_model.may_be_one_delta(call) else ()))
+    fits = call.in_features * EPILOGUE_TOKENS * call.element_size <= shared_memory
+    return ("shared" if fits else "global", *(("delta",) if cost_model.may_round_delta(call) else ()))
+
+
+def _choices_of_H(call: LinearCall, S: str) -> tuple[str, ...]:
+    if not call.r:
+        return ("",)
+    if S == "delta":
+        return ("delta",)
+    by_library = not call.dropout and not call.mixed_lora and S not in _S_IN_THE_EPILOGUE
+    return ("kernel", "library") if by_library else ("kernel",)
+
+
+def choose_linear(call: LinearCall, device: torch.device) -> LinearAlgorithm:
+    rates = device_rates.rates(device, hardware.architecture(device))
+    return cheapest_linear(call, hardware.shared_memory(device), rates)
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_linear(call: LinearCall, shared_limit: int, rates: Rates) -> CudaWay:
-    return min(linear_ways(call, shared_limit), key=lambda way: linear_seconds(call, way, rates))
+def cheapest_linear(call: LinearCall, shared_memory: int, rates: Rates) -> LinearAlgorithm:
+    algorithms = linear_algorithms(call, shared_memory)
+    return min(algorithms, key=lambda algorithm: linear_seconds(call, algorithm, rates))
 
 
-def linear_seconds(call: LinearCall, way: CudaWay, rates: Rates) -> float:
-    """What the way is expected to take."""
-    T, N, K, size = call.tokens, call.N, call.K, call.element_size
-    by_library = LinearWay(way.base, *(part if part in ("library", "delta") else "" for part in (way.H, way.S)))
-    seconds = cost_model.linear_seconds(call, by_library, rates)
-    if way.S in ("rows", "columns"):
-        seconds += cost_model.library_structure_seconds(call, way.S, rates)
-    if way.H == "kernel" and not call.H_known:
-        in_parts = _tiles(T) < 2 * rates.multiprocessors  # which another launch adds
-        A = _tiles(T) * K * call.r * size / rates.l2_bandwidth
+def linear_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -> float:
+    """What the algorithm is expected to take."""
+    T, N, K, size = call.T, call.out_features, call.in_features, call.element_size
+    tiles = cdiv(T, EPILOGUE_TOKENS)  # each reads all of A, B and S from L2
+    seconds = cost_model.library_seconds(call, *algorithm, rates)
+    if algorithm.H == "kernel" and not call.H_known:
+        in_parts = tiles < 2 * rates.multiprocessors  # which another launch adds
+        A = tiles * K * call.r * size / rates.l2_bandwidth
         seconds += (1 + in_parts) * rates.launch_seconds + max(T * K * size / rates.bandwidth, A)
-    if way.runs_the_epilogue:
-        y = T * N * size * (2 if way.base or way.S == "columns" else 1) / rates.bandwidth
-        B = _tiles(T) * N * call.r * size / rates.l2_bandwidth
-        seconds += rates.launch_seconds + max(y, B + _gather_seconds(call, way, rates))
+    if algorithm.runs_the_epilogue:
+        y = T * N * size * (2 if algorithm.base or algorithm.S == "columns" else 1) / rates.bandwidth
+        B = tiles * N * call.r * size / rates.l2_bandwidth
+        seconds += rates.launch_seconds + max(y, B + _gather_seconds(call, algorithm.S, rates))
     return seconds
 
 
-def _tiles(tokens: int) -> int:
-    """Each reads all of A, B and S from L2."""
-    return -(-tokens // TOKENS_A_BLOCK)
-
-
-def _gather_seconds(call: LinearCall, way: CudaWay, rates: Rates) -> float:
-    if way.S not in ("shared", "global"):
+def _gather_seconds(call: LinearCall, S: str, rates: Rates) -> float:
+    """Of x by entry of S, and of what is made for it: packed entries, and a transposed copy where S is "global"."""
+    if S not in ("shared", "global"):
         return 0.0
-    T, size, tiles = call.tokens, call.element_size, _tiles(call.tokens)
-    x = T * call.K * size / rates.bandwidth
-    packing = rates.launch_seconds + (x if way.S == "shared" else rates.launch_seconds + 2 * x)
-    by_entry = tiles * TOKENS_A_BLOCK * size / (SHARED_OVER_L2 if way.S == "shared" else 1)
-    return packing + call.nnz * max(by_entry, tiles * ENTRY_BYTES) / rates.l2_bandwidth
+    size, tiles = call.element_size, cdiv(call.T, EPILOGUE_TOKENS)
+    x = call.T * call.in_features * size / rates.bandwidth
+    packing = rates.launch_seconds + (x if S == "shared" else rates.launch_seconds + 2 * x)
+    by_entry = tiles * EPILOGUE_TOKENS * size / (SHARED_OVER_L2 if S == "shared" else 1)
+    return packing + call.nnz * max(by_entry, tiles * PACKED_ENTRY_BYTES) / rates.l2_bandwidth
 
 
-def sddmm_ways(call: SDDMMCall) -> tuple[str, ...]:
-    """ "packed" for rows and columns: a library GEMM of the columns of dy or x that they need. Else "library", all of
-    dyᵀ x and a pick of its entries, or "entries_columns", by entry from copies of dy and x by columns."""
-    return ("packed",) if call.structure in (ROW, COLUMN) else ("library", "entries_columns")
+def low_rank_gradients_by_library(dy: Tensor, x: Tensor) -> bool:
+    """Always: the kernels would read x and dy twice too."""
+    return True
+
+
+def sddmm_algorithms(call: SDDMMCall) -> tuple[str, ...]:
+    """Those that may serve the call.
+
+    "packed", for rows and columns, copies the columns of dy or x that they need for a library GEMM. For other patterns
+    "library" makes all of dyᵀ x and gathers its entries, and "entries_transposed" makes a dot product for each entry
+    from transposed copies of dy and x: 2 · T bytes from L2.
+    """
+    return ("packed",) if call.structure in (ROW, COLUMN) else ("library", "entries_transposed")
+
+
+def choose_sddmm(call: SDDMMCall, device: torch.device) -> str:
+    return cheapest_sddmm(call, device_rates.rates(device, hardware.architecture(device)))
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_sddmm(call: SDDMMCall, rates: Rates) -> str:
-    return min(sddmm_ways(call), key=lambda way: cost_model.sddmm_seconds(call, way, rates))
+def cheapest_sddmm(call: SDDMMCall, rates: Rates) -> str:
+    return min(sddmm_algorithms(call), key=lambda algorithm: sddmm_seconds(call, algorithm, rates))

@@ -25,13 +25,14 @@ class Rates(NamedTuple):
     launch_seconds: float = 4e-6
     """Of one more library call."""
     kernel_launch_seconds: float = 10e-6
-    """Of one more kernel of ours, which Python launches: 3 to 5 times a library call's on the H100's host. In a CUDA graph
-    both cost 1 us; few calls are close enough for that to matter there."""
+    """Of one more kernel of ours, which Python launches: 3 to 5 times a library call's on the H100's host. In a CUDA
+    graph both cost 1 us; few calls are close enough for that to matter there."""
 
 
 # sm_90: as measured on an H100 SXM (bench/results), but for the launch, which an eager call pays in full. Others: dense
-# peaks of the data sheets (A100 80 GB, B200, MI300X) times 0.7 for the FLOP/s and 0.9 for the bytes/s that large library
-# calls reach; L2 as measured by Chips and Cheese (A100), scaled with the memory for the others. None seen by us.
+# peaks of the data sheets (A100 80 GB, B200, MI300X) times 0.7 for the FLOP/s and 0.9 for the bytes/s that large
+# library calls reach; L2 as measured by Chips and Cheese (A100), scaled with the memory for the others. None seen by
+# us.
 RATES = {
     "sm_80": Rates(218e12, 109e12, 14e12, 1.8e12, 4.4e12, 108),
     "sm_90": Rates(724e12, 393e12, 51e12, 2.4e12, 2.75e12, 132, kernel_efficiency=0.73),

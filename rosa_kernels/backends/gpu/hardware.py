@@ -26,11 +26,11 @@ def precision(x: Tensor) -> str:
     """How x is multiplied: "tf32" for fp32 where PyTorch's switch for matmuls says so and the GPU can, else "ieee"."""
     if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
-    return "ieee" if torch.version.hip and target(x.device) != "gfx942" else "tf32"
+    return "ieee" if torch.version.hip and architecture(x.device) != "gfx942" else "tf32"
 
 
 @functools.cache
-def target(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
     """Whose list of configurations serves the device: sm_80, sm_90, sm_100, gfx942, else "other", or "interpreter"."""
     if device.type == "cpu":
         return "interpreter"

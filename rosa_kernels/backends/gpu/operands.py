@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,16 +73,16 @@ def sparse_of(values: Tensor | None, crow: Tensor, col: Tensor, structure: int, 
     return Sparse(values.contiguous(), crow, col, structure, (crow.shape[0] - 1, in_features))
 
 
-class Linear(NamedTuple):
-    """x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, H = x Aᵀ; dx in the same form, with dy for x and every matrix transposed.
+class LinearProblem(NamedTuple):
+    """y = x Wᵀ + b + scaling · H Bᵀ + x Sᵀ, where H = x Aᵀ.
 
-    x (T, K); weight (N, K), bias (N,), A (r, K), B (N, r), S (N, K) or None each. H: x Aᵀ where it is known already, in
-    the backend's own form. drop_at: dropout on "x" before A, on the low-rank part of "out", or "" nowhere.
-    merged: makes weight + scaling B A + S (N, K); delta: makes scaling B A + S.
+    A backward's dx has the same form: x stands for dy, out_features for the layer's in_features, and every matrix is
+    transposed. With N for out_features and K for x's features: x (T, K), weight (N, K), bias (N,), A (r, K), B (N, r),
+    S (N, K), or None each.
     """
 
     x: Tensor
-    N: int
+    out_features: int
     weight: Tensor | None = None
     bias: Tensor | None = None
     A: Tensor | None = None
@@ -91,23 +90,25 @@ class Linear(NamedTuple):
     scaling: float = 1.0
     S: Sparse | None = None
     H: Tensor | None = None
+    """x Aᵀ where it is known already, in the backend's form."""
     dropout: Dropout = NO_DROPOUT
     drop_at: str = ""
-    merged: Callable[[], Tensor] | None = None
-    delta: Callable[[], Tensor] | None = None
+    """Where dropout acts: on "x" before A, on the low-rank part of "out", or "" nowhere."""
+    transposed: bool = False
+    """Whether the matrices are the layer's transposed."""
 
-    def operand(self, values: Tensor) -> Tensor:
-        """Values of S for a library GEMM: wider ones rounded where H beside them is too, but to bf16 alone (plan/cost_model.py)."""
+    def library_operand(self, values: Tensor) -> Tensor:
+        """Values of S for a library GEMM. In bf16 wider values are rounded where H beside them is rounded too."""
         return values.to(self.x.dtype) if self.B is not None and self.x.dtype == torch.bfloat16 else values
 
     def call(self) -> cost_model.LinearCall:
-        """What a plan needs to know."""
+        """What the heuristics need to know."""
         x, A, B, S, H = self.x, self.A, self.B, self.S, self.H
-        dtype, (tokens, K) = x.dtype, x.shape
+        dtype, (T, in_features) = x.dtype, x.shape
         r = 0 if B is None else B.shape[1]
         nnz, structure = (0, 0) if S is None else (S.nnz, S.structure)
         return cost_model.LinearCall(  # by position: this runs in every call
-            tokens, self.N, K, r, nnz, structure, x.element_size(), hardware.precision(x) == "tf32",
+            T, self.out_features, in_features, r, nnz, structure, x.element_size(), hardware.precision(x) == "tf32",
             self.weight is not None, self.drop_at, B is not None and not A.dtype == B.dtype == dtype,
             S is not None and S.values.dtype != dtype, H is not None,
             H is not None and H.dtype == dtype and H.shape[0] == 1, dtype == torch.float16,

@@ -27,7 +27,8 @@ def few_rows_product(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def add_few_columns_product(y: Tensor | None, x: Tensor, columns: Tensor) -> Tensor:
-    """y + x (T, k) columnsᵀ (k, N), in y's place where there is one, rounded once; k small. Columns of x beyond k are 0."""
+    """y + x (T, k) columnsᵀ (k, N), in y's place where there is one, rounded once; k small. Columns of x beyond k are
+    0."""
     terms, k = terms_of(columns, x.dtype), columns.shape[1]
     if terms is None:
         product = x[:, :k].float() @ columns.T.float()

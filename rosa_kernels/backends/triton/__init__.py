@@ -6,19 +6,35 @@ import sys
 import torch
 
 from rosa_kernels.backends.gpu import hardware
-from rosa_kernels.backends.gpu.ops import Kernels, Ops
+from rosa_kernels.backends.gpu.backend import GpuBackend
+from rosa_kernels.backends.gpu.ops import Ops
+from rosa_kernels.backends.triton import heuristics
 
 try:
     import triton
 except ModuleNotFoundError:
     triton = None
 else:
-    from rosa_kernels.backends.triton.densify import add_in_place, dense, sum_with
-    from rosa_kernels.backends.triton.gradients import low_rank_gradients
-    from rosa_kernels.backends.triton.linear import linear
-    from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
+    from rosa_kernels.backends.triton import lora
+    from rosa_kernels.backends.triton import sddmm as _sddmm
+    from rosa_kernels.backends.triton.densify import densify
+    from rosa_kernels.backends.triton.linear import finish_linear
+    from rosa_kernels.backends.triton.transpose import gather_columns, gather_whole_rows
 
-    _ops = Ops(Kernels(linear, low_rank_gradients, _sddmm, sum_with, add_in_place, dense))
+    _ops = Ops(
+        GpuBackend(
+            heuristics=heuristics,
+            finish_linear=finish_linear,
+            low_rank_gradients=lora.low_rank_gradients,
+            H_of_matrix=lora.H_of_matrix,
+            matrix_of_H=lora.matrix_of_H,
+            sddmm=_sddmm.sddmm,
+            gather_columns=gather_columns,
+            gather_whole_rows=gather_whole_rows,
+            gather_entries=_sddmm.gather_entries,
+            densify=densify,
+        )
+    )
     rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
     spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 

@@ -12,7 +12,7 @@ import torch
 
 from rosa_kernels.backends.gpu import device_rates, hardware
 
-LINEAR, SHRINK, OUTER, SDDMM_TILED, SDDMM_BLOCKS = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_blocks"
+LINEAR, SHRINK, LORA_GRAD, SDDMM_TILED, SDDMM_BLOCKS = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_blocks"
 TOKEN_BUCKETS = (16, 32, 64, 512, 2**31)
 """A bucket's largest number of tokens."""
 
@@ -72,7 +72,7 @@ def _shrink(target: str, element_size: int, bucket: int) -> list[Config]:
     ]
 
 
-def _outer(target: str, element_size: int, bucket: int) -> list[Config]:
+def _lora_grad(target: str, element_size: int, bucket: int) -> list[Config]:
     if target == "interpreter":
         return [Config({"BLOCK_T": 16, "BLOCK_F": 32}, 4, 1)]
     block_t = 16 if bucket == 0 else 32
@@ -110,7 +110,13 @@ def _sddmm_blocks(target: str, element_size: int, bucket: int) -> list[Config]:
     ]
 
 
-_LISTS = {LINEAR: _linear, SHRINK: _shrink, OUTER: _outer, SDDMM_TILED: _sddmm_tiled, SDDMM_BLOCKS: _sddmm_blocks}
+_LISTS = {
+    LINEAR: _linear,
+    SHRINK: _shrink,
+    LORA_GRAD: _lora_grad,
+    SDDMM_TILED: _sddmm_tiled,
+    SDDMM_BLOCKS: _sddmm_blocks,
+}
 
 
 @functools.cache
@@ -122,6 +128,6 @@ def configs(kernel: str, target: str, element_size: int, bucket: int) -> tuple[C
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Config:
     """The tuned configuration of the list where this GPU was tuned, else the first."""
     bucket = token_bucket(tokens)
-    listed = configs(kernel, hardware.target(device), dtype.itemsize, bucket)
+    listed = configs(kernel, hardware.architecture(device), dtype.itemsize, bucket)
     label = device_rates.tuned_label(device, kernel, dtype.itemsize, bucket)
     return next((config for config in listed if config.label == label), listed[0])

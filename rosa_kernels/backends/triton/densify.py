@@ -1,6 +1,5 @@
-"""S into a dense matrix: weight + S for csr_add and merged weights, S alone for tensor cores."""
+"""S written into a dense matrix, beside a weight or alone."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,19 +13,22 @@ _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
 
 @triton.jit
-def scatter_kernel(
-    out, base, values, crow, col, N, stride_bm, stride_bn, stride_om, ZERO: tl.constexpr, BLOCK: tl.constexpr
+def densify_kernel(
+    out, weight, values, crow, col, N, stride_wm, stride_wn, stride_om, ZERO: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Row m of out = base's (zeros for ZERO, out's own where base is None) + S's. A program a row: nothing races."""
+    """A row of out (M, N) = weight + S. weight None: zeros + S for ZERO, else out + S.
+
+    A program writes a whole row, so that nothing races. M is out_features, N in_features.
+    """
     row = tl.program_id(0)
     out_row = out + row.to(tl.int64) * stride_om
     n = tl.arange(0, BLOCK)
-    if (base is not None) or ZERO:
+    if (weight is not None) or ZERO:
         for first in range(0, N, BLOCK):
             inside = first + n < N
-            if base is not None:
+            if weight is not None:
                 columns = (first + n).to(tl.int64)
-                tile = tl.load(base + row.to(tl.int64) * stride_bm + columns * stride_bn, mask=inside, other=0.0)
+                tile = tl.load(weight + row.to(tl.int64) * stride_wm + columns * stride_wn, mask=inside, other=0.0)
             else:
                 tile = tl.zeros((BLOCK,), out.dtype.element_ty)
             tl.store(out_row + first + n, tile, mask=inside)
@@ -42,27 +44,15 @@ def scatter_kernel(
         tl.store(out_row + column, narrow(total, out.dtype.element_ty), mask=inside)
 
 
-def add_in_place(out: Tensor, S: Sparse) -> Tensor:
-    """out (N, K), contiguous, plus S; returns out."""
-    return _scatter(out, None, S, zero=False)
-
-
-def sum_with(weight: Tensor, S: Sparse) -> Tensor:
-    """weight (N, K) of any strides plus S, a new tensor."""
-    return _scatter(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), weight, S, zero=False)
-
-
-def dense(S: Sparse, dtype: torch.dtype) -> Tensor:
-    """S as a matrix (N, K)."""
-    if S.transpose_of is not None:
-        return dense(S.transpose_of, dtype).T
-    return _scatter(torch.empty(S.shape, dtype=dtype, device=S.values.device), None, S, zero=True)
-
-
-def _scatter(out: Tensor, base: Tensor | None, S: Sparse, zero: bool) -> Tensor:
-    N, K = S.shape
-    base_strides = (0, 0) if base is None else base.stride()
+def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:
+    """out = weight + S. weight None: S alone; weight is out: S is added in place. Returns out, which is contiguous."""
+    out_features, in_features = S.shape
+    zero = weight is None
+    if weight is out:
+        weight = None
+    strides = (0, 0) if weight is None else weight.stride()
     launcher.launch(
-        scatter_kernel, (N,), out, base, S.values, S.crow, S.col, K, *base_strides, K, ZERO=zero, config=_CONFIG
-    )
+        densify_kernel, (out_features,), out, weight, S.values, S.crow, S.col, in_features, *strides, in_features,
+        ZERO=zero, config=_CONFIG,
+    )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
 """The one place that launches Triton kernels.
 
-Triton's own launch binds and specialises every argument in Python, some 35 us of a slow host for the linear kernel; so the
-second launch of a kind calls the compiled kernel itself, 11 us there.
+Triton's own launch binds and specialises every argument in Python, some 35 us of a slow host for the linear kernel; so
+the second launch of a kind calls the compiled kernel itself, 11 us there.
 """
 
 import os
@@ -48,8 +48,8 @@ def _launch(kernel, grid, args, config, constants, index) -> None:
 
 
 def _kind(argument):
-    """What of an argument Triton may compile for: of a tensor its dtype and whether it begins at 16 bytes; a number's value,
-    but a float's is passed on."""
+    """What of an argument Triton may compile for: of a tensor its dtype and whether it begins at 16 bytes; a number's
+    value, but a float's is passed on."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     return float if type(argument) is float else argument

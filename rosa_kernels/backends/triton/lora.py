@@ -1,7 +1,7 @@
-"""The low-rank part's products over tokens: H = x̂ Aᵀ ("shrink"), dA = dHᵀ x̂ and dB = Gᵀ H ("outer"); memory-bound.
+"""The low-rank part's products over tokens: H = x̂ Aᵀ by "shrink", and dA = dHᵀ x̂ and dB = dyᵀ H by "lora_grad".
 
-Where one program a tile would leave the GPU idle, the long dimension is split; each split writes an fp32 part, and
-whoever reads them adds the parts in order: the same bits on every run.
+They are bound by memory. Where one program a tile would leave the GPU idle, the long dimension is split. Each split
+writes an fp32 part, and whoever reads the parts adds them in order: the bits are the same on every run.
 """
 
 import torch
@@ -12,19 +12,23 @@ from torch import Tensor
 from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Dropout
 from rosa_kernels.backends.shapes import cdiv
-from rosa_kernels.backends.triton import configs, launcher
+from rosa_kernels.backends.triton import configs, heuristics, launcher
 from rosa_kernels.backends.triton.device_functions import dot_mixed, int32_threshold, keep_tile, narrow, sum_of_parts
-from rosa_kernels.backends.triton.split_k import add_parts, one_part
+from rosa_kernels.backends.triton.split_k import add_parts, summed, summed_if_cheaper
 
 _FEW_TOKENS = 64
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS_PER_SPLIT"])
 def shrink_kernel(
-    parts, x, A, seed, T, K, R, BLOCKS_PER_SPLIT, keep_scale, threshold, stride_xt, stride_xk, stride_ar, stride_ak,
+    H_parts, x, A, seed, T, K, R, BLOCKS_PER_SPLIT, keep_scale, threshold, stride_xt, stride_xk, stride_ar, stride_ak,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """parts[split] (T, R) = x̂ Aᵀ over the split's BLOCKS_PER_SPLIT · BLOCK_K features; x̂ = x unless there is a seed."""
+    """H_parts[split] (T, R) = x̂ Aᵀ over the split's BLOCKS_PER_SPLIT · BLOCK_K features; x̂ = x unless there is a
+    seed.
+
+    K is in_features and R the rank.
+    """
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -50,29 +54,29 @@ def shrink_kernel(
         a_at += block * stride_ak
     if seed is not None:
         acc *= keep_scale
-    target = parts + (split.to(tl.int64) * T + t64[:, None]) * R + r[None, :]
+    target = H_parts + (split.to(tl.int64) * T + t64[:, None]) * R + r[None, :]
     tl.store(target, acc, mask=(t < T)[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS_PER_SPLIT"])
-def outer_kernel(
-    out, shrunk, z, P, Q, seed, T, F, R, BLOCKS_PER_SPLIT, P_PARTS, scaling, threshold, stride_zt, stride_zf,
-    stride_qf, stride_qr, stride_of, stride_or,
+def lora_grad_kernel(
+    out, dH_parts, z, H, B, seed, T, F, R, BLOCKS_PER_SPLIT, H_PARTS, scaling, threshold, stride_zt, stride_zf,
+    stride_bf, stride_br, stride_of, stride_or,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One read of z (T, F) for two products.
+    """dA or dB, and with dB also dH from the same read of dy.
 
-    out[split] (F, R) = scaling · ẑᵀ P over the split's tokens, P the sum of P_PARTS parts (T, R),
-    rounded to z's dtype unless WIDE;
-    shrunk[f] (T, R) = z Q over the program's BLOCK_F features, unless shrunk is None.
+    out[split] (F, R) = scaling · ẑᵀ H over the split's tokens, H the sum of its H_PARTS (T, R), rounded to z's dtype
+    unless WIDE. For dB, z (T, F) is dy; for dA it is x, and dH takes the place of H.
+    dH_parts[f] (T, R) = z B over the program's BLOCK_F features, unless dH_parts is None.
     """
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     split = tl.program_id(1)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     f64, r64 = f.to(tl.int64), r.to(tl.int64)
-    if shrunk is not None:
-        q = tl.load(
-            Q + f64[:, None] * stride_qf + r64[None, :] * stride_qr, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0
+    if dH_parts is not None:
+        b = tl.load(
+            B + f64[:, None] * stride_bf + r64[None, :] * stride_br, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0
         )
     acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
     key = None if seed is None else tl.load(seed)
@@ -81,22 +85,22 @@ def outer_kernel(
     for t0 in range(first, last, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         t64 = t.to(tl.int64)
-        small_mask = (t < last)[:, None] & (r < R)[None, :]
-        small = t64[:, None] * R + r[None, :]
+        in_ranks = (t < last)[:, None] & (r < R)[None, :]
+        of_ranks = t64[:, None] * R + r[None, :]
         z_tile = tl.load(
             z + t64[:, None] * stride_zt + f64[None, :] * stride_zf,
             mask=(t < last)[:, None] & (f < F)[None, :],
             other=0.0,
         )
-        if shrunk is not None:
-            h = dot_mixed(z_tile, q, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), PRECISION)
-            tl.store(shrunk + tl.program_id(0).to(tl.int64) * T * R + small, h, mask=small_mask)
+        if dH_parts is not None:
+            dh = dot_mixed(z_tile, b, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), PRECISION)
+            tl.store(dH_parts + tl.program_id(0).to(tl.int64) * T * R + of_ranks, dh, mask=in_ranks)
         if seed is not None:
             z_tile = tl.where(
                 keep_tile(key, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F), z_tile, tl.zeros_like(z_tile)
             )
-        p = sum_of_parts(P, small, small_mask, tl.cast(T, tl.int64) * R, P_PARTS)
-        acc = dot_mixed(tl.trans(z_tile), p if WIDE else narrow(p, z_tile.dtype), acc, PRECISION)
+        h = sum_of_parts(H, of_ranks, in_ranks, tl.cast(T, tl.int64) * R, H_PARTS)
+        acc = dot_mixed(tl.trans(z_tile), h if WIDE else narrow(h, z_tile.dtype), acc, PRECISION)
     target = out + split.to(tl.int64) * F * R + f64[:, None] * stride_of + r64[None, :] * stride_or
     tl.store(target, narrow(acc * scaling, out.dtype.element_ty), mask=(f < F)[:, None] & (r < R)[None, :])
 
@@ -107,51 +111,76 @@ def block_r(r: int) -> int:
 
 
 def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
-    """x̂ Aᵀ as fp32 parts (parts, T, r) to be added; x (T, K), A (r, K) of any strides."""
+    """H = x̂ Aᵀ as fp32 parts (parts, T, r) to be added; x (T, in_features), A (r, in_features) of any strides."""
     (T, K), R = x.shape, A.shape[0]
     config = configs.choose(configs.SHRINK, x.device, x.dtype, T)
     if A.dtype != x.dtype and block_r(R) == 64:  # A, split into numbers of x's dtype, fills the registers
         config = config.with_blocks(BLOCK_K=32)
     tiles = cdiv(T, config["BLOCK_M"]), cdiv(R, block_r(R))
     splits, blocks = hardware.splits_of(K, config["BLOCK_K"], tiles[0] * tiles[1], x.device, at_most=8)
-    parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
+    H_parts = torch.empty(splits, T, R, dtype=torch.float32, device=x.device)
     launcher.launch(
         shrink_kernel, (tiles[0], splits, tiles[1]),
-        parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, int32_threshold(dropout.threshold),
+        H_parts, x, A, dropout.seed, T, K, R, blocks, dropout.keep_scale, int32_threshold(dropout.threshold),
         *x.stride(), *A.stride(),
         EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x), BLOCK_R=block_r(R), config=config,
     )  # fmt: skip
-    return parts
+    return H_parts
 
 
-def outer(
-    z: Tensor, P: Tensor, like: Tensor, scaling: float, *, features_first: bool, Q: Tensor | None = None,
+def lora_grad(
+    z: Tensor, H_parts: Tensor, like: Tensor, scaling: float, *, features_first: bool, B: Tensor | None = None,
     dropout: Dropout = NO_DROPOUT,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(scaling · ẑᵀ P, z Q as parts): z (T, F), P the parts of (T, r), Q (F, r) or None for no second product.
+    """(dB, dH parts) from dy, H and B; or (dA, None) from x and dH. z (T, F) is dy or x, H_parts H or dH.
 
-    The first has the shape and dtype of `like`: (F, r) where features_first, else (r, F).
+    The gradient has the shape and dtype of `like`: (F, r) where features_first, else (r, F).
     """
-    (T, F), R = z.shape, P.shape[2]
+    (T, F), R = z.shape, H_parts.shape[2]
     if T > _FEW_TOKENS:  # a loop over parts would keep the one over tokens from fetching ahead
-        P = one_part(P)
-    config = configs.choose(configs.OUTER, z.device, z.dtype, T)
+        H_parts = summed(H_parts)
+    config = configs.choose(configs.LORA_GRAD, z.device, z.dtype, T)
     tiles = cdiv(F, config["BLOCK_F"]), cdiv(R, block_r(R))
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], z.device, at_most=32)
-    shrunk = None
-    if Q is not None:  # no features: one part of zeros
-        shrunk = (torch.empty if F else torch.zeros)(max(1, tiles[0]), T, R, dtype=torch.float32, device=z.device)
+    dH_parts = None
+    if B is not None:  # no features: one part of zeros
+        dH_parts = (torch.empty if F else torch.zeros)(max(1, tiles[0]), T, R, dtype=torch.float32, device=z.device)
     out = torch.empty(like.shape, dtype=like.dtype, device=z.device)
     parts = out if splits == 1 else torch.empty(splits, *like.shape, dtype=torch.float32, device=z.device)
-    stride_qf, stride_qr = (0, 0) if Q is None else Q.stride()
+    stride_bf, stride_br = (0, 0) if B is None else B.stride()
     launcher.launch(
-        outer_kernel, (tiles[0], splits, tiles[1]),
-        parts, shrunk, z, P, Q, dropout.seed, T, F, R, blocks, P.shape[0],
+        lora_grad_kernel, (tiles[0], splits, tiles[1]),
+        parts, dH_parts, z, H_parts, B, dropout.seed, T, F, R, blocks, H_parts.shape[0],
         scaling * dropout.keep_scale, int32_threshold(dropout.threshold),
-        *z.stride(), stride_qf, stride_qr, *((R, 1) if features_first else (1, F)),
+        *z.stride(), stride_bf, stride_br, *((R, 1) if features_first else (1, F)),
         WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=hardware.precision(z), BLOCK_R=block_r(R),
         config=config,
     )  # fmt: skip
     if splits > 1:
         add_parts(out, parts)
-    return out, shrunk
+    return out, dH_parts
+
+
+def low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
+    """As gpu/lora.py says; dH as parts (parts, T, r)."""
+    dA = dB = dH = None
+    readers_of_dH = x.shape[1] * (need_dx + need_dA)
+    if need_dB:
+        H = summed_if_cheaper(shrink(x, lora_A, dropout), dy.shape[1])
+        with_dH = (need_dx or need_dA) and heuristics.dy_read_once(lora_B.shape[1])
+        dB, dH = lora_grad(dy, H, lora_B, scaling, features_first=True, B=lora_B if with_dH else None)
+        dH = None if dH is None else summed_if_cheaper(dH, readers_of_dH)
+    if need_dA:
+        if dH is None:
+            dH = summed_if_cheaper(shrink(dy, lora_B.T), readers_of_dH)
+        dA, _ = lora_grad(x, dH, lora_A, scaling, features_first=False, dropout=dropout)
+    return dA, dB, dH
+
+
+def H_of_matrix(H: Tensor) -> Tensor:
+    """H (T, r) as its only part."""
+    return H[None]
+
+
+def matrix_of_H(H_parts: Tensor, r: int) -> Tensor:
+    return H_parts[0]

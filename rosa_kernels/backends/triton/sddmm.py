@@ -1,9 +1,10 @@
-"""dS: Σ_t dy[t, row_e] x[t, col_e] for each entry e of a pattern.
+"""Entries of dyᵀ x by kernels, for dS.
 
-"library" makes all of dyᵀ x by a library GEMM and picks, or for whole rows and columns ("packed") only what they need;
-"tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries; "blocks" does so for rows
-that share their columns, with those columns alone; "entries" gathers by entry, each program the same number of entries,
-so that a long row holds nobody up. Kernels may split the tokens; the parts are added in order.
+"tiled" multiplies whole tiles of dyᵀ x on the tensor cores and keeps the pattern's entries. "blocks" does so for rows
+that share their columns, with those columns alone. "entries" gathers by entry; each program takes the same number of
+entries, so that a long row holds nobody up. The kernels may split the tokens; the parts are added in order.
+
+In the kernels dy is (T, M) and x (T, N): M is out_features and N in_features.
 """
 
 import torch
@@ -11,18 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
-from rosa_kernels.backends.gpu.split_bf16_gemm import matmul
+from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, launcher
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import dot, first_entry_at, narrow, row_of_entry, tile_position
 from rosa_kernels.backends.triton.split_k import add_parts
-from rosa_kernels.backends.triton.transpose import by_columns, gather_columns
-from rosa_kernels.pattern import ROW
+from rosa_kernels.backends.triton.transpose import transpose
 
 _ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
-_PICK = Config({"BLOCK": 128}, num_warps=4, num_stages=1)
+_GATHER = Config({"BLOCK": 128}, num_warps=4, num_stages=1)
 _GROUP_M = 8
 
 
@@ -105,11 +104,11 @@ def sddmm_blocks_kernel(
 @triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
 def sddmm_entries_kernel(
     out, dy, x, crow, col, T, M, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
-    BY_COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """out[split] (nnz,): a program takes BLOCK_E entries, BLOCK_T tokens at a time.
 
-    BY_COLUMNS: dy and x come from by_columns, whose zeros make a mask over tokens needless and the loads wide.
+    TRANSPOSED: dy and x are transposed copies, whose zeros make a mask over tokens needless and the loads wide.
     """
     entry = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     split = tl.program_id(1)
@@ -122,7 +121,7 @@ def sddmm_entries_kernel(
     last_t = min((split + 1) * BLOCKS_PER_SPLIT * BLOCK_T, T)
     for t0 in range(split * BLOCKS_PER_SPLIT * BLOCK_T, last_t, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        mask = inside[None, :] if BY_COLUMNS else (t < last_t)[:, None] & inside[None, :]
+        mask = inside[None, :] if TRANSPOSED else (t < last_t)[:, None] & inside[None, :]
         t64 = t.to(tl.int64)[:, None]
         g = tl.load(dy_columns[None, :] + t64 * stride_dyt, mask=mask, other=0.0).to(tl.float32)
         acc += g * tl.load(x_columns[None, :] + t64 * stride_xt, mask=mask, other=0.0).to(tl.float32)
@@ -131,7 +130,7 @@ def sddmm_entries_kernel(
 
 
 @triton.jit
-def pick_kernel(out, dW, crow, col, stride_m, stride_n, BLOCK: tl.constexpr):
+def gather_entries_kernel(out, dW, crow, col, stride_m, stride_n, BLOCK: tl.constexpr):
     """out (nnz,) = the pattern's entries of dW (M, N), a row a program."""
     row = tl.program_id(0)
     end = tl.load(crow + row + 1)
@@ -143,57 +142,25 @@ def pick_kernel(out, dW, crow, col, stride_m, stride_n, BLOCK: tl.constexpr):
         tl.store(out + entry, value, mask=inside)
 
 
-def sddmm(
-    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype, rows: Tensor | None = None
-) -> Tensor:
-    """(nnz,) of dtype; dy (T, M), x (T, N) of one dtype and any strides. rows: those not empty, where known."""
-    (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
-    if nnz == 0:
-        return torch.empty(0, dtype=dtype, device=x.device)
-    tf32 = hardware.precision(x) == "tf32"
-    call = cost_model.SDDMMCall(T, M, N, nnz, structure, x.element_size(), tf32, dtype != x.dtype)
-    way = cost_model.choose_sddmm(call, device_rates.rates(x.device, hardware.target(x.device)))
-    return take(way, dy, x, crow, col, structure, dtype, rows)
-
-
-def take(
-    way: str,
-    dy: Tensor,
-    x: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    structure: int,
-    dtype: torch.dtype,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """sddmm by one of cost_model.sddmm_ways; nnz > 0."""
-    if way == "packed":
-        return _packed(dy, x, crow, col, structure, dtype, rows).to(dtype)
+def sddmm(algorithm: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
+    """(nnz,) of dtype by an algorithm of heuristics.sddmm_algorithms that is a kernel's; nnz > 0."""
     out = torch.empty(col.shape, dtype=dtype, device=x.device)
-    if way == "entries_columns":
-        dy, x = by_columns(dy), by_columns(x)
-    if way in ("entries", "entries_columns"):
-        _entries(out, dy, x, crow, col, BY_COLUMNS=way == "entries_columns")
-    elif way == "library":
-        dW = matmul(dy.T, x, dtype)
-        launcher.launch(pick_kernel, (dW.shape[0],), out, dW, crow, col, *dW.stride(), config=_PICK)
-    elif way == "tiled":
+    if algorithm == "tiled":
         _tiled(out, dy, x, crow, col)
-    else:
+    elif algorithm == "blocks":
         _blocks(out, dy, x, crow, col)
+    elif algorithm == "entries":
+        _entries(out, dy, x, crow, col, transposed=False)
+    else:
+        _entries(out, transpose(dy), transpose(x), crow, col, transposed=True)
     return out
 
 
-def _packed(dy, x, crow, col, structure, dtype, rows) -> Tensor:
-    M, N, nnz = dy.shape[1], x.shape[1], col.shape[0]
-    if structure == ROW:
-        count = nnz // N
-        if rows is None:
-            starts = torch.arange(count, dtype=torch.int32, device=x.device) * N
-            rows = torch.searchsorted(crow, starts, right=True, out_int32=True) - 1
-        return matmul(gather_columns(dy, rows).T, x, dtype)[:count].reshape(-1)
-    count = nnz // M
-    return matmul(dy.T, gather_columns(x, col[:count]), dtype)[:, :count].reshape(-1)
+def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
+    """(nnz,) the pattern's entries of dW."""
+    out = torch.empty(col.shape, dtype=dtype, device=dW.device)
+    launcher.launch(gather_entries_kernel, (dW.shape[0],), out, dW, crow, col, *dW.stride(), config=_GATHER)
+    return out
 
 
 def _with_parts(out: Tensor, splits: int, run) -> None:
@@ -233,12 +200,12 @@ def _blocks(out, dy, x, crow, col) -> None:
     ))  # fmt: skip
 
 
-def _entries(out, dy, x, crow, col, BY_COLUMNS) -> None:
+def _entries(out, dy, x, crow, col, transposed: bool) -> None:
     (T, M), nnz = dy.shape, col.shape[0]
     tiles = cdiv(nnz, _ENTRIES["BLOCK_E"])
     splits, blocks = hardware.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
     _with_parts(out, splits, lambda target: launcher.launch(
         sddmm_entries_kernel, (tiles, splits),
         target, dy, x, crow, col, T, M, nnz, blocks, M.bit_length(), *dy.stride(), *x.stride(),
-        BY_COLUMNS=BY_COLUMNS, config=_ENTRIES,
+        TRANSPOSED=transposed, config=_ENTRIES,
     ))  # fmt: skip

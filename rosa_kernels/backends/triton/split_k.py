@@ -1,18 +1,19 @@
-"""Sums over a split dimension: each split's program writes an fp32 part; these are added in order, rounded once."""
+"""Sums over a split dimension. Each split's program writes an fp32 part; the parts are added in order and rounded
+once."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.shapes import cdiv
-from rosa_kernels.backends.triton import launcher
+from rosa_kernels.backends.triton import heuristics, launcher
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import narrow, sum_of_parts
 
 _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
-_READER = 128
+_TILE_OF_A_READER = 128
 """Outputs in a tile of the kernels that read parts."""
 
 
@@ -30,7 +31,7 @@ def add_parts(out: Tensor, parts: Tensor) -> None:
     launcher.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
 
 
-def one_part(parts: Tensor) -> Tensor:
+def summed(parts: Tensor) -> Tensor:
     """(1, ...): the sum of parts (parts, ...)."""
     if parts.shape[0] == 1:
         return parts
@@ -39,9 +40,9 @@ def one_part(parts: Tensor) -> Tensor:
     return total
 
 
-def for_readers(parts: Tensor, features: int) -> Tensor:
-    """parts (parts, ...) or their sum as the only one: whichever costs the tiles of all `features` outputs less."""
-    rates = device_rates.rates(parts.device, hardware.target(parts.device))
-    readers = cdiv(features, _READER)
-    first = cost_model.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates)
-    return one_part(parts) if first else parts
+def summed_if_cheaper(parts: Tensor, outputs: int) -> Tensor:
+    """The parts as they are, or their sum as the only one: whichever costs the tiles of all `outputs` less."""
+    rates = device_rates.rates(parts.device, hardware.architecture(parts.device))
+    readers = cdiv(outputs, _TILE_OF_A_READER)
+    first = heuristics.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates)
+    return summed(parts) if first else parts

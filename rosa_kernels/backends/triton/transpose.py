@@ -1,4 +1,4 @@
-"""Columns of x: all of them as rows, a few gathered, a few added at their places."""
+"""Columns of x: all of them transposed, a few gathered, a few added at their places."""
 
 import torch
 import triton
@@ -12,23 +12,23 @@ from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import narrow, row_of_entry
 
 TOKEN_PADDING = 128
-"""A multiple of every BLOCK_M and BLOCK_T of the kernels that read by_columns."""
+"""A multiple of every BLOCK_M and BLOCK_T of the kernels that read a transposed copy."""
 _TRANSPOSE = Config({"BLOCK_T": 64, "BLOCK_F": 64}, num_warps=4, num_stages=1)
 _FEW = Config({"BLOCK_T": 32, "BLOCK_P": 32}, num_warps=4, num_stages=1)
 
 
 @triton.jit(do_not_specialize=["T"])
-def by_columns_kernel(
-    columns, x, T, padded, features, stride_xt, stride_xf, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
+def transpose_kernel(
+    transposed, x, T, padded, features, stride_xt, stride_xf, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
 ):
-    """columns (features, padded) = xᵀ, zeros beyond T; padded a multiple of BLOCK_T."""
+    """transposed (features, padded) = xᵀ, zeros beyond T; padded a multiple of BLOCK_T."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     t64, f64 = t.to(tl.int64), f.to(tl.int64)
     in_f = f < features
     at = x + t64[:, None] * stride_xt + f64[None, :] * stride_xf
     tile = tl.load(at, mask=(t < T)[:, None] & in_f[None, :], other=0.0)
-    tl.store(columns + f64[:, None] * padded + t64[None, :], tl.trans(tile), mask=in_f[:, None])
+    tl.store(transposed + f64[:, None] * padded + t64[None, :], tl.trans(tile), mask=in_f[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "count", "width"])
@@ -47,27 +47,32 @@ def gather_columns_kernel(
 
 @triton.jit(do_not_specialize=["T", "count", "rows", "row_length", "STEPS"])
 def add_at_rows_kernel(
-    out, D, crow, T, count, rows, row_length, STEPS, stride_ot, stride_dt, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """out (T, rows)[:, p-th row of crow (rows + 1,) that is not empty] += D (T, count)[:, p]; rows of row_length entries."""
+    out, product, crow, T, count, rows, row_length, STEPS, stride_ot, stride_pt,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """out (T, rows)[:, p-th row of crow (rows + 1,) that is not empty] += product (T, count)[:, p].
+
+    Such a row has row_length entries.
+    """
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     row = row_of_entry(crow, rows, tl.minimum(p, count - 1) * row_length, STEPS).to(tl.int64)
     mask = (t < T)[:, None] & (p < count)[None, :]
     at = out + t[:, None] * stride_ot + row[None, :]
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    total += tl.load(D + t[:, None] * stride_dt + p[None, :], mask=mask, other=0.0)
+    total += tl.load(product + t[:, None] * stride_pt + p[None, :], mask=mask, other=0.0)
     tl.store(at, narrow(total, out.dtype.element_ty), mask=mask)
 
 
-def by_columns(x: Tensor) -> Tensor:
-    """x (T, features) with tokens next to each other in memory, then zeros up to a multiple of TOKEN_PADDING."""
+def transpose(x: Tensor) -> Tensor:
+    """A copy of x (T, features) with tokens next to each other in memory, and zeros up to a multiple of
+    TOKEN_PADDING."""
     T, features = x.shape
     padded = cdiv(T, TOKEN_PADDING) * TOKEN_PADDING
-    columns = torch.empty(features, padded, dtype=x.dtype, device=x.device)
+    transposed = torch.empty(features, padded, dtype=x.dtype, device=x.device)
     grid = (padded // _TRANSPOSE["BLOCK_T"], cdiv(features, _TRANSPOSE["BLOCK_F"]))
-    launcher.launch(by_columns_kernel, grid, columns, x, T, padded, features, *x.stride(), config=_TRANSPOSE)
-    return columns.T[:T]
+    launcher.launch(transpose_kernel, grid, transposed, x, T, padded, features, *x.stride(), config=_TRANSPOSE)
+    return transposed.T[:T]
 
 
 def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
@@ -80,11 +85,17 @@ def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
     return gathered
 
 
-def add_at_rows(out: Tensor, D: Tensor, crow: Tensor, row_length: int) -> None:
-    """out (T, N)[:, rows of crow that are not empty] += D (T, count), in fp32; each row has row_length entries."""
-    (T, N), count = out.shape, D.shape[1]
+def gather_whole_rows(x: Tensor, crow: Tensor, count: int, row_length: int) -> Tensor:
+    """As gather_columns: those of the `count` rows of crow that are not empty, each of row_length entries."""
+    starts = torch.arange(count, dtype=torch.int32, device=x.device) * row_length
+    return gather_columns(x, torch.searchsorted(crow, starts, right=True, out_int32=True) - 1)
+
+
+def add_at_rows(out: Tensor, product: Tensor, crow: Tensor, row_length: int) -> None:
+    """out[:, rows of crow that are not empty] += product (T, count), in fp32; each such row has row_length entries."""
+    (T, rows), count = out.shape, product.shape[1]
     grid = (cdiv(T, _FEW["BLOCK_T"]), cdiv(count, _FEW["BLOCK_P"]))
     launcher.launch(
-        add_at_rows_kernel, grid, out, D, crow, T, count, N, row_length, N.bit_length(), out.stride(0), D.stride(0),
-        config=_FEW,
+        add_at_rows_kernel, grid, out, product, crow, T, count, rows, row_length, rows.bit_length(), out.stride(0),
+        product.stride(0), config=_FEW,
     )  # fmt: skip
