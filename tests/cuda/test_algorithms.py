@@ -1,5 +1,5 @@
-"""Every algorithm of the CUDA backend's cost model, forced in turn on the emulated kernels, gives the right numbers; and the
-model is consistent."""
+"""Every algorithm of the CUDA backend, forced in turn on the emulated kernels, gives the right numbers; and its
+heuristics are consistent."""
 
 import os
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import rosa_kernels as rk
-from cases import CPU, LinearCase, make_inputs
-from cost_model_cases import call_of, calls, nearest
-from linear_checks import mask_of, run_linear
+from cases import LinearCase, make_inputs
+from cost_model_cases import call_of, check_call, check_cheapest_is_chosen, check_merged_in_fp32_alone, force, name_of
+from linear_checks import run_linear
 from oracle import check, dense, expected_linear
 from rosa_kernels.backends.cuda import bindings, heuristics
+from rosa_kernels.backends.cuda.heuristics import LinearAlgorithm
 from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall
 from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Sparse
@@ -22,7 +23,9 @@ emulated = pytest.mark.skipif(
 )
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BY_DTYPE = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
-SHARED = hardware.shared_memory(CPU)
+H100 = device_rates.RATES["sm_90"]
+LARGEST_K = H100.shared_memory // (bindings.EPILOGUE_TOKENS * 2)
+"""The most features in 16 bits of which shared memory holds a block's tokens."""
 
 # A pass of 16 warps takes 512 features, one of 8 warps 256; rows are long from 129 entries on; sums over 256 bytes of
 # features or 128 tokens are split.
@@ -49,55 +52,41 @@ CASES = [
 ]
 
 
-def algorithms_for(call):
-    """With and without shared memory for x."""
-    return list(dict.fromkeys((*heuristics.linear_algorithms(call, SHARED), *heuristics.linear_algorithms(call, 0))))
+def linear_algorithms(call):
+    return heuristics.linear_algorithms(call, H100)
+
+
+def with_and_without_shared_memory(call):
+    """Whether or not it holds x."""
+    without = heuristics.linear_algorithms(call, H100._replace(shared_memory=0))
+    return list(dict.fromkeys((*linear_algorithms(call), *without)))
 
 
 BY_ALGORITHM = [
-    pytest.param(
-        case, dtype, algorithm, id=f"{case.id}-{str(dtype)[6:]}-{'-'.join(filter(None, algorithm)) or 'zeros'}"
-    )
+    pytest.param(case, dtype, algorithm, id=f"{case.id}-{str(dtype)[6:]}-{name_of(algorithm)}")
     for case in CASES
     for dtype in (FP32, BF16, FP16)
-    for algorithm in algorithms_for(call_of(case, dtype))
+    for algorithm in with_and_without_shared_memory(call_of(case, dtype))
 ]
-
-
-def check_all(got, case, inputs, delta_rounded=False):
-    expected = expected_linear(case, inputs, mask_of(case, inputs.x.device), delta_rounded)
-    for name, result in got.items():
-        check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
 
 
 @emulated
 @pytest.mark.parametrize("case,dtype,algorithm", BY_ALGORITHM)
 def test_linear_by_algorithm(monkeypatch, case, dtype, algorithm):
-    taken = []
-
-    def force(call, device):
-        taken.append(nearest(algorithms_for(call), algorithm))
-        return taken[-1]
-
-    monkeypatch.setattr(heuristics, "choose_linear", force)
-    inputs = make_inputs(case, dtype)
-    with rk.use_backend("cuda"):
-        got = run_linear(case, inputs)
-    check_all(got, case, inputs, delta_rounded=algorithm.S in ("delta", "rows", "columns"))
-    assert taken[0] == algorithm and len(taken) == 2
+    chosen = force(monkeypatch, heuristics, with_and_without_shared_memory, algorithm)
+    check_call("cuda", case, make_inputs(case, dtype), delta_rounded=algorithm.S in ("delta", "rows", "columns"))
+    assert chosen[0] == algorithm and len(chosen) == 2
 
 
 @emulated
 @BY_DTYPE
 @pytest.mark.parametrize("r", [3, 16])
-@pytest.mark.parametrize("dx_H", ["kernel", "library"])
-def test_low_rank_gradients_by_library(monkeypatch, dtype, r, dx_H):
+@pytest.mark.parametrize("H", ["kernel", "library"])
+def test_low_rank_gradients_by_library(monkeypatch, dtype, r, H):
     """dH comes from the library, unpadded where r is no multiple of 16, and goes to either algorithm of dx."""
     case = LinearCase((20,), 66, 35, r, None, x_layout="padded", adapter_layout="transposed")
-    inputs = make_inputs(case, dtype)
-    monkeypatch.setattr(heuristics, "choose_linear", lambda call, device: heuristics.LinearAlgorithm("library", dx_H))
-    with rk.use_backend("cuda"):
-        check_all(run_linear(case, inputs), case, inputs)
+    monkeypatch.setattr(heuristics, "choose_linear", lambda call, rates: LinearAlgorithm("library", H))
+    check_call("cuda", case, make_inputs(case, dtype))
 
 
 @emulated
@@ -112,7 +101,7 @@ def test_sddmm_by_algorithm(monkeypatch, dtype, values_dtype, algorithm, pattern
     )
     inputs = make_inputs(case, dtype)
     taken = []
-    monkeypatch.setattr(heuristics, "choose_sddmm", lambda call, device: taken.append(algorithm) or algorithm)
+    monkeypatch.setattr(heuristics, "choose_sddmm", lambda call, rates: taken.append(algorithm) or algorithm)
     with rk.use_backend("cuda"):
         got = run_linear(case, inputs)
     check("values", got["values"], expected_linear(case, inputs)["values"], inputs.values)
@@ -140,12 +129,9 @@ def test_any_number_of_splits(monkeypatch, dtype, splits):
     inputs = make_inputs(case, dtype)
     taken = []
     monkeypatch.setattr(hardware, "splits_of", lambda *sizes: taken.append(splits) or (splits, 1))
-    monkeypatch.setattr(
-        heuristics, "choose_linear", lambda call, device: heuristics.LinearAlgorithm("library", "kernel", "shared")
-    )
-    monkeypatch.setattr(heuristics, "choose_sddmm", lambda call, device: "entries_transposed")
-    with rk.use_backend("cuda"):
-        check_all(run_linear(case, inputs), case, inputs)
+    monkeypatch.setattr(heuristics, "choose_linear", lambda call, rates: LinearAlgorithm("library", "kernel", "shared"))
+    monkeypatch.setattr(heuristics, "choose_sddmm", lambda call, rates: "entries_transposed")
+    check_call("cuda", case, inputs)
     assert len(taken) == 6  # H twice, dH, dA, dB, dS
 
 
@@ -170,7 +156,7 @@ def test_infinities_stay_where_they_belong(monkeypatch, dtype, algorithm):
     inputs = make_inputs(case, dtype)
     inputs.x[3, 5] = torch.inf
     monkeypatch.setattr(
-        heuristics, "choose_linear", lambda call, device: heuristics.LinearAlgorithm("library", "kernel", algorithm)
+        heuristics, "choose_linear", lambda call, rates: LinearAlgorithm("library", "kernel", algorithm)
     )
     positive = {name: None if t is None else t.abs() for name, t in vars(inputs).items() if name != "pattern"}
     arguments = [positive[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")]
@@ -181,11 +167,11 @@ def test_infinities_stay_where_they_belong(monkeypatch, dtype, algorithm):
 
 @emulated
 def test_x_fills_shared_memory_to_the_last_byte():
-    K = SHARED // (bindings.EPILOGUE_TOKENS * 2)
+    K = LARGEST_K
     case = LinearCase((20,), K, 40, 4, "sparse", base=False)
     inputs = make_inputs(case, BF16)
     call = LinearCall(20, 40, K, 4, inputs.pattern.nnz, has_base=False, dropout="x")
-    assert {algorithm.S for algorithm in heuristics.linear_algorithms(call, SHARED)} == {"shared"}
+    assert {listed.S for listed in linear_algorithms(call)} == {"shared"}
     y = torch.empty(20, 40, dtype=BF16)
     S = Sparse(inputs.values, inputs.pattern.crow_indices, inputs.pattern.col_indices, 0, (40, K))
     bindings.epilogue(y, False, None, None, 1.0, NO_DROPOUT, S.crow, bindings.pack_entries(S), inputs.x, None, None, K)
@@ -195,47 +181,31 @@ def test_x_fills_shared_memory_to_the_last_byte():
 
 @pytest.mark.parametrize("architecture", device_rates.RATES)
 def test_the_cheapest_algorithm_is_chosen(architecture):
-    rates = device_rates.RATES[architecture]
-    for call in calls():
-        chosen = heuristics.cheapest_linear(call, SHARED, rates)
-        seconds = {
-            algorithm: heuristics.linear_seconds(call, algorithm, rates)
-            for algorithm in heuristics.linear_algorithms(call, SHARED)
-        }
-        assert chosen in seconds and seconds[chosen] == min(seconds.values())
-        assert all(0 < s < 10 for s in seconds.values())
+    check_cheapest_is_chosen(heuristics, linear_algorithms, device_rates.RATES[architecture])
 
 
 def test_16_bit_and_tf32_deltas_are_never_merged():
-    for call in calls():
-        merged = any(algorithm.base == "merged" for algorithm in heuristics.linear_algorithms(call, SHARED))
-        assert merged == (call.element_size == 4 and not call.tf32)
-    dropped = LinearCall(9, 8, 8, 4, element_size=4, dropout="x")
-    assert not any(algorithm.base == "merged" for algorithm in heuristics.linear_algorithms(dropped, SHARED))
+    check_merged_in_fp32_alone(linear_algorithms)
 
 
 def test_structures_have_their_own_algorithms():
     for structure, S in ((ROW, {"rows"}), (COLUMN, {"columns"}), (BLOCK16, {"shared", "delta"})):
-        assert {
-            algorithm.S for algorithm in heuristics.linear_algorithms(LinearCall(99, 64, 64, 4, 640, structure), SHARED)
-        } == S
+        assert {listed.S for listed in linear_algorithms(LinearCall(99, 64, 64, 4, 640, structure))} == S
     for structure in (ROW, COLUMN):
         assert heuristics.sddmm_algorithms(SDDMMCall(99, 64, 64, 640, structure, mixed=True)) == ("packed",)
 
 
 def test_x_is_gathered_from_shared_memory_where_that_holds_its_features():
-    fits = SHARED // (bindings.EPILOGUE_TOKENS * 2)
-    for K, S in ((fits, "shared"), (fits + 1, "global")):
-        assert heuristics.linear_algorithms(LinearCall(99, 64, K, 4, 640), SHARED)[0].S == S
+    for K, S in ((LARGEST_K, "shared"), (LARGEST_K + 1, "global")):
+        assert linear_algorithms(LinearCall(99, 64, K, 4, 640))[0].S == S
 
 
 def test_the_choices_that_the_docstring_explains():
-    """On an H100: merging in fp32, entries gathered at 0.1 %, a dense S at 1 % and 5 %, library GEMMs for LoRA of few tokens."""
-    h100 = device_rates.RATES["sm_90"]
-    large = {"T": 4096, "out_features": 4096, "in_features": 4096, "r": 16}
+    """On an H100: merging in fp32, entries gathered at 0.1 %, a dense delta at 1 % and 5 %, library GEMMs for LoRA of
+    few tokens."""
 
-    def chosen(**call):
-        return heuristics.cheapest_linear(LinearCall(**{**large, **call}), SHARED, h100)
+    def chosen(T=4096, **call):
+        return heuristics.choose_linear(LinearCall(T, 4096, 4096, 16, **call), H100)
 
     assert chosen(element_size=4, nnz=167772) == ("merged", "", "")
     assert chosen(nnz=16777) == ("library", "kernel", "shared")
@@ -244,5 +214,5 @@ def test_the_choices_that_the_docstring_explains():
     assert chosen(nnz=838860) == ("library", "delta", "delta")
     assert chosen(nnz=838860, dropout="x") == ("library", "kernel", "shared")
     assert chosen(T=4) == ("library", "library", "")
-    assert heuristics.cheapest_sddmm(SDDMMCall(4096, 4096, 4096, 335544), h100) == "library"
-    assert heuristics.cheapest_sddmm(SDDMMCall(4096, 4096, 4096, 16777), h100) == "entries_transposed"
+    assert heuristics.choose_sddmm(SDDMMCall(4096, 4096, 4096, 335544), H100) == "library"
+    assert heuristics.choose_sddmm(SDDMMCall(4096, 4096, 4096, 16777), H100) == "entries_transposed"

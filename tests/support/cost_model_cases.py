@@ -1,10 +1,13 @@
-"""Calls for the tests of the cost models: a grid of sizes, and the call that a LinearCase makes."""
+"""What the tests of both GPU backends' algorithms share: calls, an algorithm forced on a call, checks of heuristics."""
 
 import operator
 
 import torch
 
+import rosa_kernels as rk
 from cases import LinearCase, make_inputs
+from linear_checks import mask_of, run_linear
+from oracle import check, expected_linear
 from rosa_kernels.backends.gpu import cost_model
 
 
@@ -36,5 +39,47 @@ def call_of(case: LinearCase, dtype: torch.dtype) -> cost_model.LinearCall:
 
 
 def nearest(algorithms, wanted):
-    """The one that shares the most with the wanted one: a backward knows H, and has columns where a forward has rows."""
+    """The one that shares the most with the wanted one: a backward knows H, and has columns where a forward has
+    rows."""
     return max(algorithms, key=lambda algorithm: sum(map(operator.eq, algorithm, wanted)))
+
+
+def name_of(algorithm) -> str:
+    return "-".join(filter(None, algorithm)) or "zeros"
+
+
+def force(monkeypatch, heuristics, algorithms, wanted) -> list:
+    """Makes the heuristics choose the nearest to `wanted` of algorithms(call); returns the list of what they choose."""
+    chosen = []
+
+    def choose(call, rates):
+        chosen.append(nearest(algorithms(call), wanted))
+        return chosen[-1]
+
+    monkeypatch.setattr(heuristics, "choose_linear", choose)
+    return chosen
+
+
+def check_call(backend: str, case: LinearCase, inputs, delta_rounded: bool = False) -> None:
+    """y and all gradients of the case by this backend."""
+    with rk.use_backend(backend):
+        got = run_linear(case, inputs)
+    expected = expected_linear(case, inputs, mask_of(case, inputs.x.device), delta_rounded)
+    for name, result in got.items():
+        check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
+
+
+def check_cheapest_is_chosen(heuristics, algorithms, rates) -> None:
+    for call in calls():
+        chosen = heuristics.choose_linear(call, rates)
+        seconds = {listed: heuristics.linear_seconds(call, listed, rates) for listed in algorithms(call)}
+        assert chosen in seconds and seconds[chosen] == min(seconds.values())
+        assert all(0 < s < 10 for s in seconds.values())
+
+
+def check_merged_in_fp32_alone(algorithms) -> None:
+    for call in calls():
+        merged = any(listed.base == "merged" for listed in algorithms(call))
+        assert merged == (call.element_size == 4 and not call.tf32)
+    dropped = cost_model.LinearCall(9, 8, 8, 4, element_size=4, dropout="x")
+    assert not any(listed.base == "merged" for listed in algorithms(dropped))

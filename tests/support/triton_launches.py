@@ -190,9 +190,9 @@ def recorded(case: Case, architecture: str, *, every_config: bool = True) -> lis
             (hardware, "multiprocessors", lambda device: 132),
             (hardware, "precision", lambda x: precision if x.dtype == FP32 else "ieee"),
             (configs, "choose", listed),
-            (heuristics, "choose_linear", lambda call, device: algorithm(heuristics.linear_algorithms(call))),
-            (heuristics, "choose_sddmm", lambda call, device: algorithm(heuristics.sddmm_algorithms(call))),
-            (heuristics, "low_rank_gradients_by_library", lambda dy, x: False),
+            (heuristics, "choose_linear", lambda call, rates: algorithm(heuristics.linear_algorithms(call))),
+            (heuristics, "choose_sddmm", lambda call, rates: algorithm(heuristics.sddmm_algorithms(call))),
+            (heuristics, "low_rank_gradients_by_library", lambda *sizes: False),
         ]
         with contextlib.ExitStack() as stack:
             for module, name, stand_in in stand_ins:

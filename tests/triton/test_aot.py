@@ -238,7 +238,8 @@ def slow_loops(kernel: Specialised, compiled: Compiled) -> list[str]:
 
 
 def _copies_by_element(launch: Launch, compiled: Compiled) -> bool:
-    """A loop over the columns of blocks gathers; tf32 operands, which wgmma and tcgen05 take in one order alone, turn."""
+    """A loop over the columns of blocks gathers; tf32 operands, which wgmma and tcgen05 take in one order alone,
+    turn."""
     if launch.arguments.get("SPARSE") == "blocks":
         return True
     return launch.precision == "tf32" and any(dot.unit in ("wgmma", "tcgen05") for dot in compiled.dots)

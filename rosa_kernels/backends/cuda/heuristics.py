@@ -17,11 +17,8 @@ operands on an H100 (T tokens, an N x K weight, nnz entries of S):
 import functools
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from rosa_kernels.backends.cuda.bindings import EPILOGUE_TOKENS, PACKED_ENTRY_BYTES
-from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.gpu import cost_model
 from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall, sddmm_seconds
 from rosa_kernels.backends.gpu.device_rates import Rates
 from rosa_kernels.backends.shapes import cdiv
@@ -50,21 +47,21 @@ class LinearAlgorithm(NamedTuple):
         return self.H == "kernel" or self.S in _S_IN_THE_EPILOGUE
 
 
-def linear_algorithms(call: LinearCall, shared_memory: int) -> list[LinearAlgorithm]:
-    """Those that may serve the call, in a fixed order. shared_memory: the bytes that a block may have."""
+def linear_algorithms(call: LinearCall, rates: Rates) -> list[LinearAlgorithm]:
+    """Those that may serve the call, in a fixed order."""
     algorithms = [LinearAlgorithm("merged")] if cost_model.may_merge(call) else []
     base = "library" if call.has_base else ""
-    for S in _choices_of_S(call, shared_memory):
+    for S in _choices_of_S(call, rates):
         algorithms += [LinearAlgorithm(base, H, S) for H in _choices_of_H(call, S)]
     return algorithms
 
 
-def _choices_of_S(call: LinearCall, shared_memory: int) -> tuple[str, ...]:
+def _choices_of_S(call: LinearCall, rates: Rates) -> tuple[str, ...]:
     if not call.nnz:
         return ("",)
     if call.structure in (ROW, COLUMN):
         return ("rows",) if call.structure == ROW else ("columns",)
-    fits = call.in_features * EPILOGUE_TOKENS * call.element_size <= shared_memory
+    fits = call.in_features * EPILOGUE_TOKENS * call.element_size <= rates.shared_memory
     return ("shared" if fits else "global", *(("delta",) if cost_model.may_round_delta(call) else ()))
 
 
@@ -77,15 +74,9 @@ def _choices_of_H(call: LinearCall, S: str) -> tuple[str, ...]:
     return ("kernel", "library") if by_library else ("kernel",)
 
 
-def choose_linear(call: LinearCall, device: torch.device) -> LinearAlgorithm:
-    rates = device_rates.rates(device, hardware.architecture(device))
-    return cheapest_linear(call, hardware.shared_memory(device), rates)
-
-
 @functools.lru_cache(maxsize=4096)
-def cheapest_linear(call: LinearCall, shared_memory: int, rates: Rates) -> LinearAlgorithm:
-    algorithms = linear_algorithms(call, shared_memory)
-    return min(algorithms, key=lambda algorithm: linear_seconds(call, algorithm, rates))
+def choose_linear(call: LinearCall, rates: Rates) -> LinearAlgorithm:
+    return min(linear_algorithms(call, rates), key=lambda algorithm: linear_seconds(call, algorithm, rates))
 
 
 def linear_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -> float:
@@ -115,7 +106,7 @@ def _gather_seconds(call: LinearCall, S: str, rates: Rates) -> float:
     return packing + call.nnz * max(by_entry, tiles * PACKED_ENTRY_BYTES) / rates.l2_bandwidth
 
 
-def low_rank_gradients_by_library(dy: Tensor, x: Tensor) -> bool:
+def low_rank_gradients_by_library(T: int, out_features: int, element_size: int, rates: Rates) -> bool:
     """Always: the kernels would read x and dy twice too."""
     return True
 
@@ -130,10 +121,6 @@ def sddmm_algorithms(call: SDDMMCall) -> tuple[str, ...]:
     return ("packed",) if call.structure in (ROW, COLUMN) else ("library", "entries_transposed")
 
 
-def choose_sddmm(call: SDDMMCall, device: torch.device) -> str:
-    return cheapest_sddmm(call, device_rates.rates(device, hardware.architecture(device)))
-
-
 @functools.lru_cache(maxsize=4096)
-def cheapest_sddmm(call: SDDMMCall, rates: Rates) -> str:
+def choose_sddmm(call: SDDMMCall, rates: Rates) -> str:
     return min(sddmm_algorithms(call), key=lambda algorithm: sddmm_seconds(call, algorithm, rates))

@@ -9,8 +9,8 @@ class GpuBackend(NamedTuple):
     """The functions that differ between Triton and CUDA. Each has its own form of H, which only its kernels read."""
 
     heuristics: ModuleType
-    """choose_linear(LinearCall, device) and choose_sddmm(SDDMMCall, device) name the algorithm of a call.
-    low_rank_gradients_by_library(dy, x) says whether library GEMMs make them, where dropout and dtypes allow it."""
+    """choose_linear(LinearCall, Rates) and choose_sddmm(SDDMMCall, Rates) name the algorithm of a call.
+    low_rank_gradients_by_library says whether library GEMMs make them, where dropout and dtypes allow it."""
     finish_linear: Callable
     """(y or None, LinearProblem, algorithm) -> y with everything that library calls have left."""
     low_rank_gradients: Callable

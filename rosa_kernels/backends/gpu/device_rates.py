@@ -1,5 +1,5 @@
-"""What the cost model knows of a GPU: rates from data sheets, or those that `python -m rosa_kernels.tune` measured
-on it."""
+"""What the cost model knows of a GPU: the rates of data sheets, or those that `python -m rosa_kernels.tune`
+measured."""
 
 import functools
 import json
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from rosa_kernels.backends.gpu import hardware
 
 
 class Rates(NamedTuple):
@@ -21,18 +23,22 @@ class Rates(NamedTuple):
     l2_bandwidth: float
     multiprocessors: int
     kernel_efficiency: float = 0.65
-    """FLOP/s of our own GEMM loop over the library's; low where unmeasured, so that doubt favours the library."""
+    """FLOP/s of our own GEMM loop over the library's. It is low where unmeasured, so that doubt favours the library."""
     launch_seconds: float = 4e-6
-    """Of one more library call."""
+    """What one more library call costs."""
     kernel_launch_seconds: float = 10e-6
-    """Of one more kernel of ours, which Python launches: 3 to 5 times a library call's on the H100's host. In a CUDA
-    graph both cost 1 us; few calls are close enough for that to matter there."""
+    """What one more kernel of ours costs, which Python launches: 3 to 5 times a library call on the H100's host.
+
+    In a CUDA graph both cost 1 us, but few calls are close enough for that to matter there.
+    """
+    shared_memory: int = hardware.EMULATED_SHARED_MEMORY
+    """Bytes that a block may have: the device's own, see hardware.shared_memory."""
 
 
-# sm_90: as measured on an H100 SXM (bench/results), but for the launch, which an eager call pays in full. Others: dense
-# peaks of the data sheets (A100 80 GB, B200, MI300X) times 0.7 for the FLOP/s and 0.9 for the bytes/s that large
-# library calls reach; L2 as measured by Chips and Cheese (A100), scaled with the memory for the others. None seen by
-# us.
+# sm_90 was measured on an H100 SXM (bench/results), but for the launch, which an eager call pays in full. The others
+# are the dense peaks of data sheets (A100 80 GB, B200, MI300X), times 0.7 for the FLOP/s and 0.9 for the bytes/s that
+# large library calls reach. Their L2 is as Chips and Cheese measured it (A100), or scaled with the memory. We have seen
+# none.
 RATES = {
     "sm_80": Rates(218e12, 109e12, 14e12, 1.8e12, 4.4e12, 108),
     "sm_90": Rates(724e12, 393e12, 51e12, 2.4e12, 2.75e12, 132, kernel_efficiency=0.73),
@@ -51,7 +57,7 @@ def table_file(device_name: str) -> Path:
 
 
 def read_table(path: Path) -> dict:
-    """{"rates": {field of Rates: number > 0}, "configs": {config_key: label}}; more keys are left alone.
+    """{"rates": {field of Rates: number > 0}, "configs": {config_key: label}}. Other keys are left alone.
 
     Raises:
         ValueError: for a file that is not such a table.
@@ -80,7 +86,7 @@ _tables: dict[torch.device, dict] = {}
 
 
 def use_table(device: torch.device, table: dict) -> None:
-    """Plan for this device by the given table from now on."""
+    """Count with the given table for this device from now on."""
     _tables[device] = table
     rates.cache_clear()
     tuned_label.cache_clear()
@@ -94,8 +100,9 @@ def _table(device: torch.device) -> dict:
 
 
 @functools.cache
-def rates(device: torch.device, target: str) -> Rates:
-    return RATES[target]._replace(**_table(device)["rates"])
+def rates(device: torch.device, architecture: str) -> Rates:
+    own = {"shared_memory": hardware.shared_memory(device)} | _table(device)["rates"]
+    return RATES[architecture]._replace(**own)
 
 
 def config_key(kernel: str, element_size: int, bucket: int) -> str:

@@ -1,4 +1,4 @@
-"""What the GPU backends ask about the device of a call; on CPU tensors, emulated, some answers of an H100."""
+"""What the GPU backends ask about the device of a call. Emulated on CPU tensors, some answers are those of an H100."""
 
 import functools
 
@@ -10,6 +10,7 @@ from rosa_kernels.backends.shapes import cdiv
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the GPU kernels compute."""
 _OLDEST = (8, 0)
+EMULATED_SHARED_MEMORY = 226 * 1024
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -23,7 +24,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def precision(x: Tensor) -> str:
-    """How x is multiplied: "tf32" for fp32 where PyTorch's switch for matmuls says so and the GPU can, else "ieee"."""
+    """How x is multiplied: in "tf32" where x is fp32, PyTorch's switch for matmuls says so and the GPU can; else
+    "ieee"."""
     if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "ieee" if torch.version.hip and architecture(x.device) != "gfx942" else "tf32"
@@ -31,7 +33,7 @@ def precision(x: Tensor) -> str:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Whose list of configurations serves the device: sm_80, sm_90, sm_100, gfx942, else "other", or "interpreter"."""
+    """sm_80, sm_90, sm_100, gfx942 or "other"; "interpreter" for the CPU. Lists of configurations have these names."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -43,21 +45,21 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Programs that run at once at the least; 8 under the interpreter, so that small tests split their sums too."""
+    """How many programs run at once at least. It is 8 under the interpreter, so that small tests split their sums
+    too."""
     return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may ask for beside what its kernel declares, less than 1 KiB."""
-    most = (
-        227 * 1024 if device.type == "cpu" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    )
-    return most - 1024
+    """Bytes of shared memory that a block may ask for. 1 KiB is kept for what a kernel declares itself."""
+    if device.type != "cuda":
+        return EMULATED_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
 
 
 def splits_of(length: int, block: int, tiles: int, device: torch.device, at_most: int) -> tuple[int, int]:
-    """(splits, blocks a split): at least one, at best two programs a multiprocessor; length counts elements."""
+    """(splits, blocks a split) of a length in elements: at least one, at best two programs for each multiprocessor."""
     wanted = cdiv(2 * multiprocessors(device), max(1, tiles))
     blocks = max(1, cdiv(length, block))
     blocks_a_split = cdiv(blocks, max(1, min(wanted, at_most, blocks)))

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.gpu.backend import GpuBackend
 from rosa_kernels.backends.gpu.densify import dense_delta, merged_weight
 from rosa_kernels.backends.gpu.operands import LinearProblem
@@ -11,8 +12,9 @@ from rosa_kernels.backends.gpu.split_bf16_gemm import add_few_columns_product, p
 
 def linear(backend: GpuBackend, problem: LinearProblem) -> Tensor:
     """(T, out_features) in x's dtype, contiguous."""
-    algorithm = backend.heuristics.choose_linear(problem.call(), problem.x.device)
     x, S, y = problem.x, problem.S, None
+    rates = device_rates.rates(x.device, hardware.architecture(x.device))
+    algorithm = backend.heuristics.choose_linear(problem.call(), rates)
     if algorithm.base == "merged":
         return F.linear(x, merged_weight(backend.densify, problem), problem.bias).contiguous()
     if algorithm.base == "library":

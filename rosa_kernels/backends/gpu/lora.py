@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from rosa_kernels.backends import lora_gemm
+from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.gpu.backend import GpuBackend
 from rosa_kernels.backends.gpu.operands import Dropout
 
@@ -12,8 +13,9 @@ def low_rank_gradients(
     need_dx: bool, need_dA: bool, need_dB: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dA, dB, dH), None each where it is not needed. dH = dy B in the backend's form, where it was made on the way."""
-    by_library = dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype
-    if not by_library or not backend.heuristics.low_rank_gradients_by_library(dy, x):
-        return backend.low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB)
-    dA, dB, dH = lora_gemm.low_rank_gradients(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
-    return dA, dB, None if dH is None else backend.H_of_matrix(dH)
+    if dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype:
+        rates = device_rates.rates(x.device, hardware.architecture(x.device))
+        if backend.heuristics.low_rank_gradients_by_library(*dy.shape, x.element_size(), rates):
+            dA, dB, dH = lora_gemm.low_rank_gradients(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
+            return dA, dB, None if dH is None else backend.H_of_matrix(dH)
+    return backend.low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rosa_kernels.backends.gpu import hardware
+from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.gpu.backend import GpuBackend
 from rosa_kernels.backends.gpu.cost_model import SDDMMCall
 from rosa_kernels.backends.gpu.split_bf16_gemm import matmul
@@ -23,7 +23,8 @@ def sddmm(
         return torch.empty(0, dtype=dtype, device=x.device)
     tf32 = hardware.precision(x) == "tf32"
     call = SDDMMCall(T, out_features, in_features, nnz, structure, x.element_size(), tf32, dtype != x.dtype)
-    algorithm = backend.heuristics.choose_sddmm(call, x.device)
+    rates = device_rates.rates(x.device, hardware.architecture(x.device))
+    algorithm = backend.heuristics.choose_sddmm(call, rates)
     if algorithm == "packed":
         return _packed(backend, dy, x, crow, col, structure, dtype, rows).to(dtype)
     if algorithm == "library":

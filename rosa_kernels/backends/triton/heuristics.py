@@ -24,10 +24,7 @@ import functools
 import math
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from rosa_kernels.backends.gpu import cost_model, device_rates, hardware
+from rosa_kernels.backends.gpu import cost_model
 from rosa_kernels.backends.gpu.cost_model import SECTOR, LinearCall, SDDMMCall, gemm_rate, step_seconds
 from rosa_kernels.backends.gpu.device_rates import Rates
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
@@ -93,12 +90,8 @@ def _choices_of_H(call: LinearCall, base: str, S: str) -> tuple[str, ...]:
     return (*(("inside",) if few else ()), "before", *(("library",) if by_library else ()))
 
 
-def choose_linear(call: LinearCall, device: torch.device) -> LinearAlgorithm:
-    return cheapest_linear(call, device_rates.rates(device, hardware.architecture(device)))
-
-
 @functools.lru_cache(maxsize=4096)
-def cheapest_linear(call: LinearCall, rates: Rates) -> LinearAlgorithm:
+def choose_linear(call: LinearCall, rates: Rates) -> LinearAlgorithm:
     return min(linear_algorithms(call), key=lambda algorithm: linear_seconds(call, algorithm, rates))
 
 
@@ -168,14 +161,8 @@ def _l2_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -> f
     return seconds
 
 
-def low_rank_gradients_by_library(dy: Tensor, x: Tensor) -> bool:
-    """Whether library GEMMs for H, dH, dA and dB beat the kernels."""
-    rates = device_rates.rates(x.device, hardware.architecture(x.device))
-    return library_gradients_pay(*dy.shape, x.element_size(), rates)
-
-
-def library_gradients_pay(T: int, out_features: int, element_size: int, rates: Rates) -> bool:
-    """Whether the launches that library GEMMs save are worth their second read of dy.
+def low_rank_gradients_by_library(T: int, out_features: int, element_size: int, rates: Rates) -> bool:
+    """Whether the launches that library GEMMs for H, dH, dA and dB save are worth their second read of dy.
 
     They are 4 calls in place of 7 launches, which include the additions of parts. Few tokens come in no parts: there
     the kernels take 3 launches.
@@ -218,12 +205,8 @@ def sddmm_algorithms(call: SDDMMCall) -> tuple[str, ...]:
     return ("blocks",) if call.structure == BLOCK16 else ("tiled", "entries", "entries_transposed", "library")
 
 
-def choose_sddmm(call: SDDMMCall, device: torch.device) -> str:
-    return cheapest_sddmm(call, device_rates.rates(device, hardware.architecture(device)))
-
-
 @functools.lru_cache(maxsize=4096)
-def cheapest_sddmm(call: SDDMMCall, rates: Rates) -> str:
+def choose_sddmm(call: SDDMMCall, rates: Rates) -> str:
     return min(sddmm_algorithms(call), key=lambda algorithm: sddmm_seconds(call, algorithm, rates))
 
 
