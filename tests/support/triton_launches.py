@@ -15,10 +15,9 @@ from triton.runtime.jit import JITFunction
 from rosa_kernels.backends import triton as backend
 from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.triton import configs, heuristics
-from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
+from rosa_kernels.pattern import BLOCK16, COLUMN, ROW, UNSTRUCTURED
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-UNSTRUCTURED = 0
 
 
 @dataclass(frozen=True)

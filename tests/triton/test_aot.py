@@ -23,21 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
+from rosa_kernels.pattern import BLOCK16, COLUMN, ROW, UNSTRUCTURED
 from tiers import is_exhaustive
 from triton_aot import CHIPS, UNITS, Compiled, Specialised, compile_for, missing_tools, specialise
-from triton_launches import (
-    BF16,
-    BLOCK16,
-    COLUMN,
-    FP16,
-    FP32,
-    ROW,
-    UNSTRUCTURED,
-    Case,
-    Launch,
-    recorded,
-    with_most_parts,
-)
+from triton_launches import BF16, FP16, FP32, Case, Launch, recorded, with_most_parts
 
 if reason := missing_tools():
     pytest.skip(reason, allow_module_level=True)

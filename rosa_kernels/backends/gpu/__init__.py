@@ -1,2 +1,2 @@
-"""What the Triton and the CUDA backend share: ops, operands, the cost model and library GEMMs with an adapter's
-operand."""
+"""What Triton and CUDA share: the ops, their algorithms by library GEMMs, the cost model, and what is known of a
+GPU."""

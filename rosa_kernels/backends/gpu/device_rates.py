@@ -1,5 +1,4 @@
-"""What the cost model knows of a GPU: the rates of data sheets, or those that `python -m rosa_kernels.tune`
-measured."""
+"""What the cost model knows of a GPU: rates of data sheets, or those that `python -m rosa_kernels.tune` measured."""
 
 import functools
 import json
@@ -31,7 +30,7 @@ class Rates(NamedTuple):
 
     In a CUDA graph both cost 1 us, but few calls are close enough for that to matter there.
     """
-    shared_memory: int = hardware.EMULATED_SHARED_MEMORY
+    shared_memory: int = hardware.SHARED_MEMORY_OF_AN_H100
     """Bytes that a block may have: the device's own, see hardware.shared_memory."""
 
 

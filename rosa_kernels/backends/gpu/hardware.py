@@ -10,7 +10,7 @@ from rosa_kernels.backends.shapes import cdiv
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the GPU kernels compute."""
 _OLDEST = (8, 0)
-EMULATED_SHARED_MEMORY = 226 * 1024
+SHARED_MEMORY_OF_AN_H100 = 226 * 1024
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -24,7 +24,7 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def precision(x: Tensor) -> str:
-    """How x is multiplied: in "tf32" where x is fp32, PyTorch's switch for matmuls says so and the GPU can; else
+    """How x is multiplied: "tf32" for fp32 where PyTorch's switch for matmuls asks for it and the GPU can, else
     "ieee"."""
     if x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
@@ -45,16 +45,15 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once at least. It is 8 under the interpreter, so that small tests split their sums
-    too."""
+    """How many programs run at once at least. The interpreter says 8, so that small tests split their sums too."""
     return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may ask for. 1 KiB is kept for what a kernel declares itself."""
-    if device.type != "cuda":
-        return EMULATED_SHARED_MEMORY
+    if device.type != "cuda" or torch.version.hip:  # PyTorch does not tell it on ROCm, where no CUDA kernel asks
+        return SHARED_MEMORY_OF_AN_H100
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
 
 

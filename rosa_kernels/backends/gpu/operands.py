@@ -1,4 +1,4 @@
-"""What the GPU backends compute: dropout's numbers, the sparse delta and the layer, in either orientation."""
+"""What the GPU backends compute with: dropout's numbers, S, and the whole problem of y or of dx."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rosa_kernels.pattern import transposed_structure
 
 
 class Dropout(NamedTuple):
-    """seed: a tensor that kernels read, None for none. threshold: smaller random words are dropped, at 2**32 all."""
+    """Kernels read the seed from its tensor; None is no dropout. Random words below the threshold are dropped: all of
+    them at 2**32."""
 
     seed: Tensor | None
     keep_scale: float
@@ -32,9 +33,9 @@ NO_DROPOUT = Dropout(None, 1.0, 0)
 
 @dataclass(frozen=True)
 class Sparse:
-    """S (N, K): values (nnz,) at crow (N + 1,), col (nnz,); entry e's is values[permutation[e]] if there is one.
+    """S (N, K) by rows: values (nnz,) at crow (N + 1,) and col (nnz,).
 
-    transpose_of: the S of row order that this one is the transpose of.
+    A transposed S shares the values of the layer's: entry e has values[permutation[e]].
     """
 
     values: Tensor
@@ -44,6 +45,7 @@ class Sparse:
     shape: tuple[int, int]
     permutation: Tensor | None = None
     transpose_of: Sparse | None = None
+    """The layer's S, in row order, where this one is its transpose."""
 
     @property
     def nnz(self) -> int:
@@ -54,13 +56,13 @@ class Sparse:
         return Sparse(self.values, ccol, row, structure, self.shape[::-1], permutation, self)
 
     def whole_rows(self) -> Tensor:
-        """(rows that are not empty, K): their values, for structure ROW."""
+        """The values of the rows that are not empty, for structure ROW: (rows, K)."""
         K = self.shape[1]
         count = self.nnz // K
         return self.values.view(count, K) if self.permutation is None else self.values.view(K, count).T
 
     def whole_columns(self) -> Tensor:
-        """(N, columns that are not empty): their values, for structure COLUMN."""
+        """The values of the columns that are not empty, for structure COLUMN: (N, columns)."""
         N = self.shape[0]
         count = self.nnz // N
         return self.values.view(N, count) if self.permutation is None else self.values.view(count, N).T

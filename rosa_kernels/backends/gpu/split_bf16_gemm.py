@@ -1,13 +1,16 @@
-"""Library GEMMs with a small operand, an adapter's, that may be of another dtype than x: no precision is lost."""
+"""Library GEMMs by an adapter's small matrix, which may be wider than x.
+
+An fp32 matrix beside bf16 x is split into three bf16 matrices, whose products are added: no precision is lost.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _TERMS = 3
-"""bf16 numbers that hold fp32's 24 bits, as csrc/cuda/arithmetic.h splits them."""
+"""So many bf16 numbers hold the 24 bits of an fp32, as csrc/cuda/device_functions.h splits them."""
 ALIGNMENT = 8
-"""Elements: library GEMMs of 16-bit matrices whose rows begin elsewhere take other, slower kernels."""
+"""Elements. Library GEMMs take other, slower kernels for 16-bit matrices whose rows begin at no multiple of it."""
 
 
 def adapters(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -16,7 +19,7 @@ def adapters(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def few_rows_product(x: Tensor, rows: Tensor) -> Tensor:
-    """x (T, K) rowsᵀ (K, n) in fp32, for an n so small that three terms of wider rows cost little."""
+    """x rowsᵀ (T, n) in fp32. n is so small that three terms of wider rows (n, in_features) cost little."""
     terms, n = terms_of(rows, x.dtype), rows.shape[0]
     if terms is None:
         return x.float() @ rows.T.float()
@@ -27,8 +30,10 @@ def few_rows_product(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def add_few_columns_product(y: Tensor | None, x: Tensor, columns: Tensor) -> Tensor:
-    """y + x (T, k) columnsᵀ (k, N), in y's place where there is one, rounded once; k small. Columns of x beyond k are
-    0."""
+    """y + x columnsᵀ, rounded once, in y's place where there is one. columns (out_features, k) has a small k.
+
+    Columns of x beyond the k-th are zeros.
+    """
     terms, k = terms_of(columns, x.dtype), columns.shape[1]
     if terms is None:
         product = x[:, :k].float() @ columns.T.float()
@@ -41,14 +46,14 @@ def add_few_columns_product(y: Tensor | None, x: Tensor, columns: Tensor) -> Ten
 
 
 def plus_product(y: Tensor | None, left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
-    """y + scaling · left right, in y's place where there is one; one rounding."""
+    """y + scaling · left right, rounded once, in y's place where there is one."""
     if y is not None:
         return y.addmm_(left, right, alpha=scaling)
     return torch.addmm(left[:, :1], left, right, beta=0, alpha=scaling).contiguous()
 
 
 def _aligned(rows: Tensor) -> Tensor:
-    """With rows of zeros up to a multiple of ALIGNMENT."""
+    """The rows, then rows of zeros up to a multiple of ALIGNMENT."""
     return F.pad(rows, (0, 0, 0, -rows.shape[0] % ALIGNMENT)) if rows.shape[0] % ALIGNMENT else rows
 
 
@@ -66,7 +71,7 @@ def terms_of(matrix: Tensor, dtype: torch.dtype) -> list[Tensor] | None:
 
 
 def matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, both of one dtype: rounded once where that is `dtype`, else the fp32 sums."""
+    """left @ right, both of one dtype. It is rounded once where that is `dtype`; else it is the fp32 sums."""
     if left.dtype in (dtype, torch.float32):
         return left @ right
     if torch.version.hip or left.device.type == "cpu":  # no out_dtype there

@@ -21,20 +21,11 @@ else:
     from rosa_kernels.backends.triton.linear import finish_linear
     from rosa_kernels.backends.triton.transpose import gather_columns, gather_whole_rows
 
-    _ops = Ops(
-        GpuBackend(
-            heuristics=heuristics,
-            finish_linear=finish_linear,
-            low_rank_gradients=lora.low_rank_gradients,
-            H_of_matrix=lora.H_of_matrix,
-            matrix_of_H=lora.matrix_of_H,
-            sddmm=_sddmm.sddmm,
-            gather_columns=gather_columns,
-            gather_whole_rows=gather_whole_rows,
-            gather_entries=_sddmm.gather_entries,
-            densify=densify,
-        )
-    )
+    _ops = Ops(GpuBackend(
+        heuristics=heuristics, finish_linear=finish_linear, low_rank_gradients=lora.low_rank_gradients,
+        H_of_matrix=lora.H_of_matrix, matrix_of_H=lora.matrix_of_H, sddmm=_sddmm.sddmm, gather_columns=gather_columns,
+        gather_whole_rows=gather_whole_rows, gather_entries=_sddmm.gather_entries, densify=densify,
+    ))  # fmt: skip
     rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
     spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 

@@ -1,7 +1,7 @@
-"""Block sizes, warps and stages: each target's short list for each kernel and bucket of tokens, the default first.
+"""Block sizes, warps and stages: a short list for each architecture, kernel and bucket of tokens, the default first.
 
-`python -m rosa_kernels.tune` times a list on the GPU at hand and remembers the winner. Nothing is tuned during a
-call: the same inputs then give the same bits in every process, and CUDA graphs can be captured after one warm call.
+`python -m rosa_kernels.tune` times a list on the GPU at hand and remembers the winner. Nothing is tuned during a call,
+so that the same inputs give the same bits in every process, and a CUDA graph can be captured after one warm call.
 """
 
 import dataclasses
@@ -12,9 +12,11 @@ import torch
 
 from rosa_kernels.backends.gpu import device_rates, hardware
 
-LINEAR, SHRINK, LORA_GRAD, SDDMM_TILED, SDDMM_BLOCKS = "linear", "shrink", "outer", "sddmm_tiled", "sddmm_blocks"
+LINEAR, SHRINK, LORA_GRAD = "linear", "shrink", "outer"
+SDDMM_TILED, SDDMM_BLOCKS = "sddmm_tiled", "sddmm_blocks"
+"""The kernels' names in the files of tune, where lora_grad is "outer"."""
 TOKEN_BUCKETS = (16, 32, 64, 512, 2**31)
-"""A bucket's largest number of tokens."""
+"""The largest number of tokens of each bucket."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +45,26 @@ def _matmul(m, n, k, warps, stages):
     return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
 
 
-def _linear(target: str, element_size: int, bucket: int) -> list[Config]:
-    if target == "interpreter":
+def _linear(architecture: str, element_size: int, bucket: int) -> list[Config]:
+    if architecture == "interpreter":
         return [_matmul(16 if bucket < 2 else 32, 32, 32, 4, 1)]
     block_m = (16, 32, 64, 64, 128)[bucket]
     if element_size == 4:
         return [_matmul(min(block_m, 64), 64, 16, 4, 2), _matmul(min(block_m, 32), 64, 32, 4, 2)]
-    roomy = target in ("sm_80", "sm_90", "sm_100")
-    stages = {"sm_80": 3, "sm_90": 4, "sm_100": 4}.get(target, 2)
+    roomy = architecture in ("sm_80", "sm_90", "sm_100")
+    stages = {"sm_80": 3, "sm_90": 4, "sm_100": 4}.get(architecture, 2)
     if block_m < 64:
         return [_matmul(block_m, 32, 128 if roomy else 64, 4, stages), _matmul(block_m, 64, 64, 4, stages)]
     if bucket < 4:
         return [_matmul(64, 64, 64, 4, stages), _matmul(64, 32, 64, 4, stages)]
     if not roomy:
         return [_matmul(128, 64, 32, 4, 2), _matmul(64, 64, 32, 4, 2)]
-    wide = [] if target == "sm_80" else [_matmul(128, 256, 64, 8, 3)]
+    wide = [] if architecture == "sm_80" else [_matmul(128, 256, 64, 8, 3)]
     return [_matmul(128, 128, 64, 8, 3), _matmul(128, 64, 64, 4, 3), *wide]
 
 
-def _shrink(target: str, element_size: int, bucket: int) -> list[Config]:
-    if target == "interpreter":
+def _shrink(architecture: str, element_size: int, bucket: int) -> list[Config]:
+    if architecture == "interpreter":
         return [Config({"BLOCK_M": 16 if bucket < 2 else 32, "BLOCK_K": 32}, 4, 1)]
     block_m = (16, 32, 64, 64, 64)[bucket]
     block_k = 64 if element_size == 2 else 32
@@ -72,8 +74,8 @@ def _shrink(target: str, element_size: int, bucket: int) -> list[Config]:
     ]
 
 
-def _lora_grad(target: str, element_size: int, bucket: int) -> list[Config]:
-    if target == "interpreter":
+def _lora_grad(architecture: str, element_size: int, bucket: int) -> list[Config]:
+    if architecture == "interpreter":
         return [Config({"BLOCK_T": 16, "BLOCK_F": 32}, 4, 1)]
     block_t = 16 if bucket == 0 else 32
     if element_size == 4:
@@ -85,13 +87,13 @@ def _lora_grad(target: str, element_size: int, bucket: int) -> list[Config]:
     ]
 
 
-def _sddmm_tiled(target: str, element_size: int, bucket: int) -> list[Config]:
-    if target == "interpreter":
+def _sddmm_tiled(architecture: str, element_size: int, bucket: int) -> list[Config]:
+    if architecture == "interpreter":
         return [Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_T": 16}, 4, 1)]
     if element_size == 4:
         return [Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 16}, 4, 2)]
     block_t = (16, 32, 64, 64, 64)[bucket]
-    if target not in ("sm_80", "sm_90", "sm_100"):
+    if architecture not in ("sm_80", "sm_90", "sm_100"):
         return [Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": min(32, block_t)}, 4, 2)]
     return [
         Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": block_t}, 8, 3),
@@ -99,9 +101,9 @@ def _sddmm_tiled(target: str, element_size: int, bucket: int) -> list[Config]:
     ]
 
 
-def _sddmm_blocks(target: str, element_size: int, bucket: int) -> list[Config]:
-    """A row of 16 x 16 blocks; the gathered columns take a pointer an element, so the tiles are small."""
-    if target == "interpreter":
+def _sddmm_blocks(architecture: str, element_size: int, bucket: int) -> list[Config]:
+    """For a row of 16 x 16 blocks. Gathered columns take a pointer for each element, so the tiles are small."""
+    if architecture == "interpreter":
         return [Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_T": 16}, 4, 1)]
     block_t = 16 if element_size == 4 or bucket == 0 else 32
     return [
@@ -110,23 +112,18 @@ def _sddmm_blocks(target: str, element_size: int, bucket: int) -> list[Config]:
     ]
 
 
-_LISTS = {
-    LINEAR: _linear,
-    SHRINK: _shrink,
-    LORA_GRAD: _lora_grad,
-    SDDMM_TILED: _sddmm_tiled,
-    SDDMM_BLOCKS: _sddmm_blocks,
-}
+_LISTS = {LINEAR: _linear, SHRINK: _shrink, LORA_GRAD: _lora_grad}
+_LISTS |= {SDDMM_TILED: _sddmm_tiled, SDDMM_BLOCKS: _sddmm_blocks}
 
 
 @functools.cache
-def configs(kernel: str, target: str, element_size: int, bucket: int) -> tuple[Config, ...]:
-    """The list to choose from; element_size is that of x, in bytes."""
-    return tuple(_LISTS[kernel](target, element_size, bucket))
+def configs(kernel: str, architecture: str, element_size: int, bucket: int) -> tuple[Config, ...]:
+    """The list to choose from. element_size is that of x, in bytes."""
+    return tuple(_LISTS[kernel](architecture, element_size, bucket))
 
 
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, tokens: int) -> Config:
-    """The tuned configuration of the list where this GPU was tuned, else the first."""
+    """The configuration that was the fastest on this GPU where it was tuned, else the first of the list."""
     bucket = token_bucket(tokens)
     listed = configs(kernel, hardware.architecture(device), dtype.itemsize, bucket)
     label = device_rates.tuned_label(device, kernel, dtype.itemsize, bucket)

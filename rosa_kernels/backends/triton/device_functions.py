@@ -1,8 +1,8 @@
 """What the kernels share: dots, rounding, dropout's mask, searches in CSR indices, the order of tiles.
 
-Operands keep the dtype of x, sums are fp32. EMULATED is true under TRITON_INTERPRET=1: its bf16 arithmetic works on
-raw bits and its rounding to bf16 loses carries (Triton 3.7-3.9), so bf16 is widened before any arithmetic and
-rounded here.
+Operands keep the dtype of x, and sums are fp32. EMULATED is true under TRITON_INTERPRET=1. The interpreter's bf16
+arithmetic works on raw bits, and its rounding to bf16 loses carries (Triton 3.7-3.9). So bf16 is widened before any
+arithmetic, and rounded here.
 """
 
 import triton
@@ -26,7 +26,7 @@ def narrow(values, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b for operands of one dtype; PRECISION ("ieee" or "tf32") is that of fp32 operands."""
+    """acc + a b for operands of one dtype. PRECISION, "ieee" or "tf32", is how fp32 operands are multiplied."""
     if EMULATED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -40,10 +40,10 @@ def power_of_two(exponent):
 
 @triton.jit
 def dot_mixed(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b where b may be wider than a: then b is taken as a sum of numbers of a's dtype, to fp32's precision.
+    """acc + a b where b may be wider than a: then b is a sum of numbers of a's dtype, to fp32's precision.
 
-    Three in bf16 (24 bits), two in fp16 (22 bits), whose numbers end at 2**-24: there b is scaled by a power of two,
-    the largest of the tile to 2**14, so that terms end 38 bits below it.
+    Three numbers of bf16 hold 24 bits, two of fp16 22 bits. fp16's numbers end at 2**-24. So b is scaled there by a
+    power of two, which takes the largest number of the tile to 2**14, and the terms end 38 bits below it.
     """
     if b.dtype == a.dtype:
         return dot(a, b, acc, PRECISION)
@@ -71,7 +71,7 @@ def dot_terms(a, wide, acc, PRECISION: tl.constexpr):
 
 
 def int32_threshold(threshold: int) -> int:
-    """A Dropout's threshold less 2**31, as keep_tile compares it: p = 1 keeps one word in 2**32, times 0."""
+    """A Dropout's threshold less 2**31, as keep_tile compares it. At p = 1 one word in 2**32 is kept, times 0."""
     return min(threshold, 2**32 - 1) - 2**31
 
 
@@ -99,7 +99,7 @@ def sum_of_parts(parts, offsets, mask, part_size, PARTS):
 
 @triton.jit
 def row_of_entry(crow, rows, entries, STEPS):
-    """For each entry the row that holds it: the last with crow[row] <= entry. STEPS >= log2(rows) + 1 halvings."""
+    """The row that holds each entry: the last with crow[row] <= entry, found by STEPS >= log2(rows) + 1 halvings."""
     low = tl.zeros_like(entries)
     high = low + rows
     for _ in range(STEPS):
@@ -112,7 +112,8 @@ def row_of_entry(crow, rows, entries, STEPS):
 
 @triton.jit
 def first_entry_at(col, start, end, column, STEPS):
-    """Per row, the first entry in [start, end) whose column is at least `column`. STEPS >= log2(end - start) + 1."""
+    """Of each row, the first entry in [start, end) whose column is at least `column`, by STEPS >= log2(end - start) + 1
+    halvings."""
     low = start
     high = end
     for _ in range(STEPS):

@@ -48,8 +48,8 @@ def _launch(kernel, grid, args, config, constants, index) -> None:
 
 
 def _kind(argument):
-    """What of an argument Triton may compile for: of a tensor its dtype and whether it begins at 16 bytes; a number's
-    value, but a float's is passed on."""
+    """What Triton may compile an argument into: a tensor's dtype and whether it begins at a multiple of 16 bytes, or
+    the value of a number that is no float."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
     return float if type(argument) is float else argument

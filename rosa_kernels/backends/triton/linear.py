@@ -164,12 +164,13 @@ def linear_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out (T, N) from x (T, K); a part whose first tensor is None is left out.
+    """out (T, N) from x (T, K). A part whose first tensor is None is left out.
 
-    weight, S (N, K) dense. H_parts (H_PARTS, T, R) fp32 and B (N, R); or A (R, K) and B, for H made here, R <= BLOCK_R.
-    values at crow, col, in the order of permutation if there is one: SPARSE "gather" reads x entry by entry,
-    "gather_transposed" x_transposed, a copy; "blocks" takes BLOCK_N rows that share their columns. DROPOUT:
-    "x" of H's input, "out" of the low-rank part of out, or "". ACCUMULATE adds to what out holds.
+    weight and S are dense (N, K). H comes as H_parts (H_PARTS, T, R) in fp32; or it is made here from A (R, K), where R
+    <= BLOCK_R. B is (N, R).
+    values lie at crow and col, in the order of permutation if there is one. SPARSE "gather" reads x by entry,
+    "gather_transposed" reads x_transposed, and "blocks" takes BLOCK_N rows that share their columns.
+    DROPOUT acts on "x" before A, on the low-rank part of "out", or "" nowhere. ACCUMULATE adds to what out holds.
     """
     m_tile, n_tile = tile_position(tl.program_id(0), T, N, BLOCK_M, BLOCK_N, GROUP_M)
     t = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -290,7 +291,7 @@ def _strides(matrix: Tensor | None) -> tuple[int, int]:
 
 
 def _config(x: Tensor, N: int, tokens: int, has_S: bool, block_n: int | None) -> Config:
-    """The tokens' configuration; a smaller tile where registers or shared memory would not hold what else is needed."""
+    """The configuration for so many tokens, with a smaller tile where registers or shared memory have to hold more."""
     if N % 8 or x.shape[1] % 8:  # no wide loads: a pointer an element
         tokens = min(tokens, _SMALL_TILE)
     config = configs.choose(configs.LINEAR, x.device, x.dtype, tokens)
@@ -302,11 +303,11 @@ def _config(x: Tensor, N: int, tokens: int, has_S: bool, block_n: int | None) ->
 
 
 def _block_r(R: int, H_parts: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> int:
-    """Ranks at a time; fewer where B is split into numbers of x's dtype. H made in the kernel takes all at once."""
+    """Ranks at a time: fewer where B is split into numbers of x's dtype, all where H is made in the kernel."""
     return block_r(R) if H_parts is None or B.dtype == dtype else min(32, block_r(R))
 
 
 def _block_e(config: Config, element_size: int) -> int:
-    """Entries of a row that a gather takes at a time: as many as leave each thread 64 bytes of products in flight."""
+    """Entries of a row that a gather takes at a time, so that each thread has 64 bytes of products in flight."""
     elements = 64 // element_size
     return max(1, elements * 32 * config.num_warps // (config["BLOCK_M"] * config["BLOCK_N"]))

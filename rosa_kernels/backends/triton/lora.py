@@ -14,7 +14,7 @@ from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Dropout
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, heuristics, launcher
 from rosa_kernels.backends.triton.device_functions import dot_mixed, int32_threshold, keep_tile, narrow, sum_of_parts
-from rosa_kernels.backends.triton.split_k import add_parts, summed, summed_if_cheaper
+from rosa_kernels.backends.triton.split_k import add_parts, parts_for, summed, summed_if_cheaper
 
 _FEW_TOKENS = 64
 
@@ -54,8 +54,8 @@ def shrink_kernel(
         a_at += block * stride_ak
     if seed is not None:
         acc *= keep_scale
-    target = H_parts + (split.to(tl.int64) * T + t64[:, None]) * R + r[None, :]
-    tl.store(target, acc, mask=(t < T)[:, None] & (r < R)[None, :])
+    out_at = H_parts + (split.to(tl.int64) * T + t64[:, None]) * R + r[None, :]
+    tl.store(out_at, acc, mask=(t < T)[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "BLOCKS_PER_SPLIT"])
@@ -75,9 +75,8 @@ def lora_grad_kernel(
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     f64, r64 = f.to(tl.int64), r.to(tl.int64)
     if dH_parts is not None:
-        b = tl.load(
-            B + f64[:, None] * stride_bf + r64[None, :] * stride_br, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0
-        )
+        b_at = B + f64[:, None] * stride_bf + r64[None, :] * stride_br
+        b = tl.load(b_at, mask=(f < F)[:, None] & (r < R)[None, :], other=0.0)
     acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
     key = None if seed is None else tl.load(seed)
     first = split * BLOCKS_PER_SPLIT * BLOCK_T
@@ -87,22 +86,18 @@ def lora_grad_kernel(
         t64 = t.to(tl.int64)
         in_ranks = (t < last)[:, None] & (r < R)[None, :]
         of_ranks = t64[:, None] * R + r[None, :]
-        z_tile = tl.load(
-            z + t64[:, None] * stride_zt + f64[None, :] * stride_zf,
-            mask=(t < last)[:, None] & (f < F)[None, :],
-            other=0.0,
-        )
+        z_at = z + t64[:, None] * stride_zt + f64[None, :] * stride_zf
+        z_tile = tl.load(z_at, mask=(t < last)[:, None] & (f < F)[None, :], other=0.0)
         if dH_parts is not None:
             dh = dot_mixed(z_tile, b, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), PRECISION)
             tl.store(dH_parts + tl.program_id(0).to(tl.int64) * T * R + of_ranks, dh, mask=in_ranks)
         if seed is not None:
-            z_tile = tl.where(
-                keep_tile(key, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F), z_tile, tl.zeros_like(z_tile)
-            )
+            kept = keep_tile(key, t, tl.program_id(0) * BLOCK_F, threshold, BLOCK_F)
+            z_tile = tl.where(kept, z_tile, tl.zeros_like(z_tile))
         h = sum_of_parts(H, of_ranks, in_ranks, tl.cast(T, tl.int64) * R, H_PARTS)
         acc = dot_mixed(tl.trans(z_tile), h if WIDE else narrow(h, z_tile.dtype), acc, PRECISION)
-    target = out + split.to(tl.int64) * F * R + f64[:, None] * stride_of + r64[None, :] * stride_or
-    tl.store(target, narrow(acc * scaling, out.dtype.element_ty), mask=(f < F)[:, None] & (r < R)[None, :])
+    out_at = out + split.to(tl.int64) * F * R + f64[:, None] * stride_of + r64[None, :] * stride_or
+    tl.store(out_at, narrow(acc * scaling, out.dtype.element_ty), mask=(f < F)[:, None] & (r < R)[None, :])
 
 
 def block_r(r: int) -> int:
@@ -146,7 +141,7 @@ def lora_grad(
     if B is not None:  # no features: one part of zeros
         dH_parts = (torch.empty if F else torch.zeros)(max(1, tiles[0]), T, R, dtype=torch.float32, device=z.device)
     out = torch.empty(like.shape, dtype=like.dtype, device=z.device)
-    parts = out if splits == 1 else torch.empty(splits, *like.shape, dtype=torch.float32, device=z.device)
+    parts = parts_for(out, splits)
     stride_bf, stride_br = (0, 0) if B is None else B.stride()
     launcher.launch(
         lora_grad_kernel, (tiles[0], splits, tiles[1]),
@@ -156,8 +151,7 @@ def lora_grad(
         WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=hardware.precision(z), BLOCK_R=block_r(R),
         config=config,
     )  # fmt: skip
-    if splits > 1:
-        add_parts(out, parts)
+    add_parts(out, parts)
     return out, dH_parts
 
 

@@ -17,7 +17,7 @@ from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, launcher
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import dot, first_entry_at, narrow, row_of_entry, tile_position
-from rosa_kernels.backends.triton.split_k import add_parts
+from rosa_kernels.backends.triton.split_k import add_parts, parts_for
 from rosa_kernels.backends.triton.transpose import transpose
 
 _ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
@@ -72,8 +72,8 @@ def sddmm_tiled_kernel(
             inside = entry < end[:, None]
             column = tl.load(col + entry, mask=inside, other=0) - first_n
             value = tl.gather(acc, tl.where(inside, column, 0), axis=1)
-            target = out + split.to(tl.int64) * nnz + entry
-            tl.store(target, narrow(value, out.dtype.element_ty), mask=inside)
+            out_at = out + split.to(tl.int64) * nnz + entry
+            tl.store(out_at, narrow(value, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT"])
@@ -97,8 +97,8 @@ def sddmm_blocks_kernel(
             dy + row.to(tl.int64) * stride_dym, x + column.to(tl.int64) * stride_xn, in_m, in_n,
             split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt, PRECISION, BLOCK_T,
         )  # fmt: skip
-        target = out + split.to(tl.int64) * nnz + row_start[:, None] + n[None, :]
-        tl.store(target, narrow(acc, out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+        out_at = out + split.to(tl.int64) * nnz + row_start[:, None] + n[None, :]
+        tl.store(out_at, narrow(acc, out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
@@ -125,8 +125,8 @@ def sddmm_entries_kernel(
         t64 = t.to(tl.int64)[:, None]
         g = tl.load(dy_columns[None, :] + t64 * stride_dyt, mask=mask, other=0.0).to(tl.float32)
         acc += g * tl.load(x_columns[None, :] + t64 * stride_xt, mask=mask, other=0.0).to(tl.float32)
-    target = out + split.to(tl.int64) * nnz + entry
-    tl.store(target, narrow(tl.sum(acc, axis=0), out.dtype.element_ty), mask=inside)
+    out_at = out + split.to(tl.int64) * nnz + entry
+    tl.store(out_at, narrow(tl.sum(acc, axis=0), out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -163,16 +163,6 @@ def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) ->
     return out
 
 
-def _with_parts(out: Tensor, splits: int, run) -> None:
-    """run(target) writes `splits` parts (splits, nnz), straight into out where there is one."""
-    if splits == 1:
-        run(out)
-        return
-    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-    run(parts)
-    add_parts(out, parts)
-
-
 def _tiled(out, dy, x, crow, col) -> None:
     (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_TILED, x.device, x.dtype, T)
@@ -181,11 +171,13 @@ def _tiled(out, dy, x, crow, col) -> None:
         config = Config(config.blocks | smaller, 4, 2)
     tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
-    _with_parts(out, splits, lambda target: launcher.launch(
+    parts = parts_for(out, splits)
+    launcher.launch(
         sddmm_tiled_kernel, (tiles, splits),
-        target, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
+        parts, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
         PRECISION=hardware.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
-    ))  # fmt: skip
+    )  # fmt: skip
+    add_parts(out, parts)
 
 
 def _blocks(out, dy, x, crow, col) -> None:
@@ -193,19 +185,23 @@ def _blocks(out, dy, x, crow, col) -> None:
     config = configs.choose(configs.SDDMM_BLOCKS, x.device, x.dtype, T)
     tiles = cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
-    _with_parts(out, splits, lambda target: launcher.launch(
+    parts = parts_for(out, splits)
+    launcher.launch(
         sddmm_blocks_kernel, (*tiles, splits),
-        target, dy, x, crow, col, T, M, nnz, blocks, *dy.stride(), *x.stride(),
+        parts, dy, x, crow, col, T, M, nnz, blocks, *dy.stride(), *x.stride(),
         PRECISION=hardware.precision(x), config=config,
-    ))  # fmt: skip
+    )  # fmt: skip
+    add_parts(out, parts)
 
 
 def _entries(out, dy, x, crow, col, transposed: bool) -> None:
     (T, M), nnz = dy.shape, col.shape[0]
     tiles = cdiv(nnz, _ENTRIES["BLOCK_E"])
     splits, blocks = hardware.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
-    _with_parts(out, splits, lambda target: launcher.launch(
+    parts = parts_for(out, splits)
+    launcher.launch(
         sddmm_entries_kernel, (tiles, splits),
-        target, dy, x, crow, col, T, M, nnz, blocks, M.bit_length(), *dy.stride(), *x.stride(),
+        parts, dy, x, crow, col, T, M, nnz, blocks, M.bit_length(), *dy.stride(), *x.stride(),
         TRANSPOSED=transposed, config=_ENTRIES,
-    ))  # fmt: skip
+    )  # fmt: skip
+    add_parts(out, parts)

@@ -25,8 +25,15 @@ def sum_kernel(out, parts, size, PARTS, BLOCK: tl.constexpr):
     tl.store(out + at, narrow(total, out.dtype.element_ty), mask=at < size)
 
 
+def parts_for(out: Tensor, splits: int) -> Tensor:
+    """What the programs of so many splits write: parts (splits, *out.shape) in fp32, or out itself for one."""
+    return out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+
+
 def add_parts(out: Tensor, parts: Tensor) -> None:
-    """out = Σ_p parts[p]; parts (parts, *out.shape) fp32, both contiguous."""
+    """out = Σ_p parts[p], unless parts_for gave out itself; both are contiguous."""
+    if parts is out:
+        return
     grid = (cdiv(out.numel(), _CONFIG["BLOCK"]),)
     launcher.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
 
