@@ -45,12 +45,12 @@ def forced(algorithm, function):
     """The function with one algorithm in place of every choice of the cost model."""
 
     def run():
-        chosen = heuristics.forward_way, heuristics.dx_way
-        heuristics.forward_way = heuristics.dx_way = lambda *call: algorithm
+        chosen = heuristics.forward_algorithm, heuristics.dx_algorithm
+        heuristics.forward_algorithm = heuristics.dx_algorithm = lambda *call: algorithm
         try:
             return function()
         finally:
-            heuristics.forward_way, heuristics.dx_way = chosen
+            heuristics.forward_algorithm, heuristics.dx_algorithm = chosen
 
     return run
 
@@ -68,14 +68,14 @@ def passes(layer: Layer, with_sparse: bool) -> dict:
     slow_bf16 = layer.dtype == torch.bfloat16 and not cpu_ops.fast_bfloat16()
     found = {}
     for name, of, widened, choose, function in (
-        ("y", x, heuristics.widens(x, cpu_ops.fast_bfloat16()), heuristics.forward_way,
+        ("y", x, heuristics.widens(x, cpu_ops.fast_bfloat16()), heuristics.forward_algorithm,
          lambda: (_ops.rosa_linear(x, W, b, A, B, scaling, values, crow, col, structure, 0.0, None),)),
-        ("gradients", dy, slow_bf16, heuristics.dx_way,
+        ("gradients", dy, slow_bf16, heuristics.dx_algorithm,
          lambda: _ops.rosa_linear_backward(
              dy, x, W, A, B, scaling, values, crow, col, *transposed, structure, 0.0, None, needs)),
     ):  # fmt: skip
-        legal = heuristics.legal_ways(of, W, A, B, values, None, widened, cpu_ops.own_gemm(of.dtype))
-        choice = choose(of, W, A, B, values, structure, None, widened, cpu_ops.own_gemm(of.dtype))
+        legal = heuristics.legal_algorithms(of, W, A, B, values, None, widened, cpu_ops.uses_our_gemm(of.dtype))
+        choice = choose(of, W, A, B, values, structure, None, widened, cpu_ops.uses_our_gemm(of.dtype))
         found[name] = legal, choice, function
     return found
 

@@ -212,7 +212,7 @@ def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
 
     In fp32 they multiply by the merged weight, in bf16 they multiply by W in the adapter's pass.
     """
-    if not cpu.own_gemm(t.x.dtype):
+    if not cpu.uses_our_gemm(t.x.dtype):
         return
     dense, (with_A, with_B) = 2 * t.T * t.O * t.I, t.rank_flops
     moved = t.x_bytes + t.y_bytes + t.weight_bytes + t.factor_bytes + s.bytes
@@ -220,8 +220,8 @@ def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
         adapter, gathered = 2 * RANK * t.O * t.I + s.n, 0
         delta = (*t.low_rank, *s.csr)
         runs = (
-            ("y", lambda: _ops.product(t.y, t.x, t.weight, None, *delta, 0, False)),
-            ("dx", lambda: _ops.product(t.dx, t.dy, t.weight, None, *delta, 0, True)),
+            ("y", lambda: _ops.gemm(t.y, t.x, t.weight, None, *delta, 0, False)),
+            ("dx", lambda: _ops.gemm(t.dx, t.dy, t.weight, None, *delta, 0, True)),
         )
     else:
         adapter, gathered = with_A + with_B + s.flops, s.gathered

@@ -1,5 +1,5 @@
 // torch.ops.rosa_kernels_cpu.*: the CPU kernels behind PyTorch's stable ABI, one binary for every torch from 2.10 on.
-// Arguments come checked from rosa_kernels/functional.py and laid out by rosa_kernels/backends/cpu.py; the checks here
+// rosa_kernels/functional.py checks the arguments and rosa_kernels/backends/cpu/ops.py lays them out; the checks here
 // are assertions.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -32,8 +32,8 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // The best instruction set of this processor, or the one that ROSA_KERNELS_CPU names.
-const Kernels& kernels() {
-  static const Kernels* chosen = [] {
+const KernelTable& kernels() {
+  static const KernelTable* chosen = [] {
     const Supported& supported = supported_kernels();
     const char* wish = std::getenv("ROSA_KERNELS_CPU");
     if (!wish || !*wish) return supported.kernels[0];
@@ -43,12 +43,20 @@ const Kernels& kernels() {
       names += std::string(i ? ", " : "") + supported.kernels[i]->instruction_set;
     }
     STD_TORCH_CHECK(false, "ROSA_KERNELS_CPU=", wish, ": expected one of those that this processor has: ", names);
-    return (const Kernels*)nullptr;
+    return (const KernelTable*)nullptr;
   }();
   return *chosen;
 }
 
 std::string instruction_set() { return kernels().instruction_set; }
+
+// The numbers that Python has too; tests/cpu/test_constants.py compares them.
+std::string constants() {
+  const auto pair = [](const char* name, int64_t value) { return std::string(name) + "=" + std::to_string(value); };
+  return pair("BLOCK_TOKENS", BLOCK_TOKENS) + pair(" UNSTRUCTURED", (int64_t)Structure::unstructured) +
+         pair(" ROW", (int64_t)Structure::row) + pair(" COLUMN", (int64_t)Structure::column) +
+         pair(" BLOCK", (int64_t)Structure::block) + pair(" BLOCK16", (int64_t)Structure::block16);
+}
 
 std::string build_info() {
   const Supported& supported = supported_kernels();
@@ -99,10 +107,10 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, double scale) 
           static_cast<float>(scale)};
 }
 
-// The base layer's weight for the kernels that multiply it.
-Matrix base_of(const OptionalTensor& weight, const Tensor& x) {
+// The base layer's weight, for the kernels that multiply by it.
+Matrix weight_of(const OptionalTensor& weight, const Tensor& x) {
   if (!weight) return {};
-  STD_TORCH_CHECK(kernels().serves_base && dtype_of(x) == Dtype::bfloat16, "kernels that serve a weight");
+  STD_TORCH_CHECK(kernels().multiplies_weight && dtype_of(x) == Dtype::bfloat16, "kernels that multiply by a weight");
   STD_TORCH_CHECK(dtype_of(*weight) == Dtype::bfloat16, "a weight of x's dtype");
   return matrix_of(*weight);
 }
@@ -112,14 +120,14 @@ Tensor packed(const Tensor& t, ScalarType dtype) {
   return packed(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
 
-// Lays its arguments out itself: what backends/cpu.py does for the others would take longer than the kernel here.
-Tensor few_tokens(const Tensor x, const OptionalTensor weight, const OptionalTensor bias, const OptionalTensor A,
-                  const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
-                  const OptionalTensor col, int64_t out_features, const OptionalTensor seed, int64_t threshold,
-                  double scale) {
+// Lays its arguments out itself: doing so in Python, as for the other operators, would take longer than the kernel.
+Tensor decode(const Tensor x, const OptionalTensor weight, const OptionalTensor bias, const OptionalTensor A,
+              const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
+              const OptionalTensor col, int64_t out_features, const OptionalTensor seed, int64_t threshold,
+              double scale) {
   const Tensor rows = packed(x);
   std::vector<int64_t> shape(rows.sizes().begin(), rows.sizes().end());
-  FewTokens f{};
+  Decode f{};
   f.dtype = dtype_of(rows);
   f.in_features = shape.back();
   f.out_features = shape.back() = out_features;
@@ -148,11 +156,11 @@ Tensor few_tokens(const Tensor x, const OptionalTensor weight, const OptionalTen
   if (values) f.sparse = csr_of(kept[4] = packed(*values, ScalarType::Float), crow, col, 0);
   f.dropout = dropout_of(seed, threshold, scale);
   STD_TORCH_CHECK(
-      f.tokens <= TOKENS && (!weight || (weight->size(0) == out_features && weight->size(1) == f.in_features)) &&
+      f.tokens <= BLOCK_TOKENS && (!weight || (weight->size(0) == out_features && weight->size(1) == f.in_features)) &&
           (!bias || bias->numel() == out_features) && (!A || A->size(1) == f.in_features) &&
           (!A || (B->size(0) == out_features && B->size(1) == f.r)) && (!crow || crow->numel() == out_features + 1),
       "one block of tokens and factors of fitting sizes");
-  kernels().few_tokens(f);
+  kernels().decode(f);
   return y;
 }
 
@@ -171,7 +179,7 @@ void forward(Tensor y, const Tensor x, const OptionalTensor weight, const Option
   f.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
   f.dropout = dropout_of(seed, threshold, scale);
   f.sparse = csr_of(values, crow, col, structure);
-  f.weight = base_of(weight, x);
+  f.weight = weight_of(weight, x);
   if (bias) {
     STD_TORCH_CHECK(weight && dtype_of(*bias) == dtype_of(x) && bias->is_contiguous(), "a bias of a weight");
     f.bias = bias->data_ptr();
@@ -195,7 +203,7 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
   b.dy = matrix_of(dy);
   b.x = matrix_of(x);
   b.low_rank = low_rank_of(A, B, scaling, bfloat16_adapters);
-  b.weight = base_of(weight, x);
+  b.weight = weight_of(weight, x);
   b.dropout = dropout_of(seed, threshold, scale);
   b.sparse = csr_of(values, crow, col, structure);
   b.ccol = ints_of(ccol);
@@ -207,7 +215,7 @@ void backward(const OptionalTensor dx, const OptionalTensor dA, const OptionalTe
   kernels().backward(b);
 }
 
-// Rows and columns of a strip, from the first ones on.
+// The strip of the weight that starts at first_row and first_column.
 Merge strip_of(const Tensor& weight, const OptionalTensor& A, const OptionalTensor& B, double scaling,
                const OptionalTensor& values, const OptionalTensor& crow, const OptionalTensor& col, int64_t first_row,
                int64_t rows, int64_t first_column, int64_t columns) {
@@ -234,14 +242,14 @@ void merge(Tensor out, const Tensor weight, const OptionalTensor A, const Option
   m.out_dtype = dtype_of(out);
   m.out = matrix_of(out);
   STD_TORCH_CHECK(m.out_dtype == Dtype::float32 || (m.out_dtype == m.weight_dtype && m.low_rank.r == 0),
-                  "a low-rank delta is merged in float32 alone");
+                  "a low-rank part is merged in float32 alone");
   kernels().merge(m);
 }
 
-void product(Tensor y, const Tensor x, const Tensor weight, const OptionalTensor bias, const OptionalTensor A,
-             const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
-             const OptionalTensor col, int64_t first, bool transposed) {
-  Product p{};
+void gemm(Tensor y, const Tensor x, const Tensor weight, const OptionalTensor bias, const OptionalTensor A,
+          const OptionalTensor B, double scaling, const OptionalTensor values, const OptionalTensor crow,
+          const OptionalTensor col, int64_t first, bool transposed) {
+  Gemm p{};
   p.tokens = x.size(0);
   p.y = matrix_of(y);
   p.x = matrix_of(x);
@@ -253,7 +261,7 @@ void product(Tensor y, const Tensor x, const Tensor weight, const OptionalTensor
                       p.weight.weight_dtype == Dtype::float32 && y.size(0) == p.tokens &&
                       x.size(1) == weight.size(transposed ? 0 : 1),
                   "float32 matrices of fitting sizes");
-  kernels().product(p);
+  kernels().gemm(p);
 }
 
 }  // namespace
@@ -261,7 +269,7 @@ void product(Tensor y, const Tensor x, const Tensor weight, const OptionalTensor
 
 STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
   m.def(
-      "few_tokens(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? "
+      "decode(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? "
       "values, "
       "Tensor? crow, Tensor? col, int out_features, Tensor? seed, int threshold, float scale) -> Tensor");
   m.def(
@@ -279,22 +287,24 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cpu, m) {
       "crow, "
       "Tensor? col, int first_row, int first_column) -> ()");
   m.def(
-      "product(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
+      "gemm(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, "
       "Tensor? values, Tensor? crow, Tensor? col, int first, bool transposed) -> ()");
   m.def("intel_processor() -> bool");
   m.def("fast_bfloat16() -> bool");
+  m.def("constants() -> str");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rosa_kernels_cpu, CompositeExplicitAutograd, m) {
-  m.impl("few_tokens", TORCH_BOX(&rosa::few_tokens));
+  m.impl("decode", TORCH_BOX(&rosa::decode));
   m.impl("forward", TORCH_BOX(&rosa::forward));
   m.impl("backward", TORCH_BOX(&rosa::backward));
   m.impl("merge", TORCH_BOX(&rosa::merge));
-  m.impl("product", TORCH_BOX(&rosa::product));
+  m.impl("gemm", TORCH_BOX(&rosa::gemm));
   m.impl("intel_processor", TORCH_BOX(&rosa::intel_processor));
   m.impl("fast_bfloat16", TORCH_BOX(&rosa::fast_bfloat16));
+  m.impl("constants", TORCH_BOX(&rosa::constants));
   m.impl("instruction_set", TORCH_BOX(&rosa::instruction_set));
   m.impl("build_info", TORCH_BOX(&rosa::build_info));
 }

@@ -42,7 +42,7 @@ bool tiles_permitted() {
 Supported find_supported() {
   Supported found = {{}, 0, ""};
 #if defined(__x86_64__)
-  const auto add = [&](bool has, const Kernels* kernels) {
+  const auto add = [&](bool has, const KernelTable* kernels) {
     if (has && kernels) found.kernels[found.count++] = kernels;
   };
   if (!kernels_avx512bf16)

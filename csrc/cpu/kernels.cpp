@@ -18,7 +18,7 @@
 #include "cpu/common/kernels.h"
 
 namespace rosa {
-const Kernels* const ROSA_TABLE = nullptr;
+const KernelTable* const ROSA_TABLE = nullptr;
 }  // namespace rosa
 #else
 // clang-format off
@@ -34,8 +34,9 @@ const Kernels* const ROSA_TABLE = nullptr;
 #endif
 
 namespace rosa {
-static constexpr Kernels table = {ROSA_QUOTED(ROSA_ISA), ROSA_ISA::few_tokens, ROSA_ISA::forward,    ROSA_ISA::backward,
-                                  ROSA_ISA::merge,       ROSA_ISA::product,    ROSA_ISA::SERVES_BASE};
-const Kernels* const ROSA_TABLE = &table;
+static constexpr KernelTable table = {ROSA_QUOTED(ROSA_ISA),      ROSA_ISA::decode, ROSA_ISA::forward,
+                                      ROSA_ISA::backward,         ROSA_ISA::merge,  ROSA_ISA::gemm,
+                                      ROSA_ISA::MULTIPLIES_WEIGHT};
+const KernelTable* const ROSA_TABLE = &table;
 }  // namespace rosa
 #endif

@@ -10,12 +10,12 @@
 #include "cpu/common/isa_table_bf16.h"
 
 namespace rosa {
-extern const Kernels emulated_amx_kernels;
-const Kernels emulated_amx_kernels = {"amx",
-                                      emulated_amx::few_tokens,
-                                      emulated_amx::forward,
-                                      emulated_amx::backward,
-                                      emulated_amx::merge,
-                                      emulated_amx::product,
-                                      emulated_amx::SERVES_BASE};
+extern const KernelTable emulated_amx_kernels;
+const KernelTable emulated_amx_kernels = {"amx",
+                                          emulated_amx::decode,
+                                          emulated_amx::forward,
+                                          emulated_amx::backward,
+                                          emulated_amx::merge,
+                                          emulated_amx::gemm,
+                                          emulated_amx::MULTIPLIES_WEIGHT};
 }  // namespace rosa

@@ -8,12 +8,12 @@
 #include "cpu/common/isa_table_bf16.h"
 
 namespace rosa {
-extern const Kernels emulated_avx512bf16_kernels;
-const Kernels emulated_avx512bf16_kernels = {"avx512bf16",
-                                             emulated_avx512bf16::few_tokens,
-                                             emulated_avx512bf16::forward,
-                                             emulated_avx512bf16::backward,
-                                             emulated_avx512bf16::merge,
-                                             emulated_avx512bf16::product,
-                                             emulated_avx512bf16::SERVES_BASE};
+extern const KernelTable emulated_avx512bf16_kernels;
+const KernelTable emulated_avx512bf16_kernels = {"avx512bf16",
+                                                 emulated_avx512bf16::decode,
+                                                 emulated_avx512bf16::forward,
+                                                 emulated_avx512bf16::backward,
+                                                 emulated_avx512bf16::merge,
+                                                 emulated_avx512bf16::gemm,
+                                                 emulated_avx512bf16::MULTIPLIES_WEIGHT};
 }  // namespace rosa

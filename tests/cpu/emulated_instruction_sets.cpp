@@ -2,7 +2,7 @@
 #include "cpu/common/kernels.h"
 
 namespace rosa {
-extern const Kernels emulated_amx_kernels, emulated_avx512bf16_kernels;
+extern const KernelTable emulated_amx_kernels, emulated_avx512bf16_kernels;
 
 const Supported& supported_kernels() {
   static const Supported supported = {

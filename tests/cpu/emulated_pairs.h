@@ -1,4 +1,4 @@
-// csrc/cpu/pairs_avx512bf16.h in plain C++, with the instructions' own arithmetic (Intel's manual: VDPBF16PS,
+// csrc/cpu/isa/avx512bf16.h in plain C++, with the instructions' own arithmetic (Intel's manual: VDPBF16PS,
 // VCVTNE2PS2BF16).
 #pragma once
 #include <cmath>

@@ -1,4 +1,4 @@
-// csrc/cpu/tiles_amx.h in plain C++: the state of a thread's tiles, TDPBF16PS's own order of summing (Intel's manual),
+// csrc/cpu/isa/amx.h in plain C++: the state of a thread's tiles, TDPBF16PS's own order of summing (Intel's manual),
 // and abort() where the processor would fault. After emulated_pairs.h.
 #pragma once
 #include <cstdio>

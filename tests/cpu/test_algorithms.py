@@ -1,5 +1,5 @@
-"""Every way of the CPU's plan, forced in turn over strips and chunks of a few elements, gives the right numbers; and the
-plan takes the ways that its costs are meant to choose."""
+"""Each of the CPU's algorithms, forced in turn over strips and chunks of a few elements, gives the right numbers; the
+heuristics choose the algorithms that their costs are meant to choose."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from linear_checks import check_linear, run_linear
 from oracle import dense
 from rosa_kernels.backends.cpu import base_gemm, heuristics
 from rosa_kernels.backends.cpu import ops as cpu_ops
-from rosa_kernels.backends.cpu.heuristics import Way
+from rosa_kernels.backends.cpu.heuristics import Algorithm
 from rosa_kernels.pattern import ROW, UNSTRUCTURED
 
 pytestmark = pytest.mark.skipif(
@@ -47,18 +47,18 @@ def small_pieces(monkeypatch):
 
 @pytest.fixture
 def force(monkeypatch):
-    """force(way) -> the list of the ways taken: that one where it is legal, else the plan's."""
+    """force(algorithm) -> the list of the algorithms taken: that one where it is legal, else the heuristics'."""
 
-    def install(way):
+    def install(algorithm):
         taken = []
-        monkeypatch.setattr(cpu_ops, "_few_tokens", lambda *_: -1)
-        for function in ("forward_way", "dx_way"):
-            planned = getattr(heuristics, function)
+        monkeypatch.setattr(cpu_ops, "_decode_tokens", lambda *_: -1)
+        for function in ("forward_algorithm", "dx_algorithm"):
+            chosen = getattr(heuristics, function)
 
-            def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, own, planned=planned):
+            def choose(x, weight, lora_A, lora_B, values, structure, seed, widened, our_gemm, chosen=chosen):
                 call = x, weight, lora_A, lora_B, values
-                legal = way in heuristics.legal_ways(*call, seed, widened, own)
-                taken.append(way if legal else planned(*call, structure, seed, widened, own))
+                legal = algorithm in heuristics.legal_algorithms(*call, seed, widened, our_gemm)
+                taken.append(algorithm if legal else chosen(*call, structure, seed, widened, our_gemm))
                 return taken[-1]
 
             monkeypatch.setattr(heuristics, function, choose)
@@ -68,19 +68,19 @@ def force(monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-@pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
+@pytest.mark.parametrize("algorithm", list(Algorithm), ids=lambda algorithm: algorithm.name)
 @pytest.mark.parametrize(
     "dtype,fast_bfloat16", [(FP32, True), (BF16, True), (BF16, False)], ids=["fp32", "bf16", "widened"]
 )
-def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_bfloat16):
+def test_linear_by_algorithm(monkeypatch, small_pieces, force, case, algorithm, dtype, fast_bfloat16):
     monkeypatch.setattr(cpu_ops, "fast_bfloat16", lambda: fast_bfloat16)
-    taken = force(way)
+    taken = force(algorithm)
     with rk.use_backend("cpu"):
         check_linear("cpu", case, dtype)
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("way", [Way.MERGED, Way.KERNELS], ids=lambda way: way.name)
+@pytest.mark.parametrize("algorithm", [Algorithm.MERGED, Algorithm.KERNELS], ids=lambda algorithm: algorithm.name)
 @pytest.mark.parametrize(
     "case",
     [
@@ -91,12 +91,12 @@ def test_linear_by_way(monkeypatch, small_pieces, force, case, way, dtype, fast_
     ],
     ids=lambda case: case.id,
 )
-def test_linear_by_the_kernels_own_gemm(monkeypatch, force, case, way):
-    """On any processor, whichever GEMM its plan prefers."""
-    monkeypatch.setattr(cpu_ops, "own_gemm", lambda dtype: dtype == FP32)
-    monkeypatch.setattr(cpu_ops, "_few_tokens", lambda dtype, with_weight: 0)
+def test_linear_by_our_gemm(monkeypatch, force, case, algorithm):
+    """On any processor, whichever GEMM its heuristics prefer."""
+    monkeypatch.setattr(cpu_ops, "uses_our_gemm", lambda dtype: dtype == FP32)
+    monkeypatch.setattr(cpu_ops, "_decode_tokens", lambda dtype, with_weight: 0)
     monkeypatch.setattr(heuristics, "STRIP_ELEMENTS", 40_000)
-    force(way)
+    force(algorithm)
     with rk.use_backend("cpu"):
         check_linear("cpu", case, FP32)
 
@@ -107,29 +107,29 @@ def test_linear_by_the_kernels_own_gemm(monkeypatch, force, case, way):
     ids=lambda case: case.id,
 )
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_linear_as_few_tokens(monkeypatch, case, dtype):
-    monkeypatch.setattr(cpu_ops, "_few_tokens", lambda *_: 64)
-    monkeypatch.setattr(heuristics, "forward_way", None)
+def test_linear_as_decode(monkeypatch, case, dtype):
+    monkeypatch.setattr(cpu_ops, "_decode_tokens", lambda *_: 64)
+    monkeypatch.setattr(heuristics, "forward_algorithm", None)
     with rk.use_backend("cpu"):
         check_linear("cpu", case, dtype)
 
 
-@pytest.mark.parametrize("way", list(Way), ids=lambda way: way.name)
-def test_each_way_is_legal_somewhere(force, way):
-    dtype = BF16 if way is Way.FUSED else FP32
-    if way is Way.FUSED and not cpu_ops.own_gemm(dtype):
+@pytest.mark.parametrize("algorithm", list(Algorithm), ids=lambda algorithm: algorithm.name)
+def test_each_algorithm_is_legal_somewhere(force, algorithm):
+    dtype = BF16 if algorithm is Algorithm.FUSED else FP32
+    if algorithm is Algorithm.FUSED and not cpu_ops.uses_our_gemm(dtype):
         pytest.skip(f"kernels for {cpu_ops.instruction_set()} do not multiply the base layer's weight")
-    taken = force(way)
+    taken = force(algorithm)
     with rk.use_backend("cpu"):
         check_linear("cpu", LinearCase((25,), 66, 35, 3, None), dtype)
-    assert taken == [way, way]
+    assert taken == [algorithm, algorithm]
 
 
-@pytest.mark.parametrize("way", [Way.MERGED, Way.KERNELS], ids=lambda way: way.name)
-def test_small_deltas_survive_the_widening_of_bf16(monkeypatch, small_pieces, force, way):
+@pytest.mark.parametrize("algorithm", [Algorithm.MERGED, Algorithm.KERNELS], ids=lambda algorithm: algorithm.name)
+def test_small_deltas_survive_the_widening_of_bf16(monkeypatch, small_pieces, force, algorithm):
     """Deltas of 2^-10 of W's entries, which bf16 (unit roundoff 2^-8) would round away, move y by their sum."""
     monkeypatch.setattr(cpu_ops, "fast_bfloat16", lambda: False)
-    force(way)
+    force(algorithm)
     x, weight = torch.ones(16, 512, dtype=BF16), torch.zeros(8, 512, dtype=BF16)
     weight[:, ::2], weight[:, 1::2] = 1.0, -1.0
     pattern = rk.CSRPattern.from_mask(torch.ones(8, 512, dtype=torch.bool))
@@ -149,71 +149,94 @@ def test_bf16_gradient_of_a_trainable_weight_is_summed_in_fp32(monkeypatch, smal
 
 
 def chosen(
-    tokens, out_features, in_features, r=16, density=0.01, dtype=FP32, structure=UNSTRUCTURED, widened=False, own=False
+    tokens,
+    out_features,
+    in_features,
+    r=16,
+    density=0.01,
+    dtype=FP32,
+    structure=UNSTRUCTURED,
+    widened=False,
+    our_gemm=False,
 ):
-    """(way for y, way for dx) of meta tensors: no memory is touched."""
+    """(algorithm for y, algorithm for dx) of meta tensors: no memory is touched."""
     x, dy = (torch.empty(tokens, features, dtype=dtype, device="meta") for features in (in_features, out_features))
     weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
     A, B = (torch.empty(*size, dtype=dtype, device="meta") for size in ((r, in_features), (out_features, r)))
     nnz = int(density * weight.numel())
     values = torch.empty(nnz, device="meta") if nnz else None
     adapter = (A, B) if r else (None, None)
-    arguments = (weight, *adapter, values, structure, None, widened, own)
-    return heuristics.forward_way(x, *arguments), heuristics.dx_way(dy, *arguments)
+    arguments = (weight, *adapter, values, structure, None, widened, our_gemm)
+    return heuristics.forward_algorithm(x, *arguments), heuristics.dx_algorithm(dy, *arguments)
 
 
 def test_many_tokens_merge_in_fp32_and_in_widened_bf16_alone():
     for O, I in ((768, 768), (3072, 768), (4096, 4096)):
         one_strip = O * I <= heuristics.STRIP_ELEMENTS  # more make the GEMMs read x again and again
-        assert chosen(4096, O, I) == (2 * (Way.MERGED,) if one_strip else 2 * (Way.KERNELS,))
-        assert chosen(4096, O, I, dtype=BF16, widened=True) == (Way.MERGED, Way.MERGED)
-        assert chosen(4096, O, I, dtype=BF16) == (Way.KERNELS, Way.KERNELS)
-        assert chosen(16, O, I) == (Way.KERNELS, Way.KERNELS)
+        assert chosen(4096, O, I) == (2 * (Algorithm.MERGED,) if one_strip else 2 * (Algorithm.KERNELS,))
+        assert chosen(4096, O, I, dtype=BF16, widened=True) == (Algorithm.MERGED, Algorithm.MERGED)
+        assert chosen(4096, O, I, dtype=BF16) == (Algorithm.KERNELS, Algorithm.KERNELS)
+        assert chosen(16, O, I) == (Algorithm.KERNELS, Algorithm.KERNELS)
 
 
 def test_the_more_entries_the_sooner_it_merges():
     fewest = [
-        min(t for t in range(1, 5000) if chosen(t, 1024, 1024, density=d, structure=s)[0] is Way.MERGED)
+        min(t for t in range(1, 5000) if chosen(t, 1024, 1024, density=d, structure=s)[0] is Algorithm.MERGED)
         for d, s in ((0.1, UNSTRUCTURED), (0.02, UNSTRUCTURED), (0.02, ROW), (0.001, UNSTRUCTURED))
     ]
     assert fewest == sorted(fewest) and len(set(fewest)) == 4
 
 
 def test_lora_alone_goes_through_the_library_until_it_merges():
-    assert chosen(64, 1024, 1024, density=0.0)[0] is Way.GEMMS
-    assert chosen(8192, 1024, 1024, density=0.0)[0] is Way.MERGED
-    assert chosen(8192, 4096, 4096, density=0.0)[0] is Way.GEMMS
-    assert chosen(2048, 768, 768, density=0.0, dtype=BF16) == (Way.GEMMS, Way.GEMMS)
+    assert chosen(64, 1024, 1024, density=0.0)[0] is Algorithm.GEMMS
+    assert chosen(8192, 1024, 1024, density=0.0)[0] is Algorithm.MERGED
+    assert chosen(8192, 4096, 4096, density=0.0)[0] is Algorithm.GEMMS
+    assert chosen(2048, 768, 768, density=0.0, dtype=BF16) == (Algorithm.GEMMS, Algorithm.GEMMS)
 
 
-def test_the_kernels_own_gemm_merges_sooner():
+def test_our_gemm_merges_sooner():
     for density in (0.0, 0.01):
-        assert chosen(512, 768, 768, density=density, own=True) == (Way.MERGED, Way.MERGED)
-        assert chosen(2048, 4096, 4096, density=density, own=True) == (Way.MERGED, Way.MERGED)
-    assert chosen(128, 2048, 2048, own=True) == (Way.KERNELS, Way.KERNELS)
-    assert chosen(128, 768, 768, r=256, own=True) == (Way.KERNELS, Way.KERNELS)
-    assert chosen(16, 2048, 2048, density=0.0, own=True)[1] is Way.GEMMS
+        assert chosen(512, 768, 768, density=density, our_gemm=True) == (Algorithm.MERGED, Algorithm.MERGED)
+        assert chosen(2048, 4096, 4096, density=density, our_gemm=True) == (Algorithm.MERGED, Algorithm.MERGED)
+    assert chosen(128, 2048, 2048, our_gemm=True) == (Algorithm.KERNELS, Algorithm.KERNELS)
+    assert chosen(128, 768, 768, r=256, our_gemm=True) == (Algorithm.KERNELS, Algorithm.KERNELS)
+    assert chosen(16, 2048, 2048, density=0.0, our_gemm=True)[1] is Algorithm.GEMMS
 
 
-def test_pairs_of_bf16_are_fused_where_tokens_outnumber_features():
+def test_bf16_are_fused_where_tokens_outnumber_features():
     for density in (0.0, 0.01):
-        assert chosen(4096, 768, 768, density=density, dtype=BF16, own=True) == (Way.FUSED, Way.FUSED)
-        assert chosen(1024, 3072, 768, density=density, dtype=BF16, own=True) == (Way.FUSED, Way.KERNELS)
-        assert chosen(256, 768, 768, density=density, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
-        assert chosen(8192, 4096, 4096, density=density, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
-    assert chosen(4096, 768, 768, r=0, dtype=BF16, own=True) == (Way.FUSED, Way.FUSED)
-    assert chosen(4096, 768, 768, r=0, structure=ROW, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
+        assert chosen(4096, 768, 768, density=density, dtype=BF16, our_gemm=True) == (Algorithm.FUSED, Algorithm.FUSED)
+        assert chosen(1024, 3072, 768, density=density, dtype=BF16, our_gemm=True) == (
+            Algorithm.FUSED,
+            Algorithm.KERNELS,
+        )
+        assert chosen(256, 768, 768, density=density, dtype=BF16, our_gemm=True) == (
+            Algorithm.KERNELS,
+            Algorithm.KERNELS,
+        )
+        assert chosen(8192, 4096, 4096, density=density, dtype=BF16, our_gemm=True) == (
+            Algorithm.KERNELS,
+            Algorithm.KERNELS,
+        )
+    assert chosen(4096, 768, 768, r=0, dtype=BF16, our_gemm=True) == (Algorithm.FUSED, Algorithm.FUSED)
+    assert chosen(4096, 768, 768, r=0, structure=ROW, dtype=BF16, our_gemm=True) == (
+        Algorithm.KERNELS,
+        Algorithm.KERNELS,
+    )
 
 
-def test_lora_alone_in_pairs_of_bf16_goes_through_the_kernels_unless_one_thread_would_sweep_a_large_adapter():
+def test_lora_alone_in_bf16_goes_through_the_kernels_unless_one_thread_would_sweep_a_large_adapter():
     for tokens, features in ((16, 768), (64, 4096), (2048, 4096)):
-        assert chosen(tokens, features, features, density=0.0, dtype=BF16, own=True) == (Way.KERNELS, Way.KERNELS)
-    assert chosen(16, 4096, 4096, density=0.0, dtype=BF16, own=True) == (Way.KERNELS, Way.GEMMS)
+        assert chosen(tokens, features, features, density=0.0, dtype=BF16, our_gemm=True) == (
+            Algorithm.KERNELS,
+            Algorithm.KERNELS,
+        )
+    assert chosen(16, 4096, 4096, density=0.0, dtype=BF16, our_gemm=True) == (Algorithm.KERNELS, Algorithm.GEMMS)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens,dropout_p", [(3, 0.0), (3, 0.3), (8, 0.0)])
-def test_few_tokens_whose_A_and_B_are_shared_among_threads(tokens, dropout_p, dtype):
+def test_decode_whose_A_and_B_are_shared_among_threads(tokens, dropout_p, dtype):
     with rk.use_backend("cpu"):
         check_linear("cpu", LinearCase((tokens,), 1100, 1050, 64, "sparse", dropout_p=dropout_p), dtype)
 

@@ -1,5 +1,5 @@
-"""The CPU kernels for bf16 instructions pass the ops' tests in bf16 under emulated instructions, in processes of their own, and
-what is compiled for the processor holds those instructions. Speed is not shown here.
+"""The CPU kernels for bf16 instructions pass the ops' tests in bf16 under emulated instructions, in processes of their
+own, and what is compiled for the processor holds those instructions. Speed is not shown here.
 """
 
 import os
@@ -103,7 +103,7 @@ def test_the_processor_s_own_code_holds_the_instructions(instruction_set, tmp_pa
     ).stdout
     counts = {
         name: sum(body.count(INSTRUCTIONS[instruction_set]) for title, body in functions(code) if name in title)
-        for name in ("PairsUpdate::add_to", "forward_pairs", "BackwardPairs::sweep_block", "outer_rows")
+        for name in ("Bf16Epilogue::add_to", "forward_bf16", "BackwardBf16::sweep_block", "outer_rows")
     }
     print(f"{instruction_set}: {INSTRUCTIONS[instruction_set]} by function: {counts}")
     assert all(counts.values()), counts

@@ -1,6 +1,6 @@
-"""What the CPU kernels take: the threads they are given, the same bits each time, memory that does not grow with tokens.
+"""The CPU kernels use the threads they are given, give the same bits each time, and no memory that grows with tokens.
 
-Every measurement runs in a fresh process: python tests/test_cpu_resources.py NAME prints one of MEASUREMENTS as JSON.
+Every measurement runs in a fresh process: python tests/cpu/test_resources.py NAME prints one of MEASUREMENTS as JSON.
 """
 
 import contextlib
@@ -80,8 +80,8 @@ class Layer:
             self.pattern.structure,
         )
         cpu_ops._kernels.backward(
-            self.dx, *self.gradients, self.dy, self.x, None, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0,
-            False,
+            self.dx, *self.gradients, self.dy, self.x, None, self.A, self.B, SCALING, self.values, *indices, None, 0,
+            1.0, False,
         )  # fmt: skip
 
     def step(self, base: bool = True, dropout_p: float = 0.0) -> list[torch.Tensor]:
@@ -119,7 +119,7 @@ def cpu_seconds() -> dict[str, float]:
 
 
 def shares_of_threads() -> dict[str, dict[str, list[list[float]]]]:
-    """{kernel: {thread count: the share of the process's CPU time of each thread that worked at all and is still here}}.
+    """{kernel: {thread count: the share of the process's CPU time of each thread that worked and is still here}}.
 
     One thread is measured twice: at first, and after there were more.
     """

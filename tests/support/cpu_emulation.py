@@ -34,6 +34,6 @@ def install(library: str) -> None:
 
 
 def takes(item) -> bool:
-    """Whether an emulated run takes a test: those of the backend in bf16, those of this one's arithmetic and of its own ways."""
-    names = "cpu-bf16", "test_bfloat16_terms.py", "FUSED", "by_the_kernels_own_gemm"
+    """Whether an emulated run takes a test: those of the backend in bf16, those of this one's arithmetic and of its own algorithms."""
+    names = "cpu-bf16", "test_bfloat16_terms.py", "FUSED", "by_our_gemm"
     return any(name in item.nodeid for name in names)

@@ -1,13 +1,13 @@
-// The forward of a handful of tokens, the base layer's product included: vectors run along features instead of tokens,
-// and the weight is read once, as it lies, without the copies that a library packs for its GEMM.
+// Decoding: the forward of a few tokens, the base layer's product included. Vectors run along features instead of
+// tokens, and the weight is read once, as it lies, without the copies that a library packs for its GEMM.
 #pragma once
 #include "cpu/adapter/forward.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
-// Rows of a matrix, each to be multiplied with the tokens of `in`: fp32, zero from `length` to the next multiple of
-// LANES.
+// Rows of a matrix, each to be multiplied with the tokens of `in`, which are fp32 and zero from `length` to the next
+// multiple of LANES.
 template <class T>
 struct Factor {
   const T* rows;
@@ -42,10 +42,9 @@ inline Sums<Rows, Tokens> add_dots(Sums<Rows, Tokens> sums, const Factor<T>& f, 
   if (l == length) return sums;
 #pragma GCC unroll 4
   for (int j = 0; j < Rows; ++j) {
-    T padded[LANES] = {};
-    for (int64_t c = l; c < length; ++c) padded[c - l] = rows[j * stride + c];
+    const Vec c = load_some(rows + j * stride + l, length - l);
 #pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) sums.of[j][t] = fma(load(padded), load(in + t * in_stride + l), sums.of[j][t]);
+    for (int t = 0; t < Tokens; ++t) sums.of[j][t] = fma(c, load(in + t * in_stride + l), sums.of[j][t]);
   }
   return sums;
 }
@@ -72,8 +71,8 @@ inline void multiply_tile(float* out, int64_t stride, bool fresh, int64_t i, int
     }
 }
 
-// Calls GROUP rows from i on to the cache: the processor does not see short pieces of rows coming. 0.65 of the time
-// without, at 8 tokens of 4096 x 4096 in bf16.
+// Prefetches GROUP rows from i on, because the processor does not foresee short pieces of rows. At 8 tokens of 4096 x
+// 4096 in bf16 this takes 0.65 of the time without it.
 template <class T>
 inline void fetch_rows(const Factor<T>& f, int64_t i) {
   for (int64_t j = 0; j < GROUP; ++j)
@@ -99,28 +98,25 @@ inline void multiply_rows_of(float* out, int64_t stride, bool fresh, int64_t tok
 // to[f] = sums[f] + bias[f], rounded once; bias may be null.
 template <class T>
 inline void add_bias(const float* sums, const T* bias, int64_t features, T* to) {
-  int64_t f = 0;
-  for (; f + LANES <= features; f += LANES) store(to + f, bias ? add(load(sums + f), load(bias + f)) : load(sums + f));
-  T padded[LANES] = {};
-  float rest[LANES] = {};
-  for (int64_t c = 0; c < features - f; ++c) padded[c] = bias ? bias[f + c] : T(), rest[c] = sums[f + c];
-  store(padded, add(load(padded), load(rest)));
-  for (int64_t c = 0; c < features - f; ++c) to[f + c] = padded[c];
+  for (int64_t f = 0; f < features; f += LANES) {
+    const Vec sum = load_some(sums + f, features - f);
+    store_some(to + f, features - f, bias ? add(sum, load_some(bias + f, features - f)) : sum);
+  }
 }
 
-// `items` are shared among threads where each has work for some 10 us: elements of matrices, a memory's rate away, each
-// multiplied with so many tokens, and entries of S.
-inline int64_t few_slots(int64_t items, int64_t elements, int64_t entries, int64_t tokens) {
+// Into how many slots `items` are split so that each has work for some 10 us. The work is reading the elements of
+// matrices from memory, multiplying each with all tokens, and gathering the entries of S.
+inline int64_t decode_slots(int64_t items, int64_t elements, int64_t entries, int64_t tokens) {
   constexpr int64_t READ = 1 << 15, MULTIPLIED = 1 << 19, GATHERED = 1 << 15;
   const int64_t pieces = elements / READ + elements * tokens / MULTIPLIED + entries * tokens / GATHERED;
   return larger(1, smaller(smaller(thread_count(), items), pieces));
 }
 
-// T: of x, weight, bias and y; P: of A and B.
+// T is the type of x, weight, bias and y, P that of A and B.
 template <class T, class P>
-class FewTokensPass {
+class DecodePass {
  public:
-  explicit FewTokensPass(const FewTokens& f)
+  explicit DecodePass(const Decode& f)
       : f_(f),
         x_stride_(rounded_up(f.in_features, LANES)),
         rank_stride_(rounded_up(f.r, LANES)),
@@ -130,11 +126,11 @@ class FewTokensPass {
     static thread_local Arena arena;
     float* piece[6];
     arena.cut({reads_x_ ? 0 : f.tokens * x_stride_, f.dropout.on ? f.tokens * x_stride_ : 0, f.tokens * rank_stride_,
-               f.tokens * f.out_features, packs_ ? x_stride_ * TOKENS : 0,
+               f.tokens * f.out_features, packs_ ? x_stride_ * BLOCK_TOKENS : 0,
                f.dropout.on ? 2 * rounded_up(f.in_features, 4) : 0},
               piece);
     x_ = reads_x_ ? (float*)f.x.data : piece[0], kept_x_ = f.dropout.on ? piece[1] : x_;
-    ranks_ = piece[2], sums_ = piece[3], packed_ = piece[4];
+    H_ = piece[2], sums_ = piece[3], packed_ = piece[4];
     bits_ = reinterpret_cast<uint64_t*>(piece[5]);
   }
 
@@ -143,7 +139,7 @@ class FewTokensPass {
     if (packs_) pack((const T*)f_.x.data, f_.x.stride, f_.tokens, f_.in_features, packed_, packed_width_);
     if (f_.r) shrink();
     const int64_t elements = f_.r + (f_.weight.data ? f_.in_features : 0);
-    for_slots(few_slots(f_.out_features, elements * f_.out_features, f_.sparse.nnz, f_.tokens), f_.out_features,
+    for_slots(decode_slots(f_.out_features, elements * f_.out_features, f_.sparse.nnz, f_.tokens), f_.out_features,
               [&](int64_t, int64_t begin, int64_t end) { finish(begin, end); });
   }
 
@@ -151,16 +147,16 @@ class FewTokensPass {
   static constexpr int64_t ONE_AT_A_TIME = 2;  // tokens: for more, vectors of them serve S
   static constexpr int64_t LENGTH = 1024;  // features of x that more than STRIP tokens keep in the first-level cache
 
-  // ranks = scaling · dropout(x) Aᵀ.
+  // H = scaling · dropout(x) Aᵀ.
   void shrink() {
     if (f_.dropout.on) drop();
-    std::memset(ranks_, 0, sizeof(float) * f_.tokens * rank_stride_);
+    std::memset(H_, 0, sizeof(float) * f_.tokens * rank_stride_);
     const Factor<P> A{(const P*)f_.A, f_.in_features, kept_x_, x_stride_, f_.in_features};
-    for_slots(few_slots(f_.r, f_.r * f_.in_features, 0, f_.tokens), f_.r, [&](int64_t, int64_t begin, int64_t end) {
-      multiply_rows_of(ranks_, rank_stride_, true, f_.tokens, begin, end, A);
+    for_slots(decode_slots(f_.r, f_.r * f_.in_features, 0, f_.tokens), f_.r, [&](int64_t, int64_t begin, int64_t end) {
+      multiply_rows_of(H_, rank_stride_, true, f_.tokens, begin, end, A);
     });
     const float scale = f_.scaling * (f_.dropout.on ? f_.dropout.scale : 1.0f);
-    for (int64_t q = 0; q < f_.tokens * rank_stride_; ++q) ranks_[q] *= scale;
+    for (int64_t q = 0; q < f_.tokens * rank_stride_; ++q) H_[q] *= scale;
   }
 
   void drop() {
@@ -180,9 +176,9 @@ class FewTokensPass {
                (T*)f_.y.data + t * f_.y.stride + begin);
   }
 
-  // sums = [x ranks] · [weight B]ᵀ.
+  // sums = [x H] · [weight B]ᵀ.
   void multiply(int64_t begin, int64_t end) {
-    const Factor<P> B{(const P*)f_.B, f_.r, ranks_, rank_stride_, f_.r};
+    const Factor<P> B{(const P*)f_.B, f_.r, H_, rank_stride_, f_.r};
     const int64_t length = f_.tokens > STRIP ? LENGTH : f_.in_features;
     int64_t l = 0;
     do {
@@ -205,23 +201,23 @@ class FewTokensPass {
 
   void add_sparse(int64_t begin, int64_t end) {
     const Csr& s = f_.sparse;
-    alignas(64) float tile[SPARSE_TILE * TOKENS];
+    alignas(64) float tile[SPARSE_TILE * BLOCK_TOKENS];
     for (int64_t i = begin; i < end; i += SPARSE_TILE) {
       const int64_t rows = smaller(SPARSE_TILE, end - i);
       if (s.crow[i] == s.crow[i + rows]) continue;
       std::memset(tile, 0, sizeof tile);
       if (packed_width_ > LANES) ROSA_ISA::add_sparse(s, i, rows, packed_, tile, packed_width_);
       for (int64_t j = 0; packed_width_ == LANES && j < rows; ++j)
-        add_row<1>(s, i + j, packed_, tile + j * TOKENS, LANES);
+        add_rows<1, 1>(s, i + j, packed_, tile + j * BLOCK_TOKENS, LANES);
       add_transposed(tile, f_.tokens, rows, sums_ + i, f_.out_features);
     }
   }
 
-  const FewTokens& f_;
+  const Decode& f_;
   const int64_t x_stride_, rank_stride_;
   const bool reads_x_, packs_;  // x as it lies; and packed, for S
   const int64_t packed_width_;
-  float *x_, *kept_x_, *ranks_, *sums_, *packed_;  // x token-major in fp32, and feature-major
+  float *x_, *kept_x_, *H_, *sums_, *packed_;  // x token-major in fp32, and feature-major
   uint64_t* bits_;
 };
 

@@ -1,4 +1,4 @@
-// What the adapter adds to the rows of y (forward) or dx (backward), a block of tokens at a time.
+// What the adapter adds to the rows of y (forward) or dx (backward), one block of tokens at a time.
 #pragma once
 #include "cpu/sparse/block_sparse.h"
 #include "cpu/sparse/row_sparse.h"
@@ -7,16 +7,16 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-// Output features finished together, multiples of GROUP and of LANES: many, so that each visit to a row of y adds whole
-// cache lines; few where S alone comes, which leaves tiles out.
+// Output features finished together, multiples of GROUP and of LANES. They are many, so that each visit to a row of y
+// adds whole cache lines, but few where S comes alone, because tiles without entries are left out.
 constexpr int64_t TILE = PANEL, SPARSE_TILE = 16;
 
-// alpha · expand · ranks + S · in, for in_features rows of `in` and out_features of the result.
-class Update {
+// alpha · expand · H + S · in, for in_features rows of `in` and out_features of the result.
+class Epilogue {
  public:
   // expand (out_features, r) through its strides; S (out_features, in_features).
-  Update(const float* expand, int64_t row_stride, int64_t column_stride, int64_t r, float alpha, const Csr& sparse,
-         int64_t in_features, int64_t out_features)
+  Epilogue(const float* expand, int64_t row_stride, int64_t column_stride, int64_t r, float alpha, const Csr& sparse,
+           int64_t in_features, int64_t out_features)
       : r_(r),
         step_(r ? TILE : SPARSE_TILE),
         alpha_(alpha),
@@ -31,32 +31,32 @@ class Update {
   }
 
   // Floats that add_to needs to hold the products of whole rows.
-  int64_t scratch_size() const { return rounded_up(whole_rows_, GROUP) * TOKENS; }
+  int64_t scratch_size() const { return rounded_up(whole_rows_, GROUP) * BLOCK_TOKENS; }
 
-  // rows (tokens, out_features) += the update; keep_bits: dropout's, of the output features, for the low-rank part
-  // alone.
+  // rows (tokens, out_features) += all of it. keep_bits are dropout's bits of the output features, for the low-rank
+  // part alone.
   template <class T>
-  void add_to(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in, const uint64_t* keep_bits,
+  void add_to(T* rows, int64_t stride, int64_t tokens, const float* H, const float* in, const uint64_t* keep_bits,
               float* scratch) const {
-    add_tiles(rows, stride, tokens, ranks, in, keep_bits, scratch, 0, tile_count());
+    add_tiles(rows, stride, tokens, H, in, keep_bits, scratch, 0, tile_count());
   }
 
   int64_t tile_count() const { return (out_features_ + step_ - 1) / step_; }
 
   // The same for tiles [begin, end) of the output features.
   template <class T>
-  void add_tiles(T* rows, int64_t stride, int64_t tokens, const float* ranks, const float* in,
-                 const uint64_t* keep_bits, float* scratch, int64_t begin, int64_t end) const {
+  void add_tiles(T* rows, int64_t stride, int64_t tokens, const float* H, const float* in, const uint64_t* keep_bits,
+                 float* scratch, int64_t begin, int64_t end) const {
     const int64_t used = used_width(tokens);
     multiply_whole_rows(in, scratch, used);
-    alignas(64) float tile[TILE * TOKENS];
+    alignas(64) float tile[TILE * BLOCK_TOKENS];
     for (int64_t i = begin * step_; i < smaller(end * step_, out_features_); i += step_) {
       const int64_t count = smaller(step_, out_features_ - i);
       const bool some_sparse = has_sparse(i, count);
       if (!r_ && !some_sparse) continue;
-      std::memset(tile, 0, sizeof(float) * rounded_up(count, 16) * TOKENS);
+      std::memset(tile, 0, sizeof(float) * rounded_up(count, 16) * BLOCK_TOKENS);
       if (r_) {
-        multiply(expand_ + i * r_, ranks, nullptr, count, r_, alpha_, tile, used);
+        multiply(expand_ + i * r_, H, nullptr, count, r_, alpha_, tile, used);
         if (keep_bits) drop(keep_bits + i, count, tile);
       }
       if (some_sparse) add_sparse_tile(i, count, in, scratch, tile, used);
@@ -65,15 +65,15 @@ class Update {
   }
 
   // What add_to takes from S: the products of its whole rows, whether it has entries in output features [i, i + count),
-  // and tile (count, TOKENS) += those rows of S · in.
-  void multiply_whole_rows(const float* in, float* scratch, int64_t used = TOKENS) const {
+  // and tile (count, BLOCK_TOKENS) += those rows of S · in.
+  void multiply_whole_rows(const float* in, float* scratch, int64_t used = BLOCK_TOKENS) const {
     multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch, used);
   }
   bool has_sparse(int64_t i, int64_t count) const {
     return sparse_.values && sparse_.crow[i] != sparse_.crow[i + count];
   }
   void add_sparse_tile(int64_t i, int64_t count, const float* in, const float* scratch, float* tile,
-                       int64_t used = TOKENS) const {
+                       int64_t used = BLOCK_TOKENS) const {
     if (whole_rows_)
       scatter_rows(sparse_, in_features_, i, count, scratch, tile);
     else
@@ -83,8 +83,8 @@ class Update {
  private:
   static void drop(const uint64_t* keep_bits, int64_t count, float* tile) {
     for (int64_t j = 0; j < count; ++j)
-      for (int64_t t = 0; t < TOKENS; t += LANES)
-        store(tile + j * TOKENS + t, keep(keep_bits[j] >> t, load(tile + j * TOKENS + t)));
+      for (int64_t t = 0; t < BLOCK_TOKENS; t += LANES)
+        store(tile + j * BLOCK_TOKENS + t, keep(keep_bits[j] >> t, load(tile + j * BLOCK_TOKENS + t)));
   }
 
   int64_t r_, step_;

@@ -1,6 +1,6 @@
-// A strip of weight + scaling · B A + S, or of the weight alone in fp32, in one pass over the weight.
+// Merging: a strip of weight + scaling · B A + S in one pass over the weight, or the weight alone widened to fp32.
 #pragma once
-#include "cpu/common/scratch.h"
+#include "cpu/dense/register_tile.h"
 
 namespace rosa {
 namespace ROSA_ISA {
@@ -26,40 +26,26 @@ struct MergedRows {
 template <class W>
 inline void merge_scalar(const Merge& m, const MergedRows<W>& row, int64_t k, int64_t end) {
   for (; k < end; ++k) {
-    float delta = 0;
-    for (int64_t q = 0; q < m.low_rank.r; ++q) delta += row.B[q] * row.A[q * m.in_features + k];
-    row.out[k] = as_float(row.weight[k]) + m.low_rank.scaling * delta;
+    float low_rank = 0;
+    for (int64_t q = 0; q < m.low_rank.r; ++q) low_rank += row.B[q] * row.A[q * m.in_features + k];
+    row.out[k] = as_float(row.weight[k]) + m.low_rank.scaling * low_rank;
   }
 }
 
 // The same for Rows rows and one strip of vectors from k on.
 template <int Rows, class W>
 inline void merge_tile(const Merge& m, const MergedRows<W>& rows, int64_t k) {
-  Vec sums[Rows][STRIP];
-#pragma GCC unroll 4
-  for (int j = 0; j < Rows; ++j)
-#pragma GCC unroll 4
-    for (int v = 0; v < STRIP; ++v) sums[j][v] = zero();
-  for (int64_t q = 0; q < m.low_rank.r; ++q) {
-    Vec a[STRIP];
-#pragma GCC unroll 4
-    for (int v = 0; v < STRIP; ++v) a[v] = load(rows.A + q * m.in_features + k + v * LANES);
-#pragma GCC unroll 4
-    for (int j = 0; j < Rows; ++j) {
-      const Vec c = broadcast(rows.B[j * m.low_rank.r + q]);
-#pragma GCC unroll 4
-      for (int v = 0; v < STRIP; ++v) sums[j][v] = fma(c, a[v], sums[j][v]);
-    }
-  }
+  RegisterTile<Rows, STRIP> tile;
+  tile.clear();
+  for (int64_t q = 0; q < m.low_rank.r; ++q)
+    tile.add_outer([&](int j) { return rows.B[j * m.low_rank.r + q]; },
+                   [&](int v) { return load(rows.A + q * m.in_features + k + v * LANES); });
   const Vec scale = broadcast(m.low_rank.scaling);
-#pragma GCC unroll 4
-  for (int j = 0; j < Rows; ++j)
-#pragma GCC unroll 4
-    for (int v = 0; v < STRIP; ++v) {
-      const W* weight = rows.weight + j * m.weight.stride + k + v * LANES;
-      __builtin_prefetch(weight + MERGED_ROWS * m.weight.stride, 0, 2);
-      store(rows.out + j * m.out.stride + k + v * LANES, fma(scale, sums[j][v], load(weight)));
-    }
+  tile.for_each([&](int j, int v) {
+    const W* weight = rows.weight + j * m.weight.stride + k + v * LANES;
+    __builtin_prefetch(weight + MERGED_ROWS * m.weight.stride, 0, 2);
+    store(rows.out + j * m.out.stride + k + v * LANES, fma(scale, tile.sums[j][v], load(weight)));
+  });
 }
 
 // Rows [begin, end) of the strip, without S.
@@ -145,9 +131,7 @@ void merge_some(const Merge& m, int64_t begin, int64_t end) {
 
 template <class W, class T>
 void merge_rows(const Merge& m) {
-  constexpr int64_t ELEMENTS_A_SLOT = 32768;  // fewer are not worth waking a thread
-  const int64_t slots = larger(1, smaller(thread_count(), m.rows * m.columns / ELEMENTS_A_SLOT));
-  for_slots(slots, m.rows, [&](int64_t, int64_t begin, int64_t end) {
+  for_slots(slots_for(m.rows, m.rows * m.columns), m.rows, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += MERGED_ROWS) merge_some<W, T>(m, i, smaller(i + MERGED_ROWS, end));
   });
 }

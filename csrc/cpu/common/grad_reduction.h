@@ -1,15 +1,15 @@
-// Gradients summed by slot, then over the slots in a fixed order.
+// The sums of the adapter's gradients: each slot has its own, and they are added in a fixed order at the end.
 #pragma once
 #include "cpu/sparse/row_sparse.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
-// Gradient sums of each slot: dA as (r, in), dB transposed as (r, out), dS as one (count, length) matrix for whole rows
-// or columns and as (nnz,) otherwise; r rounded up to rank_multiple, count to GROUP, in, out and length to LANES.
-class PartialSums {
+// A slot's sums are dA as (r, in), dB transposed as (r, out), and dS as one (count, length) matrix for whole rows or
+// columns and as (nnz,) otherwise. r is rounded up to rank_multiple, count to GROUP, and in, out and length to LANES.
+class GradReduction {
  public:
-  PartialSums(const Backward& b, int64_t slots, int64_t rank_multiple = GROUP) : b_(b), slots_(slots) {
+  GradReduction(const Backward& b, int64_t slots, int64_t rank_multiple = GROUP) : b_(b), slots_(slots) {
     const int64_t in = rounded_up(b.in_features, LANES), out = rounded_up(b.out_features, LANES);
     const int64_t padded_r = rounded_up(b.low_rank.r, rank_multiple);
     const bool rows = b.sparse.structure == Structure::row, columns = b.sparse.structure == Structure::column;

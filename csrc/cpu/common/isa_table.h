@@ -1,4 +1,4 @@
-// Included by kernels.cpp, after the header of an instruction set: the kernels compiled for that set.
+// The kernels of one instruction set. kernels.cpp includes this file after the header of the set.
 #pragma once
 #include "cpu/adapter/backward.h"
 #include "cpu/adapter/decode.h"
@@ -8,24 +8,22 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr bool SERVES_BASE = false;
+constexpr bool MULTIPLIES_WEIGHT = false;
 
 template <class T>
 void forward_typed(const Forward& f) {
-  if (!f.low_rank.r && AlikeRows::serves(f.sparse))
-    forward_alike<T>(f);
+  if (!f.low_rank.r && BlockSparse::serves(f.sparse))
+    forward_block_sparse<T>(f);
   else
     forward_blocks<T>(f);
 }
 
 template <class T>
-void few_tokens_typed(const FewTokens& f) {
-  f.adapter_dtype == Dtype::float32 ? FewTokensPass<T, float>(f).run() : FewTokensPass<T, uint16_t>(f).run();
+void decode_typed(const Decode& f) {
+  f.adapter_dtype == Dtype::float32 ? DecodePass<T, float>(f).run() : DecodePass<T, uint16_t>(f).run();
 }
 
-inline void few_tokens(const FewTokens& f) {
-  f.dtype == Dtype::float32 ? few_tokens_typed<float>(f) : few_tokens_typed<uint16_t>(f);
-}
+inline void decode(const Decode& f) { f.dtype == Dtype::float32 ? decode_typed<float>(f) : decode_typed<uint16_t>(f); }
 inline void forward(const Forward& f) {
   f.dtype == Dtype::float32 ? forward_typed<float>(f) : forward_typed<uint16_t>(f);
 }

@@ -4,26 +4,27 @@
 
 namespace rosa {
 
-constexpr int64_t TOKENS = 64;  // tokens a block: 64 tokens of one feature fill four AVX-512 registers
+// The kernels take the tokens by blocks of so many: 64 tokens of one feature fill four AVX-512 registers.
+constexpr int64_t BLOCK_TOKENS = 64;
 
 enum class Dtype { float32, bfloat16 };
 
-// Row-major, unit column stride; stride counts elements.
+// A row-major matrix of unit column stride; `stride` counts elements from one row to the next.
 struct Matrix {
   void* data = nullptr;
   int64_t stride = 0;
 };
 
-// scaling · B A; A (r, in_features) and B (out_features, r) contiguous. r = 0: none.
+// scaling · B A, with A (r, in_features) and B (out_features, r) contiguous. There is none where r = 0.
 struct LowRank {
   int64_t r = 0;
   const float* A = nullptr;
   const float* B = nullptr;
   float scaling = 0;
-  bool bfloat16 = false;  // both are bfloat16, widened
+  bool bfloat16 = false;  // both hold bfloat16 numbers, widened to float
 };
 
-// Philox dropout on the low-rank path's input; see rosa_kernels/dropout.py.
+// Philox dropout of the low-rank path's input; rosa_kernels/dropout.py defines it.
 struct Dropout {
   bool on = false;
   uint64_t seed = 0;
@@ -31,9 +32,10 @@ struct Dropout {
   float scale = 1;         // 1 / (1 - p), and 0 for p = 1
 };
 
-enum class Structure { unstructured, row, column, block, block16 };  // as in rosa_kernels/pattern.py
+// The numbers are those of rosa_kernels/pattern.py.
+enum class Structure { unstructured, row, column, block, block16 };
 
-// S (out_features, in_features) in CSR form; values null: none.
+// S (out_features, in_features) in CSR form. There is none where values is null.
 struct Csr {
   const int32_t* crow = nullptr;
   const int32_t* col = nullptr;
@@ -42,9 +44,9 @@ struct Csr {
   Structure structure = Structure::unstructured;
 };
 
-// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; with fresh_y, which S alone may come with, y holds
-// nothing before. A weight (out_features, in_features), where serves_base and x is bfloat16, adds x weightᵀ + bias and
-// makes y fresh too.
+// y (tokens, out_features) += scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ. With fresh_y, which S alone may come with, y is
+// written instead of added to. A weight (out_features, in_features) adds x weightᵀ + bias, and y is written then too.
+// Only tables that say multiplies_weight take a weight, and for bfloat16 x alone.
 struct Forward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;
@@ -59,7 +61,7 @@ struct Forward {
 // y (tokens, out_features) = x weightᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ, any of which may be missing, but not
 // all. weight (out_features, in_features) and bias are of dtype; A (r, in_features) and B (out_features, r) of
 // adapter_dtype, contiguous.
-struct FewTokens {
+struct Decode {
   Dtype dtype, adapter_dtype;
   int64_t tokens, in_features, out_features, r;
   Matrix y, x, weight;
@@ -69,8 +71,8 @@ struct FewTokens {
   Csr sparse;
 };
 
-// Adds to dx and writes the others; a null output is not wanted. dA (r, in), dB (out, r), dvalues (nnz,). A weight,
-// under the same conditions as the forward's, adds dy weight to a dx that holds nothing before.
+// Adds to dx and writes the other gradients; a null output is not wanted. dA is (r, in_features), dB (out_features, r),
+// dvalues (nnz,). A weight adds dy weight, and dx is written then, under the same conditions as in Forward.
 struct Backward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;
@@ -94,8 +96,8 @@ struct Merge {
 };
 
 // y (tokens, rows) = x · stripᵀ + bias, or transposed y (tokens, columns) = x · strip + bias, for the strip that the
-// weight says; all float32. bias null: none.
-struct Product {
+// weight says; all float32. There is no bias where it is null.
+struct Gemm {
   int64_t tokens;
   Matrix y, x;
   const float* bias;
@@ -103,32 +105,33 @@ struct Product {
   Merge weight;  // its `out` is not used
 };
 
-struct Kernels {
+// The kernels of one instruction set.
+struct KernelTable {
   const char* instruction_set;
-  void (*few_tokens)(const FewTokens&);
+  void (*decode)(const Decode&);
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*merge)(const Merge&);
-  void (*product)(const Product&);
-  bool serves_base = false;
+  void (*gemm)(const Gemm&);
+  bool multiplies_weight = false;
 };
 
-// Null where the compiler did not know the instructions; see kernels.cpp.
-extern const Kernels* const kernels_portable;
-extern const Kernels* const kernels_avx2;
-extern const Kernels* const kernels_avx512;
-extern const Kernels* const kernels_avx512bf16;
-extern const Kernels* const kernels_amx;
+// A table is null where the compiler did not know the instructions; see kernels.cpp.
+extern const KernelTable* const kernels_portable;
+extern const KernelTable* const kernels_avx2;
+extern const KernelTable* const kernels_avx512;
+extern const KernelTable* const kernels_avx512bf16;
+extern const KernelTable* const kernels_amx;
 
-// Those that this processor and its system run, the best first; and what the compiler left out, for people.
+// The tables that this processor and its system run, the best first, and words on what is left out.
 struct Supported {
-  const Kernels* kernels[8];
+  const KernelTable* kernels[8];
   int count;
   const char* left_out;
 };
 const Supported& supported_kernels();
 
-// Whose processor it is: MKL's GEMMs are made for Intel's, and take AVX-512 on no others.
+// Whether Intel made the processor: MKL's GEMMs use AVX-512 on no other.
 bool intel_processor();
 
 // Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.

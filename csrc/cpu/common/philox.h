@@ -1,6 +1,8 @@
-// Dropout bits: Philox4x32-10 with counter (feature / 4, token, 0, 0), word feature % 4; see rosa_kernels/dropout.py.
+// Dropout's bits. Philox4x32-10 of the counter (feature / 4, token, 0, 0) gives four words, one for each of four
+// features; rosa_kernels/dropout.py defines them.
 #pragma once
-#include "cpu/common/scratch.h"
+#include "cpu/common/arithmetic.h"
+#include "cpu/common/kernels.h"
 
 namespace rosa {
 namespace ROSA_ISA {
@@ -20,11 +22,11 @@ inline void philox(Words (&c)[4], uint64_t seed) {
   }
 }
 
-// bits[f]: bit t is set where element (first_token + t, f) is kept. Writes up to the next multiple of 4 features.
+// Bit t of bits[f] is set where element (first_token + t, f) is kept. Writes up to the next multiple of 4 features.
 inline void keep_bits(const Dropout& dropout, int64_t first_token, int64_t features, uint64_t* bits) {
   for (int64_t f = 0; f < features; f += 4) {
     uint64_t kept[4] = {0, 0, 0, 0};
-    for (int64_t t = 0; t < TOKENS && dropout.threshold <= 0xffffffffu; t += LANES) {
+    for (int64_t t = 0; t < BLOCK_TOKENS && dropout.threshold <= 0xffffffffu; t += LANES) {
       Words c[4] = {broadcast_word((uint32_t)(f / 4)), counting_from((uint32_t)(first_token + t)), broadcast_word(0),
                     broadcast_word(0)};
       philox(c, dropout.seed);

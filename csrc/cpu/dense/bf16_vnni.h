@@ -1,8 +1,9 @@
-// Operands of bfloat16 products with fp32 sums. The instructions multiply pairs of neighbours along the summed index.
+// Operands of bfloat16 products with fp32 sums, in the VNNI layout: the instructions multiply pairs of neighbours along
+// the summed index, so that a pair lies in one 32-bit term.
 //
-// bfloat16 adapters are exact operands, a word for a pair; their H and dH are rounded to bfloat16 once. A pair of fp32
-// adapters takes several words: pair_products.h and tile_products.h each say what is in them. In the products that end
-// in bfloat16, y += H Bᵀ and dx += dH A, their H and dH too are rounded once.
+// A pair of a bfloat16 adapter is one term and exact. A pair of an fp32 adapter takes several terms; bf16_dot_avx512.h
+// and bf16_dot_amx.h each say what they hold. H and dH are rounded to bfloat16 once before y += H Bᵀ and dx += dH A,
+// whose results are bfloat16 too.
 #pragma once
 #include "cpu/common/philox.h"
 #include "cpu/dense/microkernels.h"
@@ -10,13 +11,13 @@
 namespace rosa {
 namespace ROSA_ISA {
 
-constexpr int64_t ROW_MULTIPLE = 32;  // features that Rows are padded to
-constexpr int64_t BLOCK_PAIRS = TOKENS / 2;
-constexpr int64_t UPDATE_PANELS = 2;  // of features of y or dx finished together: whole cache lines
+constexpr int64_t ROW_MULTIPLE = 32;  // Rows are padded to a multiple of so many features
+constexpr int64_t BLOCK_PAIRS = BLOCK_TOKENS / 2;
+constexpr int64_t EPILOGUE_PANELS = 2;  // panels of y or dx finished together: whole cache lines
 static_assert(LANES == 16, "as many as a tile has rows");
 
-// Words that hold a pair of operands of fp32 results, and of bfloat16 results.
-struct WordCounts {
+// How many terms hold a pair of operands, for results in fp32 and for results rounded to bfloat16.
+struct TermCounts {
   int exact, rounded;
 };
 
@@ -28,30 +29,28 @@ inline void load_columns(const T* at, int64_t row_stride, int64_t column_stride,
   const int64_t lines = by_rows ? rows : count, width = by_rows ? count : rows;
   for (int64_t i = 0; i < LANES; ++i) {
     const T* line = at + i * (by_rows ? row_stride : column_stride);
-    T padded[LANES] = {};
-    if (i < lines && width < LANES) std::memcpy(padded, line, sizeof(T) * width);
-    columns[i] = load(i < lines && width == LANES ? line : padded);
+    columns[i] = i < lines ? load_some(line, width) : zero();
   }
   if (by_rows) transpose(columns);
 }
 
-// words[j] of LANES pairs (even[i], odd[i]) at to + j · stride. Defined with the products.
-void store_words(int words, Vec even, Vec odd, uint32_t* to, int64_t stride);
+// terms[j] of LANES pairs (even[i], odd[i]) at to + j · stride. Defined with the products.
+void store_terms(int terms, Vec even, Vec odd, uint32_t* to, int64_t stride);
 
-// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][word][row], zero past the
+// A matrix (rows, length) multiplied along `length`: panels of LANES rows, [panel][pair][term][row], zero past the
 // ends. One of its strides is 1. A matrix of a few rows may fill the lanes with several pairs of each: lane l of pair k
 // then has row l / n and its pair n · k + l % n, for n lanes a row.
-class PackedPairs {
+class VnniMatrix {
  public:
   const int64_t panels, pairs;
-  const int words, lanes_a_row;
+  const int terms, lanes_a_row;
 
   template <class T>
-  PackedPairs(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
-              int64_t padded_pairs, int words, int lanes_a_row = 1)
+  VnniMatrix(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length,
+             int64_t padded_pairs, int terms, int lanes_a_row = 1)
       : panels((rows + LANES - 1) / LANES),
         pairs((padded_pairs + lanes_a_row - 1) / lanes_a_row),
-        words(words),
+        terms(terms),
         lanes_a_row(lanes_a_row),
         packed_(panels * panel_size()) {
     lanes_a_row == 1 ? pack_panels(matrix, row_stride, column_stride, rows, length)
@@ -59,14 +58,12 @@ class PackedPairs {
   }
 
   const uint32_t* panel(int64_t p) const { return packed_ + p * panel_size(); }
-  int64_t panel_size() const { return pairs * words * LANES; }
+  int64_t panel_size() const { return pairs * terms * LANES; }
 
  private:
   template <class T>
   void pack_panels(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t length) {
-    constexpr int64_t WORTH_A_THREAD = 1 << 16;  // words
-    const int64_t slots = larger(1, smaller(smaller(thread_count(), panels), panels * panel_size() / WORTH_A_THREAD));
-    for_slots(slots, panels, [&](int64_t, int64_t begin, int64_t end) {
+    for_slots(slots_for(panels, panels * panel_size() / 2), panels, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
         pack_panel(matrix + p * LANES * row_stride, row_stride, column_stride, smaller(LANES, rows - p * LANES), length,
                    packed_ + p * panel_size());
@@ -80,8 +77,8 @@ class PackedPairs {
       Vec columns[LANES];
       load_columns(matrix + 2 * k * column_stride, row_stride, column_stride, rows,
                    larger(0, smaller(LANES, length - 2 * k)), columns);
-      for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += words * LANES)
-        store_words(words, columns[2 * i], columns[2 * i + 1], to, LANES);
+      for (int64_t i = 0; i < smaller(LANES / 2, pairs - k); ++i, to += terms * LANES)
+        store_terms(terms, columns[2 * i], columns[2 * i + 1], to, LANES);
     }
   }
 
@@ -95,14 +92,14 @@ class PackedPairs {
           if (column < length)
             pair[i][lane] = as_float(matrix[lane / lanes_a_row * row_stride + column * column_stride]);
         }
-      store_words(words, load(pair[0]), load(pair[1]), packed_ + k * words * LANES, LANES);
+      store_terms(terms, load(pair[0]), load(pair[1]), packed_ + k * terms * LANES, LANES);
     }
   }
 
   Buffer<uint32_t> packed_;
 };
 
-// TOKENS rows of bfloat16, zero past the last token and feature, up to a multiple of ROW_MULTIPLE features.
+// BLOCK_TOKENS rows of bfloat16, zero past the last token and feature, up to a multiple of ROW_MULTIPLE features.
 struct Rows {
   const uint16_t* data;
   int64_t stride;
@@ -123,27 +120,28 @@ inline void transpose_bits(const uint64_t* in, uint64_t* out) {
 // Dropout's bits by token: bits of LANES features from f on, a multiple of LANES, in the low bits.
 struct TokenBits {
   const uint64_t* bits;  // [feature / 64][token], null without dropout
-  uint64_t at(int64_t t, int64_t f) const { return bits[f / 64 * TOKENS + t] >> f % 64; }
+  uint64_t at(int64_t t, int64_t f) const { return bits[f / 64 * BLOCK_TOKENS + t] >> f % 64; }
 };
 
-// Words that block_bits fills: the bits by feature, then by token.
+// How many integers block_bits fills: the bits by feature, then by token.
 inline int64_t bit_words(int64_t features) { return 2 * rounded_up(features, 64); }
 
-inline TokenBits block_bits(const Dropout& dropout, int64_t first_token, int64_t features, uint64_t* words) {
+inline TokenBits block_bits(const Dropout& dropout, int64_t first_token, int64_t features, uint64_t* bits) {
   if (!dropout.on) return {nullptr};
   const int64_t padded = rounded_up(features, 64);
-  std::memset(words, 0, sizeof(uint64_t) * padded);
-  keep_bits(dropout, first_token, features, words);
-  for (int64_t f = 0; f < padded; f += 64) transpose_bits(words + f, words + padded + f);
-  return {words + padded};
+  std::memset(bits, 0, sizeof(uint64_t) * padded);
+  keep_bits(dropout, first_token, features, bits);
+  for (int64_t f = 0; f < padded; f += 64) transpose_bits(bits + f, bits + padded + f);
+  return {bits + padded};
 }
 
-// The block's rows as they lie in memory where they are whole, else a copy of (TOKENS, features up to ROW_MULTIPLE).
+// The block's rows as they lie in memory where they are whole, else a copy of (BLOCK_TOKENS, features up to
+// ROW_MULTIPLE).
 inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int64_t features, TokenBits kept,
                        uint16_t* copy) {
-  if (!kept.bits && tokens == TOKENS && features % ROW_MULTIPLE == 0) return {rows, stride};
+  if (!kept.bits && tokens == BLOCK_TOKENS && features % ROW_MULTIPLE == 0) return {rows, stride};
   const int64_t width = rounded_up(features, ROW_MULTIPLE);
-  std::memset(copy, 0, sizeof(uint16_t) * TOKENS * width);
+  std::memset(copy, 0, sizeof(uint16_t) * BLOCK_TOKENS * width);
   for (int64_t t = 0; t < tokens; ++t) {
     uint16_t* to = copy + t * width;
     std::memcpy(to, rows + t * stride, sizeof(uint16_t) * features);
@@ -152,28 +150,30 @@ inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int
   return {copy, width};
 }
 
-// The base layer's part of rows that hold nothing before: x · weightᵀ + bias. Null: the rows hold it.
-struct Base {
-  const PackedPairs* weight;
+// The base layer's weight and bias where the kernels add x · weightᵀ + bias themselves. Where weight is null, the rows
+// hold that part already.
+struct FusedWeight {
+  const VnniMatrix* weight;
   const uint16_t* bias;  // null for none
 };
 
-// Rows of y or dx, and `count` of their features from `first` on: they get alpha · a product masked by dropout,
-// `extra`, and the base, whose product add_products adds to the sums of both.
-struct Target {
+// Rows of y or dx, and the `count` features from `first` on that are finished together. They become the sum of what
+// they hold or of the fused weight's part, of alpha · the low-rank product where dropout keeps it, and of `extra`, S's
+// part.
+struct OutputRows {
   uint16_t* rows;
   int64_t stride, tokens, first, count;
   float alpha;
   TokenBits kept;
-  Base base;
-  const float* extra;  // (TOKENS, UPDATE_PANELS · LANES), null for none
+  FusedWeight fused;
+  const float* extra;  // (BLOCK_TOKENS, EPILOGUE_PANELS · LANES), null for none
 
   // Sum v of row t, of LANES features from first + v · LANES on.
   Vec sum(int64_t t, int64_t v, Vec product) const {
     if (kept.bits) product = keep(kept.at(t, first + v * LANES), product);
-    const Vec scale = broadcast(alpha), before = base.weight ? bias(v) : old(t, v);
+    const Vec scale = broadcast(alpha), before = fused.weight ? bias(v) : old(t, v);
     if (!extra) return fma(scale, product, before);
-    return add(before, fma(scale, product, load(extra + (t * UPDATE_PANELS + v) * LANES)));
+    return add(before, fma(scale, product, load(extra + (t * EPILOGUE_PANELS + v) * LANES)));
   }
 
   // Rounds both sums of row t, once.
@@ -185,35 +185,29 @@ struct Target {
   }
 
  private:
-  Vec bias(int64_t v) const { return base.bias ? some_of(base.bias + first, v) : zero(); }
+  Vec bias(int64_t v) const { return fused.bias ? some_of(fused.bias + first, v) : zero(); }
   Vec old(int64_t t, int64_t v) const {
     const uint16_t* row = rows + t * stride + first;
-    __builtin_prefetch(row + 8 * stride, 1, 2);  // rows are visited by 8: UPDATE_TOKENS of pair_products.h
+    __builtin_prefetch(row + 8 * stride, 1, 2);  // the next rows: bf16_dot_avx512.h takes 8 at a time
     return some_of(row, v);
   }
-  Vec some_of(const uint16_t* features, int64_t v) const {
-    const int64_t left = count - v * LANES;
-    if (left >= LANES) return load(features + v * LANES);
-    uint16_t padded[LANES] = {};
-    if (left > 0) std::memcpy(padded, features + v * LANES, sizeof(uint16_t) * left);
-    return load(padded);
-  }
+  Vec some_of(const uint16_t* features, int64_t v) const { return load_some(features + v * LANES, count - v * LANES); }
 };
 
-// rounded (TOKENS, stride) = ranks (TOKENS, padded_r), to nearest even, and zero from r up to padded_r, where an
-// infinite x has made NaN. What lies between padded_r and stride is left alone.
-inline Rows round_ranks(const float* ranks, int64_t r, int64_t padded_r, uint16_t* rounded, int64_t stride) {
-  for (int64_t t = 0; t < TOKENS; ++t)
+// rounded (BLOCK_TOKENS, stride) = H (BLOCK_TOKENS, padded_r), to nearest even. From r up to padded_r it is zero,
+// because an infinite x makes NaN there. What lies between padded_r and stride is left alone.
+inline Rows round_H(const float* H, int64_t r, int64_t padded_r, uint16_t* rounded, int64_t stride) {
+  for (int64_t t = 0; t < BLOCK_TOKENS; ++t)
     for (int64_t q = 0; q < padded_r; q += LANES) {
       const uint64_t real = r - q < LANES ? (1u << (r - q)) - 1 : 0xffff;
-      store(rounded + t * stride + q, keep(real, load(ranks + t * padded_r + q)));
+      store(rounded + t * stride + q, keep(real, load(H + t * padded_r + q)));
     }
   return {rounded, stride};
 }
 
 // panel[t / 2][i] = (rows[t][f + i], rows[t + 1][f + i]) for `width` features, a multiple of LANES.
 inline void interleave_tokens(const Rows& rows, int64_t f, int64_t width, uint32_t* panel) {
-  for (int64_t t = 0; t < TOKENS; t += 2) {
+  for (int64_t t = 0; t < BLOCK_TOKENS; t += 2) {
     const uint16_t* even = rows.data + t * rows.stride + f;
     for (int64_t i = 0; i < width; i += LANES, panel += LANES)
       store_pairs(panel, interleave(even + i, even + rows.stride + i));

@@ -1,5 +1,5 @@
-// fp32 products with a weight that is merged while it is packed. Vectors run along the output features; x is read as it
-// lies.
+// Our GEMM: fp32 products by a weight that is merged while it is packed. Vectors run along the output features, and x
+// is read as it lies.
 #pragma once
 #include "cpu/adapter/forward.h"
 #include "cpu/adapter/merge.h"
@@ -10,21 +10,7 @@ namespace ROSA_ISA {
 // Sums in registers: tokens times panels of LANES output features. A block of tokens meets CHUNK summed features of a
 // panel while those are in cache.
 constexpr int TILE_TOKENS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4, TILE_PANELS = 2;
-constexpr int64_t BLOCK_TILES = 128 / TILE_TOKENS, BLOCK = BLOCK_TILES * TILE_TOKENS, CHUNK = 1024;
-
-// The first `count` of LANES, zero beyond.
-inline Vec load_some(const float* from, int64_t count) {
-  if (count >= LANES) return load(from);
-  float padded[LANES] = {};
-  std::memcpy(padded, from, sizeof(float) * count);
-  return load(padded);
-}
-inline void store_some(float* to, int64_t count, Vec a) {
-  if (count >= LANES) return store(to, a);
-  float padded[LANES];
-  store(padded, a);
-  if (count > 0) std::memcpy(to, padded, sizeof(float) * count);
-}
+constexpr int64_t BLOCK_TILES = 128 / TILE_TOKENS, MOST_TOKENS = BLOCK_TILES * TILE_TOKENS, CHUNK = 1024;
 
 // A strip of weight + scaling · B A + S, or of its transpose, by panels of LANES output features: [panel][summed
 // feature][output feature], zero past the last one.
@@ -37,13 +23,11 @@ class MergedPanels {
         length(transposed ? m.rows : m.columns),
         panels((features + LANES - 1) / LANES),
         packed_(panels * LANES * length) {
-    constexpr int64_t ELEMENTS_A_SLOT = 32768;  // fewer are not worth waking a thread
     const int64_t chunks = (m.rows + MERGED_ROWS - 1) / MERGED_ROWS;
-    const int64_t slots = larger(1, smaller(smaller(thread_count(), chunks), m.rows * m.columns / ELEMENTS_A_SLOT));
     // Rows are transposed whole, which lets the processor see them coming; lines go to panels far apart, and in short
     // pieces.
     const int64_t width = transposed ? MERGED_COLUMNS : m.columns, stride = rounded_up(width, LANES);
-    for_slots(slots, chunks, [&](int64_t, int64_t begin, int64_t end) {
+    for_slots(slots_for(chunks, m.rows * m.columns), chunks, [&](int64_t, int64_t begin, int64_t end) {
       static thread_local Arena arena;
       float* piece[1];
       arena.cut({MERGED_ROWS * stride}, piece);
@@ -69,13 +53,11 @@ class MergedPanels {
   // Rows [i, i + rows), output features.
   void pack_columns(const float* piece, int64_t stride, int64_t i, int64_t rows) {
     for (int64_t j = 0; j < rows; j += LANES)
-      for (int64_t k = 0; k < length; k += LANES) {
-        Vec tile[LANES];
-        for (int64_t q = 0; q < LANES; ++q) tile[q] = j + q < rows ? load(piece + (j + q) * stride + k) : zero();
-        transpose(tile);
-        float* to = packed_ + (i + j) * length + k * LANES;
-        for (int64_t q = 0; q < smaller(LANES, length - k); ++q) store(to + q * LANES, tile[q]);
-      }
+      for (int64_t k = 0; k < length; k += LANES)
+        transpose_square([&](int q) { return j + q < rows ? load(piece + (j + q) * stride + k) : zero(); },
+                         [&](int q, Vec column) {
+                           if (k + q < length) store(packed_ + (i + j) * length + (k + q) * LANES, column);
+                         });
   }
   // Rows [i, i + rows) of columns [k, k + columns), those output features.
   void pack_lines(const float* piece, int64_t i, int64_t rows, int64_t k, int64_t columns) {
@@ -95,21 +77,18 @@ struct Tile {
   int64_t x_stride;
   float* y;
   int64_t y_stride, tokens, features, k, length;
-  const float* bias;  // null but in the first chunk; padded as the panels are
-  const float*
-      ahead;  // in the panels that come next: what this one of the block's tiles calls to the second-level cache
+  const float* bias;   // null but in the first chunk; padded as the panels are
+  const float* ahead;  // the part of the next panels that this tile prefetches to the second-level cache
 };
 
 template <int Panels>
 inline void multiply_tile(const Tile& f, const float* panel, int64_t panel_size) {
-  Vec sums[TILE_TOKENS][Panels];
-#pragma GCC unroll 8
-  for (int t = 0; t < TILE_TOKENS; ++t)
-#pragma GCC unroll 2
-    for (int v = 0; v < Panels; ++v)
-      sums[t][v] = f.bias         ? load(f.bias + v * LANES)
-                   : t < f.tokens ? load_some(f.y + t * f.y_stride + v * LANES, larger(0, f.features - v * LANES))
-                                  : zero();
+  RegisterTile<TILE_TOKENS, Panels> tile;
+  tile.for_each([&](int t, int v) {
+    tile.sums[t][v] = f.bias         ? load(f.bias + v * LANES)
+                      : t < f.tokens ? load_some(f.y + t * f.y_stride + v * LANES, f.features - v * LANES)
+                                     : zero();
+  });
   const int64_t x_stride = f.x_stride, length = f.length;
   const float *x = f.x + f.k, *ahead = f.ahead;
   panel += f.k * LANES;
@@ -117,26 +96,15 @@ inline void multiply_tile(const Tile& f, const float* panel, int64_t panel_size)
     if (k % BLOCK_TILES == 0)
 #pragma GCC unroll 2
       for (int v = 0; v < Panels; ++v) __builtin_prefetch(ahead + k / BLOCK_TILES * LANES + v * panel_size, 0, 2);
-    Vec features[Panels];
-#pragma GCC unroll 2
-    for (int v = 0; v < Panels; ++v) features[v] = load(panel + v * panel_size);
-#pragma GCC unroll 8
-    for (int t = 0; t < TILE_TOKENS; ++t) {
-      const Vec c = broadcast(x[t * x_stride + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < Panels; ++v) sums[t][v] = fma(c, features[v], sums[t][v]);
-    }
+    tile.add_outer([&](int t) { return x[t * x_stride + k]; }, [&](int v) { return load(panel + v * panel_size); });
   }
-#pragma GCC unroll 8
-  for (int t = 0; t < TILE_TOKENS; ++t) {
-    if (t >= f.tokens) return;
-#pragma GCC unroll 2
-    for (int v = 0; v < Panels; ++v) store_some(f.y + t * f.y_stride + v * LANES, f.features - v * LANES, sums[t][v]);
-  }
+  tile.for_each([&](int t, int v) {
+    if (t < f.tokens) store_some(f.y + t * f.y_stride + v * LANES, f.features - v * LANES, tile.sums[t][v]);
+  });
 }
 
 // Panels [begin, end) for the tokens [first, first + tokens) of one block.
-inline void multiply_block(const Product& f, const MergedPanels& w, const float* bias, int64_t first, int64_t tokens,
+inline void multiply_block(const Gemm& f, const MergedPanels& w, const float* bias, int64_t first, int64_t tokens,
                            int64_t begin, int64_t end, float* last_rows) {
   const float* x = (const float*)f.x.data + first * f.x.stride;
   float* y = (float*)f.y.data + first * f.y.stride;
@@ -165,13 +133,14 @@ inline void multiply_block(const Product& f, const MergedPanels& w, const float*
   }
 }
 
-inline void product(const Product& f) {
+inline void gemm(const Gemm& f) {
   const MergedPanels w(f.weight, f.transposed);
   Buffer<float> bias(w.panels * LANES);
   std::memset(bias, 0, sizeof(float) * w.panels * LANES);
   if (f.bias) std::memcpy(bias, f.bias, sizeof(float) * w.features);
   // Few blocks are cut into parts by panels, so that every thread has one.
-  const int64_t blocks = (f.tokens + BLOCK - 1) / BLOCK, groups = (w.panels + TILE_PANELS - 1) / TILE_PANELS;
+  const int64_t blocks = (f.tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+  const int64_t groups = (w.panels + TILE_PANELS - 1) / TILE_PANELS;
   const int64_t block = blocks == 0 ? 0 : rounded_up((f.tokens + blocks - 1) / blocks, TILE_TOKENS);
   const int64_t parts = blocks == 0 || blocks >= 4 * thread_count() ? 1 : smaller(groups, thread_count());
   for_slots(smaller(thread_count(), blocks * parts), blocks * parts, [&](int64_t, int64_t begin, int64_t end) {

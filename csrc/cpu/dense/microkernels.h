@@ -1,6 +1,6 @@
 // The dense products of the low-rank path, over one block of tokens.
 #pragma once
-#include "cpu/dense/pack.h"
+#include "cpu/dense/register_tile.h"
 
 namespace rosa {
 namespace ROSA_ISA {
@@ -28,29 +28,16 @@ inline void multiply_group(const float* coefficients, const float* in, const uin
                            float alpha, float* out, int64_t used) {
   const Vec scale = broadcast(alpha);
   for (int64_t t = 0; t < used; t += STRIP * LANES) {
-    Vec sums[GROUP][STRIP];
-#pragma GCC unroll 4
-    for (int j = 0; j < GROUP; ++j)
-#pragma GCC unroll 4
-      for (int v = 0; v < STRIP; ++v) sums[j][v] = First ? zero() : load(out + j * TOKENS + t + v * LANES);
-    for (int64_t l = 0; l < length; ++l) {
-      Vec inputs[STRIP];
-#pragma GCC unroll 4
-      for (int v = 0; v < STRIP; ++v) {
-        inputs[v] = load(in + l * TOKENS + t + v * LANES);
-        if (Masked) inputs[v] = keep(keep_bits[l] >> (t + v * LANES), inputs[v]);
-      }
-#pragma GCC unroll 4
-      for (int j = 0; j < GROUP; ++j) {
-        const Vec c = broadcast(coefficients[l * GROUP + j]);
-#pragma GCC unroll 4
-        for (int v = 0; v < STRIP; ++v) sums[j][v] = fma(c, inputs[v], sums[j][v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < GROUP; ++j)
-#pragma GCC unroll 4
-      for (int v = 0; v < STRIP; ++v) store(out + j * TOKENS + t + v * LANES, mul(scale, sums[j][v]));
+    RegisterTile<GROUP, STRIP> tile;
+    First ? tile.clear() : tile.load_from(out + t, BLOCK_TOKENS);
+    for (int64_t l = 0; l < length; ++l)
+      tile.add_outer([&](int j) { return coefficients[l * GROUP + j]; },
+                     [&](int v) {
+                       const Vec inputs = load(in + l * BLOCK_TOKENS + t + v * LANES);
+                       return Masked ? keep(keep_bits[l] >> (t + v * LANES), inputs) : inputs;
+                     });
+    tile.for_each([&](int j, int v) { tile.sums[j][v] = mul(scale, tile.sums[j][v]); });
+    tile.store_to(out + t, BLOCK_TOKENS);
   }
 }
 
@@ -58,20 +45,20 @@ template <bool First>
 inline void multiply_panel(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows,
                            int64_t length, int64_t begin, int64_t width, float alpha, float* out, int64_t used) {
   for (int64_t g = 0; g < rows; g += GROUP) {
-    const float *coefficients = packed + g * length + begin * GROUP, *inputs = in + begin * TOKENS;
+    const float *coefficients = packed + g * length + begin * GROUP, *inputs = in + begin * BLOCK_TOKENS;
     if (keep_bits)
-      multiply_group<First, true>(coefficients, inputs, keep_bits + begin, width, alpha, out + g * TOKENS, used);
+      multiply_group<First, true>(coefficients, inputs, keep_bits + begin, width, alpha, out + g * BLOCK_TOKENS, used);
     else
-      multiply_group<First, false>(coefficients, inputs, nullptr, width, alpha, out + g * TOKENS, used);
+      multiply_group<First, false>(coefficients, inputs, nullptr, width, alpha, out + g * BLOCK_TOKENS, used);
   }
 }
 
 constexpr int64_t LONG_PANEL = 4 * PANEL;  // features of a block that stay in the second-level cache (64 KiB)
 
-// out (rows rounded up to GROUP, TOKENS) = alpha · matrix · in, the matrix packed by pack_groups; the first `used`
-// columns. All groups pass over a panel of `in` before the next one is fetched.
+// out (rows rounded up to GROUP, BLOCK_TOKENS) = alpha · matrix · in, the matrix packed by pack_groups; the first
+// `used` columns. All groups pass over a panel of `in` before the next one is fetched.
 inline void multiply(const float* packed, const float* in, const uint64_t* keep_bits, int64_t rows, int64_t length,
-                     float alpha, float* out, int64_t used = TOKENS) {
+                     float alpha, float* out, int64_t used = BLOCK_TOKENS) {
   const int64_t width = smaller(LONG_PANEL, length);
   multiply_panel<true>(packed, in, keep_bits, rows, length, 0, width, width < length ? 1.0f : alpha, out, used);
   for (int64_t l = width; l < length; l += LONG_PANEL) {
@@ -80,52 +67,39 @@ inline void multiply(const float* packed, const float* in, const uint64_t* keep_
   }
 }
 
-// sums[q][f] += Σ_t ranks[t][q] · panel[t][f] for so many Ranks and Width vectors of features.
+// sums[q][f] += Σ_t H[t][q] · panel[t][f] for Ranks ranks and Width vectors of features; H stands for dH and gathered
+// features too.
 template <int Ranks, int Width>
-inline void outer_tile(const float* ranks, int64_t rank_stride, const float* panel, int64_t panel_stride,
-                       int64_t tokens, float* sums, int64_t sums_stride) {
-  Vec acc[Ranks][Width];
-#pragma GCC unroll 16
-  for (int q = 0; q < Ranks; ++q)
-#pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) acc[q][v] = load(sums + q * sums_stride + v * LANES);
-  for (int64_t t = 0; t < tokens; ++t) {
-    Vec row[Width];
-#pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) row[v] = load(panel + t * panel_stride + v * LANES);
-#pragma GCC unroll 16
-    for (int q = 0; q < Ranks; ++q) {
-      const Vec c = broadcast(ranks[t * rank_stride + q]);
-#pragma GCC unroll 4
-      for (int v = 0; v < Width; ++v) acc[q][v] = fma(c, row[v], acc[q][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int q = 0; q < Ranks; ++q)
-#pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) store(sums + q * sums_stride + v * LANES, acc[q][v]);
+inline void outer_tile(const float* H, int64_t rank_stride, const float* panel, int64_t panel_stride, int64_t tokens,
+                       float* sums, int64_t sums_stride) {
+  RegisterTile<Ranks, Width> tile;
+  tile.load_from(sums, sums_stride);
+  for (int64_t t = 0; t < tokens; ++t)
+    tile.add_outer([&](int q) { return H[t * rank_stride + q]; },
+                   [&](int v) { return load(panel + t * panel_stride + v * LANES); });
+  tile.store_to(sums, sums_stride);
 }
 
-// sums (r, width) += ranksᵀ · panel for r, a multiple of Narrow, and width, a multiple of LANES; Narrow ranks at a time
-// where one vector of features is left.
+// sums (r, width) += Hᵀ · panel for r, a multiple of Narrow, and width, a multiple of LANES. Where one vector of
+// features is left, Narrow ranks go at a time.
 template <int Narrow>
-inline void outer_panel(const float* ranks, int64_t rank_stride, int64_t r, const float* panel, int64_t panel_stride,
+inline void outer_panel(const float* H, int64_t rank_stride, int64_t r, const float* panel, int64_t panel_stride,
                         int64_t tokens, int64_t width, float* sums, int64_t sums_stride) {
   int64_t f = 0;
   for (; f + STRIP * LANES <= width; f += STRIP * LANES)
     for (int64_t q = 0; q < r; q += GROUP)
-      outer_tile<GROUP, STRIP>(ranks + q, rank_stride, panel + f, panel_stride, tokens, sums + q * sums_stride + f,
+      outer_tile<GROUP, STRIP>(H + q, rank_stride, panel + f, panel_stride, tokens, sums + q * sums_stride + f,
                                sums_stride);
   for (; f < width; f += LANES)
     for (int64_t q = 0; q < r; q += Narrow)
-      outer_tile<Narrow, 1>(ranks + q, rank_stride, panel + f, panel_stride, tokens, sums + q * sums_stride + f,
+      outer_tile<Narrow, 1>(H + q, rank_stride, panel + f, panel_stride, tokens, sums + q * sums_stride + f,
                             sums_stride);
 }
 
-// A block of tokens as the outer products read it: its rows as they lie in memory, or where dropout is on all TOKENS of
-// it feature-major, with dropout's bits.
+// A block of tokens as the outer products read it: its rows as they lie in memory, or with dropout's bits the whole
+// block feature-major.
 template <class T>
-struct Block {
+struct TokenBlock {
   const T* rows;
   int64_t stride, tokens;
   const float* packed = nullptr;
@@ -139,9 +113,9 @@ struct Panel {
 
 // `width` features of the block from `begin` on; fp32 rows serve where they lie, others through `copy`.
 template <class T>
-inline Panel panel_of(const Block<T>& block, int64_t begin, int64_t width, int64_t features, float* copy) {
+inline Panel panel_of(const TokenBlock<T>& block, int64_t begin, int64_t width, int64_t features, float* copy) {
   if (block.keep_bits) {
-    unpack(block.packed + begin * TOKENS, block.keep_bits + begin, width, copy);
+    unpack(block.packed + begin * BLOCK_TOKENS, block.keep_bits + begin, width, copy);
     return {copy, width};
   }
   if constexpr (sizeof(T) == sizeof(float))
@@ -150,25 +124,25 @@ inline Panel panel_of(const Block<T>& block, int64_t begin, int64_t width, int64
   return {copy, width};
 }
 
-// sums (r rounded up to GROUP, features rounded up to LANES) += ranksᵀ · block, ranks (tokens, r rounded up)
+// sums (r rounded up to GROUP, features rounded up to LANES) += Hᵀ · block, H (tokens, r rounded up)
 // token-major.
 template <class T>
-inline void outer(const float* ranks, int64_t r, const Block<T>& block, int64_t features, float* sums) {
+inline void outer(const float* H, int64_t r, const TokenBlock<T>& block, int64_t features, float* sums) {
   const int64_t sums_stride = rounded_up(features, LANES), rank_stride = rounded_up(r, GROUP);
-  alignas(64) float copy[TOKENS * PANEL];
+  alignas(64) float copy[BLOCK_TOKENS * PANEL];
   for (int64_t begin = 0; begin < sums_stride; begin += PANEL) {
     const int64_t width = smaller(PANEL, sums_stride - begin);
     const Panel panel = panel_of(block, begin, width, features, copy);
-    outer_panel<GROUP>(ranks, rank_stride, rank_stride, panel.data, panel.stride, block.tokens, width, sums + begin,
+    outer_panel<GROUP>(H, rank_stride, rank_stride, panel.data, panel.stride, block.tokens, width, sums + begin,
                        sums_stride);
   }
 }
 
-// ranks (r, TOKENS) -> (TOKENS, r), both with r rounded up to GROUP.
-inline void token_major(const float* ranks, int64_t r, float* out) {
+// H (r, BLOCK_TOKENS) -> (BLOCK_TOKENS, r), both with r rounded up to GROUP.
+inline void token_major(const float* H, int64_t r, float* out) {
   const int64_t stride = rounded_up(r, GROUP);
   for (int64_t q = 0; q < stride; ++q)
-    for (int64_t t = 0; t < TOKENS; ++t) out[t * stride + q] = ranks[q * TOKENS + t];
+    for (int64_t t = 0; t < BLOCK_TOKENS; ++t) out[t * stride + q] = H[q * BLOCK_TOKENS + t];
 }
 
 }  // namespace ROSA_ISA

@@ -1,4 +1,4 @@
-// Pairs of bfloat16, 16 a vector, and what the products of pairs.h need beyond simd_avx512.h: AVX512-BF16.
+// AVX512-BF16: 16 pairs of bfloat16 a vector, and what the products of bf16_vnni.h need beyond avx512.h.
 #pragma once
 #include <cstring>
 

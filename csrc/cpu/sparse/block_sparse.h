@@ -1,8 +1,12 @@
-// S whose rows share their columns tile by tile, as in patterns of whole columns (Sᵀ of whole rows) and of blocks of
-// 16: dense products, token by token, so that neither x nor y is turned. The features of x that S needs are copied
-// first, as fp32: whole columns feature-major, blocks in runs of 16, (RUN_TOKENS, RUN) each, one piece where rows of x
-// each lie in a page of their own. Rows of y are fetched some tiles ahead: a tile adds to so few cache lines of each
-// that the processor foresees none.
+// y += x Sᵀ where a tile of S's rows shares its columns: blocks of 16, whole columns, and the transpose of whole rows.
+//
+// A tile is then a small dense matrix, and its product runs token by token, so that neither x nor y is transposed. The
+// features of x that S needs are copied first, as fp32, because the rows of x may each lie in a page of their own:
+// whole columns feature by feature, blocks in runs of 16 features. Rows of y are prefetched some tiles ahead: a tile
+// touches so few cache lines of each row that the processor cannot foresee the next.
+//
+// Without this file whole columns take 1.4 to 2.7 times as long, blocks of 16 1.2 to 1.4 times, and dx of whole
+// rows 1.2 to 1.6 times, at 2048 tokens of 768 x 768 and 4096 x 4096.
 #pragma once
 #include "cpu/dense/microkernels.h"
 
@@ -10,10 +14,10 @@ namespace rosa {
 namespace ROSA_ISA {
 
 constexpr int64_t RUN = 16;  // the side of blocks, or a divisor of it
-constexpr int64_t RUN_TOKENS =
-    16;  // copied at a time: of 4096 features 256 KiB, which stay in the second-level cache beside S
+// Tokens copied at a time: of 4096 features they take 256 KiB, which stay in the second-level cache beside S.
+constexpr int64_t RUN_TOKENS = 16;
 
-// Of a run of so many tokens, with room for whole RUN_TOKENS.
+// The tokens of a run, which has room for whole RUN_TOKENS.
 inline int64_t run_tokens(int64_t tokens) { return rounded_up(tokens, RUN_TOKENS); }
 
 // run[n] = row[n] as fp32 for `width` of RUN features, then zeros.
@@ -24,9 +28,9 @@ inline void copy_run(const T* row, int64_t width, float* run) {
   for (int64_t n = 0; n < RUN; n += LANES) store(run + n, load(row + n));
 }
 
-// The run of feature f lies at runs + f · run_tokens(tokens), for each f of `starts`, multiples of RUN. Some runs
-// together, so that each visit to a row reads several cache lines; the next visits' are asked for before, with `more`
-// also the first of as many tokens that follow.
+// Copies the runs that begin with the features of `starts`, multiples of RUN; the run of feature f lies at runs + f ·
+// run_tokens(tokens). Some runs are copied together, so that each visit to a row reads several cache lines. The next
+// visit's lines are prefetched; with `more`, as many tokens follow, and their first lines are prefetched too.
 template <class T>
 inline void copy_runs(const T* rows, int64_t stride, int64_t tokens, int64_t features, const int32_t* starts,
                       int64_t count, bool more, float* runs) {
@@ -49,13 +53,13 @@ template <class T>
 inline void gather_features(const T* rows, int64_t stride, int64_t tokens, const int32_t* features, int64_t count,
                             float* gathered) {
   for (int64_t t = 0; t < tokens; ++t, rows += stride)
-    for (int64_t n = 0; n < count; ++n) gathered[n * TOKENS + t] = as_float(rows[features[n]]);
+    for (int64_t n = 0; n < count; ++n) gathered[n * BLOCK_TOKENS + t] = as_float(rows[features[n]]);
 }
 
-// Where add_tokens finds token t of its n-th input: feature-major, or in the run that starts with feature starts[n] for
-// multiples n of RUN, the runs being so many tokens apart.
+// Where add_tokens finds its n-th input: feature by feature, or in the run that starts with feature starts[n] for
+// multiples n of RUN. Runs lie `apart` tokens from each other.
 struct FeatureMajor {
-  static constexpr int64_t TOKEN = 1, FEATURE = TOKENS;
+  static constexpr int64_t TOKEN = 1, FEATURE = BLOCK_TOKENS;
   const float* in;
   static int64_t piece(int64_t length) { return length; }
   const float* at(int64_t) const { return in; }
@@ -69,44 +73,27 @@ struct Runs {
   const float* at(int64_t n) const { return in + starts[n] * apart; }
 };
 
-// rows[t][f] += Σ_n inputs[n][t] · weights[n][f] for Tokens tokens from `first` on and Width vectors of features; one
-// rounding. Fresh rows hold nothing before.
+// rows[t][f] += Σ_n inputs[n][t] · weights[n][f] for Tokens tokens from `first` on and Width vectors of features,
+// rounded once. Fresh rows are written instead of added to.
 template <int Tokens, int Width, class In, class T>
 inline void add_tokens(const In& inputs, int64_t first, int64_t length, const float* weights, int64_t weights_stride,
                        T* rows, int64_t stride, bool fresh) {
-  Vec sums[Tokens][Width];
-#pragma GCC unroll 16
-  for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) sums[t][v] = zero();
+  RegisterTile<Tokens, Width> tile;
+  tile.clear();
   const int64_t piece = In::piece(length);
   for (int64_t n = 0; n < length; n += piece) {
     const float* in = inputs.at(n) + first * In::TOKEN;
-    for (int64_t left = smaller(piece, length - n); left; --left, in += In::FEATURE, weights += weights_stride) {
-      Vec w[Width];
-#pragma GCC unroll 4
-      for (int v = 0; v < Width; ++v) w[v] = load(weights + v * LANES);
-#pragma GCC unroll 16
-      for (int t = 0; t < Tokens; ++t) {
-        const Vec c = broadcast(in[t * In::TOKEN]);
-#pragma GCC unroll 4
-        for (int v = 0; v < Width; ++v) sums[t][v] = fma(c, w[v], sums[t][v]);
-      }
-    }
+    for (int64_t left = smaller(piece, length - n); left; --left, in += In::FEATURE, weights += weights_stride)
+      tile.add_outer([&](int t) { return in[t * In::TOKEN]; }, [&](int v) { return load(weights + v * LANES); });
   }
-  if (!fresh) {
-#pragma GCC unroll 16
-    for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 4
-      for (int v = 0; v < Width; ++v) sums[t][v] = add(load(rows + t * stride + v * LANES), sums[t][v]);
-  }
-#pragma GCC unroll 16
-  for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 4
-    for (int v = 0; v < Width; ++v) store(rows + t * stride + v * LANES, sums[t][v]);
+  tile.for_each([&](int t, int v) {
+    T* const to = rows + t * stride + v * LANES;
+    store(to, fresh ? tile.sums[t][v] : add(load(to), tile.sums[t][v]));
+  });
 }
 
-// All tokens of a block; fetches the rows so many elements further on, those of a tile to come, where that is not 0.
+// The same for all tokens of a block. Where `ahead` is not 0, prefetches the rows of the tile so many elements further
+// on.
 template <int Tokens, int Width, class In, class T>
 inline void add_block(const In& in, int64_t length, const float* weights, int64_t weights_stride, T* rows,
                       int64_t stride, int64_t tokens, int64_t ahead, bool fresh) {
@@ -123,8 +110,8 @@ inline void add_block(const In& in, int64_t length, const float* weights, int64_
     add_tokens<1, Width>(in, t, length, weights, weights_stride, rows + t * stride, stride, fresh);
 }
 
-// Where the tiles of `step` rows of S that have entries start, or the runs of columns of S, made of blocks of 16;
-// ascending.
+// The first rows of the tiles of `step` rows that have entries, or the first columns of the runs that S, made of blocks
+// of 16, has entries in. They ascend.
 class Starts {
  public:
   int64_t count = 0;
@@ -153,14 +140,15 @@ class Starts {
   Buffer<int32_t> starts_;
 };
 
-class AlikeRows {
+class BlockSparse {
  public:
   static bool serves(const Csr& s) {
     return s.values && (s.structure == Structure::column || s.structure == Structure::block16);
   }
 
-  // S (out_features, in_features), served or empty; with a permutation its values are those of Sᵀ in the order of Sᵀ.
-  AlikeRows(const Csr& s, const int32_t* permutation, int64_t out_features, int64_t in_features)
+  // S (out_features, in_features) is served or empty. With a permutation, S is the transpose of the pattern whose
+  // values it holds, in that pattern's order.
+  BlockSparse(const Csr& s, const int32_t* permutation, int64_t out_features, int64_t in_features)
       : s_(s),
         whole_columns_(s.structure == Structure::column),
         step_(whole_columns_ ? PANEL : RUN),
@@ -169,13 +157,11 @@ class AlikeRows {
         tiles_(Starts::of_rows(s, s.values ? out_features : 0, step_)),
         inputs_(Starts::of_columns(s, s.values && !whole_columns_ ? out_features : 0, in_features)) {
     if (!s.values) return;
-    constexpr int64_t ENTRIES_A_SLOT = 32768;  // fewer are not worth waking a thread
     for (int64_t n = 0; n < tiles_.count; ++n) longest_ = larger(longest_, length(tiles_[n]));
     weights_ = Buffer<float>(s.nnz + step_ * longest_);
-    for_slots(larger(1, smaller(thread_count(), s.nnz / ENTRIES_A_SLOT)), tiles_.count,
-              [&](int64_t, int64_t begin, int64_t end) {
-                for (int64_t n = begin; n < end; ++n) pack_tile(permutation, tiles_[n]);
-              });
+    for_slots(slots_for(tiles_.count, s.nnz), tiles_.count, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) pack_tile(permutation, tiles_[n]);
+    });
   }
 
   int64_t tile_count() const { return tiles_.count; }
@@ -183,12 +169,12 @@ class AlikeRows {
   // Whether the tiles are all of the output features.
   bool covers() const { return whole_columns_; }
 
-  // Tokens that gather and add_tiles take at a time, a divisor of TOKENS.
-  int64_t tokens_at_a_time() const { return whole_columns_ ? TOKENS : RUN_TOKENS; }
+  // Tokens that gather and add_tiles take at a time, a divisor of BLOCK_TOKENS.
+  int64_t tokens_at_a_time() const { return whole_columns_ ? BLOCK_TOKENS : RUN_TOKENS; }
 
-  // Floats that their copied features take.
+  // Floats that the copied features take.
   int64_t scratch_size() const {
-    return s_.values ? whole_columns_ ? longest_ * TOKENS : rounded_up(in_features_, RUN) * RUN_TOKENS : 0;
+    return s_.values ? whole_columns_ ? longest_ * BLOCK_TOKENS : rounded_up(in_features_, RUN) * RUN_TOKENS : 0;
   }
 
   // Copies what S needs of rows (tokens, in_features); `more` like them follow.
@@ -200,8 +186,8 @@ class AlikeRows {
       copy_runs(rows, stride, tokens, in_features_, inputs_.data(), inputs_.count, more, scratch);
   }
 
-  // rows (tokens, out_features) += gathered · Sᵀ for tiles [begin, end) of the output features that S has entries for;
-  // runs may lie further apart where others copied more tokens.
+  // rows (tokens, out_features) += gathered · Sᵀ for tiles [begin, end) of the output features that S has entries for.
+  // Runs lie further apart where they were copied for more tokens.
   template <class T>
   void add_tiles(const float* gathered, T* rows, int64_t stride, int64_t tokens, bool more, int64_t begin, int64_t end,
                  bool fresh = false, int64_t apart = RUN_TOKENS) const {
@@ -219,7 +205,7 @@ class AlikeRows {
  private:
   int64_t length(int64_t i) const { return s_.crow[i + 1] - s_.crow[i]; }
 
-  // weights_ of the tile: [column][row], zero past the last row.
+  // Fills the tile's weights_, which are [column][row] and zero past the last row.
   void pack_tile(const int32_t* permutation, int64_t i) {
     float* packed = weights_ + s_.crow[i];
     const int64_t rows = smaller(step_, out_features_ - i);

@@ -1,5 +1,5 @@
-// Patterns of whole rows or whole columns: a small dense matrix between gathered or scattered rows, so that their
-// products are the dense ones of the low-rank path. A column pattern of S is a row pattern of Sᵀ.
+// Patterns of whole rows or whole columns are small dense matrices between gathered or scattered rows, so that their
+// products are those of the low-rank path. A column pattern of S is a row pattern of Sᵀ.
 #pragma once
 #include "cpu/dense/microkernels.h"
 
@@ -15,9 +15,9 @@ inline int64_t whole_row_count(const Csr& s, int64_t length) {
 inline void scatter_rows(const Csr& s, int64_t length, int64_t first, int64_t rows, const float* products, float* out) {
   for (int64_t i = first; i < first + rows; ++i) {
     if (s.crow[i] == s.crow[i + 1]) continue;
-    const float* from = products + s.crow[i] / length * TOKENS;
-    float* to = out + (i - first) * TOKENS;
-    for (int64_t t = 0; t < TOKENS; t += LANES) store(to + t, add(load(to + t), load(from + t)));
+    const float* from = products + s.crow[i] / length * BLOCK_TOKENS;
+    float* to = out + (i - first) * BLOCK_TOKENS;
+    for (int64_t t = 0; t < BLOCK_TOKENS; t += LANES) store(to + t, add(load(to + t), load(from + t)));
   }
 }
 

@@ -1,4 +1,4 @@
-// dS of a block of tokens: dense products for rows, columns and blocks of 16, else entry by entry.
+// dS of a block of tokens: by dense products for rows, columns and blocks of 16, and entry by entry for other patterns.
 #pragma once
 #include "cpu/common/grad_reduction.h"
 #include "cpu/sparse/block_sparse.h"
@@ -31,7 +31,7 @@ inline void sample_blocks(const Csr& s, int64_t out_features, const float* dy, c
 template <class T>
 class SparseGradient {
  public:
-  SparseGradient(const Backward& b, const PartialSums& sums)
+  SparseGradient(const Backward& b, const GradReduction& sums)
       : b_(b),
         sums_(sums),
         blocks_(b.dvalues && b.sparse.structure == Structure::block16),
@@ -42,21 +42,22 @@ class SparseGradient {
     if (sums.touched_count) touched_features(b.sparse, b.out_features, sums.touched_count, touched_);
   }
 
-  // Whether add needs x and dy feature-major; and whether it leaves the runs of dy, where S has blocks, in its scratch
-  // memory.
+  // Whether add needs x and dy feature-major.
   static bool reads_packed(const Backward& b) {
     const Structure s = b.sparse.structure;
     return b.dvalues && (s == Structure::unstructured || s == Structure::block);
   }
+  // Whether add leaves the runs of dy in its scratch memory, as it does for blocks of 16.
   bool fills_runs() const { return blocks_; }
 
-  // Floats.
+  // Floats of scratch memory that add needs.
   int64_t scratch_size() const {
-    return TOKENS * (blocks_ ? dy_runs() + rounded_up(b_.in_features, RUN) : rounded_up(sums_.touched_count, GROUP));
+    return BLOCK_TOKENS *
+           (blocks_ ? dy_runs() + rounded_up(b_.in_features, RUN) : rounded_up(sums_.touched_count, GROUP));
   }
 
-  // more: as many tokens follow those of x and dy, to be fetched early.
-  void add(int64_t slot, const Block<T>& x, const Block<T>& dy, const float* packed_x, const float* packed_dy,
+  // With `more`, as many tokens follow those of x and dy, and their first cache lines are prefetched.
+  void add(int64_t slot, const TokenBlock<T>& x, const TokenBlock<T>& dy, const float* packed_x, const float* packed_dy,
            float* scratch, bool more) const {
     if (reads_packed(b_)) return sample(b_.sparse, b_.out_features, packed_dy, packed_x, sums_.dS(slot));
     if (!blocks_)
@@ -70,15 +71,16 @@ class SparseGradient {
  private:
   int64_t dy_runs() const { return rounded_up(b_.out_features, RUN); }
 
-  // Of the side that S has a few features of, and the other, whole one.
-  void add_outer(int64_t slot, const Block<T>& few, const Block<T>& whole, int64_t features, float* gathered) const {
+  // S has a few features of one side, which are gathered, and all of the other side.
+  void add_outer(int64_t slot, const TokenBlock<T>& few, const TokenBlock<T>& whole, int64_t features,
+                 float* gathered) const {
     const int64_t count = sums_.touched_count;
     gather_columns(few.rows, few.stride, few.tokens, touched_, count, gathered, rounded_up(count, GROUP));
     outer(gathered, count, whole, features, sums_.dS(slot));
   }
 
   const Backward& b_;
-  const PartialSums& sums_;
+  const GradReduction& sums_;
   const bool blocks_, rows_;
   const Starts x_starts_, dy_starts_;
   Buffer<int32_t> touched_;

@@ -1,5 +1,5 @@
-// An unstructured S over a block of tokens of bfloat16, packed feature-major in pairs of tokens: single entries load
-// from the second-level cache, and this is half of what fp32 takes of it.
+// An unstructured S over a block of tokens of bfloat16, which is packed feature-major in pairs of tokens. Its entries
+// load from the second-level cache, and bfloat16 takes half the space of fp32 there.
 #pragma once
 #include "cpu/dense/bf16_vnni.h"
 #include "cpu/sparse/spmm.h"
@@ -13,24 +13,20 @@ inline bool in_pairs(const Csr& s) { return s.values && s.structure == Structure
 // at a time.
 inline void pack_token_pairs(const Rows& rows, int64_t features, uint32_t* packed) {
   for (int64_t panel = 0; panel < features; panel += ROW_MULTIPLE)
-    for (int64_t t = 0; t < TOKENS; t += 2 * LANES)
-      for (int64_t f = panel; f < panel + ROW_MULTIPLE; f += LANES) {
-        Vec tile[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
-          const uint16_t* even = rows.data + (t + 2 * i) * rows.stride + f;
-          tile[i] = as_floats(interleave(even, even + rows.stride));
-        }
-        transpose(tile);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) store_pairs(packed + (f + i) * BLOCK_PAIRS + t / 2, as_pairs(tile[i]));
-      }
+    for (int64_t t = 0; t < BLOCK_TOKENS; t += 2 * LANES)
+      for (int64_t f = panel; f < panel + ROW_MULTIPLE; f += LANES)
+        transpose_square(
+            [&](int i) {
+              const uint16_t* even = rows.data + (t + 2 * i) * rows.stride + f;
+              return as_floats(interleave(even, even + rows.stride));
+            },
+            [&](int i, Vec column) { store_pairs(packed + (f + i) * BLOCK_PAIRS + t / 2, as_pairs(column)); });
 }
 
 // out[t][f] = Σ_e values[e] · packed[col[e]][t] over row first + f of S, for `rows` rows and zero up to width, a
 // multiple of LANES.
-inline void multiply_sparse_pairs(const Csr& s, int64_t first, int64_t rows, const uint32_t* packed, float* out,
-                                  int64_t width) {
+inline void multiply_sparse_bf16(const Csr& s, int64_t first, int64_t rows, const uint32_t* packed, float* out,
+                                 int64_t width) {
   constexpr int VECTORS = BLOCK_PAIRS / LANES;
   for (int64_t f = 0; f < width; f += LANES) {
     Vec sums[VECTORS][2][LANES];  // of even tokens and of odd ones
@@ -59,7 +55,7 @@ inline void multiply_sparse_pairs(const Csr& s, int64_t first, int64_t rows, con
 }
 
 // dvalues[e] += Σ_t dy[row_e][t] · x[col_e][t] over every entry, in order; dy and x packed.
-inline void sample_pairs(const Csr& s, int64_t rows, const uint32_t* dy, const uint32_t* x, float* dvalues) {
+inline void sample_bf16(const Csr& s, int64_t rows, const uint32_t* dy, const uint32_t* x, float* dvalues) {
   constexpr int VECTORS = BLOCK_PAIRS / LANES;
   DotProducts dots(dvalues);
   for (int64_t i = 0; i < rows; ++i) {

@@ -1,8 +1,8 @@
-"""The base layer's products on a CPU by fp32 GEMMs, PyTorch's or the kernels' own, over strips of the weight.
+"""The base layer's products on a CPU by fp32 GEMMs, PyTorch's or ours, over strips of the weight.
 
 A strip is merged (weight + scaling · B A + S), widened from bf16, or both; it lives for one GEMM. In bf16 x and dy are
-widened by chunks of tokens and the fp32 result is rounded once, so that nothing here grows with the tokens. The kernels' own
-GEMM merges fp32 while it packs.
+widened by chunks of tokens and the fp32 result is rounded once, so that no buffer grows with the tokens. Our GEMM
+merges fp32 while it packs.
 """
 
 from typing import NamedTuple
@@ -27,29 +27,29 @@ class Delta(NamedTuple):
     col: Tensor | None = None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, own: bool) -> Tensor:
-    """x (T, I) times (weight + delta)ᵀ, plus bias: (T, O) in x's dtype; own: by the kernels' GEMM, fp32 alone."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, our_gemm: bool) -> Tensor:
+    """x (T, I) times (weight + delta)ᵀ, plus bias: (T, O) in x's dtype; our_gemm: by our GEMM, fp32 alone."""
     out_features, in_features = weight.shape
     y = x.new_empty(x.shape[0], out_features)
     x = _widened_once(x)
     for begin, end in _strips(out_features, in_features):
         strip_bias, out = None if bias is None else bias[begin:end], y[:, begin:end]
-        if own:
-            _kernels.product(out, x, weight, strip_bias, *(delta or Delta()), begin, False)
+        if our_gemm:
+            _kernels.gemm(out, x, weight, strip_bias, *(delta or Delta()), begin, False)
         else:
             _multiply(x, merged(weight, delta, torch.float32, rows=(begin, end)).T, strip_bias, out)
     return y
 
 
-def linear_dx(dy: Tensor, weight: Tensor, delta: Delta | None, own: bool) -> Tensor:
+def linear_dx(dy: Tensor, weight: Tensor, delta: Delta | None, our_gemm: bool) -> Tensor:
     """dy (T, O) times (weight + delta): (T, I) in dy's dtype."""
     out_features, in_features = weight.shape
     dx = dy.new_empty(dy.shape[0], in_features)
     dy = _widened_once(dy)
     for begin, end in _strips(in_features, out_features):
         out = dx[:, begin:end]
-        if own:
-            _kernels.product(out, dy, weight, None, *(delta or Delta()), begin, True)
+        if our_gemm:
+            _kernels.gemm(out, dy, weight, None, *(delta or Delta()), begin, True)
         else:
             _multiply(dy, merged(weight, delta, torch.float32, columns=(begin, end)), None, out)
     return dx

@@ -49,7 +49,7 @@ def fast_bfloat16() -> bool:
 
 
 @functools.cache
-def own_gemm(dtype: torch.dtype) -> bool:
+def uses_our_gemm(dtype: torch.dtype) -> bool:
     """Whether the kernels' own dense products are faster than the library's: in bf16 those by vectors (those by AMX have not been
     measured), in fp32 where MKL, at 41 % of the peak with AVX-512 and 80 % with AVX2, is on another processor than Intel's."""
     if dtype == torch.bfloat16:

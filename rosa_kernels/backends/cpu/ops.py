@@ -1,5 +1,7 @@
-"""The C++ kernels of csrc/, around PyTorch's own GEMMs for the base layer where the kernels do not multiply it too; fp32 and
-bf16, accumulated in fp32."""
+"""The ops by the C++ kernels of csrc/cpu, in fp32 and bf16, accumulated in fp32.
+
+PyTorch's GEMMs compute the base layer's part where the kernels do not multiply by its weight too.
+"""
 
 import functools
 
@@ -8,8 +10,8 @@ import torch.nn.functional as F
 
 from rosa_kernels.backends.cpu import base_gemm, heuristics
 from rosa_kernels.backends.cpu.base_gemm import Delta
-from rosa_kernels.backends.cpu.heuristics import Way
-from rosa_kernels.backends.cpu.library import fast_bfloat16, instruction_set, own_gemm
+from rosa_kernels.backends.cpu.heuristics import Algorithm
+from rosa_kernels.backends.cpu.library import fast_bfloat16, instruction_set, uses_our_gemm
 from rosa_kernels.backends.cpu.library import kernels as _kernels
 from rosa_kernels.backends.lora_gemm import low_rank_gradients
 from rosa_kernels.backends.shapes import as_matrix
@@ -17,13 +19,15 @@ from rosa_kernels.dropout import drop_threshold, keep_scale
 
 
 @functools.cache
-def _few_tokens(dtype: torch.dtype, with_weight: bool) -> int:
-    return heuristics.few_tokens(dtype, with_weight, instruction_set(), fast_bfloat16(), own_gemm(dtype))
+def _decode_tokens(dtype: torch.dtype, with_weight: bool) -> int:
+    return heuristics.decode_tokens(dtype, with_weight, instruction_set(), fast_bfloat16(), uses_our_gemm(dtype))
 
 
-def _is_few(x, weight) -> bool:
+def _decodes(x, weight) -> bool:
+    """Whether the tokens are so few that the decode kernel takes them."""
     in_features = x.shape[-1]
-    return in_features > 0 and x.numel() <= _few_tokens(x.dtype, weight is not None) * in_features and _by_rows(weight)
+    most = _decode_tokens(x.dtype, weight is not None) * in_features
+    return in_features > 0 and x.numel() <= most and _by_rows(weight)
 
 
 def _by_rows(weight) -> bool:
@@ -32,31 +36,31 @@ def _by_rows(weight) -> bool:
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    if _is_few(x, weight):
+    if _decodes(x, weight):
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
-        return _kernels.few_tokens(
+        return _kernels.decode(
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
         )
     widened = heuristics.widens(x, fast_bfloat16())
-    own = own_gemm(x.dtype) and _by_rows(weight)
-    own_fp32 = own and x.dtype == torch.float32
-    way = heuristics.forward_way(x, weight, lora_A, lora_B, values, structure, seed, widened, own)
+    our_gemm = uses_our_gemm(x.dtype) and _by_rows(weight)
+    our_fp32_gemm = our_gemm and x.dtype == torch.float32
+    algorithm = heuristics.forward_algorithm(x, weight, lora_A, lora_B, values, structure, seed, widened, our_gemm)
     if weight is None:
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         y = x.new_zeros(*x.shape[:-1], out_features)
-    elif way is Way.FUSED:
+    elif algorithm is Algorithm.FUSED:
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    elif way is Way.MERGED or widened or own_fp32:
-        delta = _delta(lora_A, lora_B, scaling, values, crow, col) if way is Way.MERGED else None
-        y = base_gemm.linear(_matrix(x), _matrix(weight), _contiguous(bias), delta, own_fp32)
+    elif algorithm is Algorithm.MERGED or widened or our_fp32_gemm:
+        delta = _delta(lora_A, lora_B, scaling, values, crow, col) if algorithm is Algorithm.MERGED else None
+        y = base_gemm.linear(_matrix(x), _matrix(weight), _contiguous(bias), delta, our_fp32_gemm)
         y = y.view(*x.shape[:-1], weight.shape[0])
     else:
         y = F.linear(x, weight, bias).contiguous()
-    if way is Way.GEMMS:
+    if algorithm is Algorithm.GEMMS:
         as_matrix(y).addmm_(F.linear(as_matrix(x), lora_A), lora_B.T, alpha=scaling)
-    elif way is not Way.MERGED:
-        base = (_matrix(weight), _contiguous(bias)) if way is Way.FUSED else (None, None)
-        _forward(y, x, *base, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
+    elif algorithm is not Algorithm.MERGED:
+        fused = (_matrix(weight), _contiguous(bias)) if algorithm is Algorithm.FUSED else (None, None)
+        _forward(y, x, *fused, lora_A, lora_B, scaling, _floats(values), crow, col, structure, dropout_p, seed)
     return y
 
 
@@ -67,20 +71,22 @@ def rosa_linear_backward(
     dy2, x2 = _matrix(dy), _matrix(x)
     widened = dy.dtype == torch.bfloat16 and not fast_bfloat16()
     delta = _delta(lora_A, lora_B, scaling, values, crow, col)
-    own = own_gemm(dy.dtype) and _by_rows(weight)
-    own_fp32 = own and dy.dtype == torch.float32
-    way = heuristics.dx_way(dy2, weight, lora_A, lora_B, values, structure, seed, widened, own)
+    our_gemm = uses_our_gemm(dy.dtype) and _by_rows(weight)
+    our_fp32_gemm = our_gemm and dy.dtype == torch.float32
+    algorithm = heuristics.dx_algorithm(dy2, weight, lora_A, lora_B, values, structure, seed, widened, our_gemm)
     dx2 = None
     if need_dx and weight is None:
         dx2 = torch.zeros_like(x2)
-    elif need_dx and way is Way.FUSED:
+    elif need_dx and algorithm is Algorithm.FUSED:
         dx2 = torch.empty_like(x2)
-    elif need_dx and (way is Way.MERGED or widened or own_fp32):
-        dx2 = base_gemm.linear_dx(dy2, _matrix(weight), delta if way is Way.MERGED else None, own_fp32)
+    elif need_dx and (algorithm is Algorithm.MERGED or widened or our_fp32_gemm):
+        dx2 = base_gemm.linear_dx(dy2, _matrix(weight), delta if algorithm is Algorithm.MERGED else None, our_fp32_gemm)
     elif need_dx:
         dx2 = dy2 @ weight
-    dx_to_add = None if way is Way.MERGED else dx2  # or to write: with a base it holds nothing
-    if way is Way.GEMMS:
+    dx_to_add = (
+        None if algorithm is Algorithm.MERGED else dx2
+    )  # the kernels write it where they multiply by the weight, else they add to it
+    if algorithm is Algorithm.GEMMS:
         dA, dB, dH = low_rank_gradients(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
         if dx_to_add is not None:
             dx_to_add.addmm_(dH, lora_A, alpha=scaling)
@@ -91,9 +97,9 @@ def rosa_linear_backward(
             for need, source in ((need_dA, lora_A), (need_dB, lora_B), (need_dvalues, values))
         )
         if any(gradient is not None for gradient in (dx_to_add, dA, dB, dvalues)):
-            base = _matrix(weight) if need_dx and way is Way.FUSED else None
+            fused = _matrix(weight) if need_dx and algorithm is Algorithm.FUSED else None
             _kernels.backward(
-                dx_to_add, dA, dB, dvalues, dy2, x2, base, *delta, ccol, row, permutation, structure,
+                dx_to_add, dA, dB, dvalues, dy2, x2, fused, *delta, ccol, row, permutation, structure,
                 *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
             )  # fmt: skip
     return [
@@ -107,8 +113,8 @@ def rosa_linear_backward(
 
 
 def spmm(x, values, crow, col, structure):
-    if _is_few(x, None):
-        return _kernels.few_tokens(x, None, None, None, None, 0.0, values, crow, col, crow.shape[0] - 1, None, 0, 1.0)
+    if _decodes(x, None):
+        return _kernels.decode(x, None, None, None, None, 0.0, values, crow, col, crow.shape[0] - 1, None, 0, 1.0)
     y = x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
     _forward(y, x, None, None, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
     return y
@@ -116,7 +122,7 @@ def spmm(x, values, crow, col, structure):
 
 def sddmm(dy, x, crow, col, structure):
     dvalues = torch.zeros(col.shape, dtype=torch.float32)
-    # The kernel takes S whole: its values are not read for dS.
+    # The kernel takes S whole, and dvalues stands for its values, which dS does not read.
     _kernels.backward(
         None, None, None, dvalues, _matrix(dy), _matrix(x), None, None, None, 0.0, dvalues, crow, col, None, None, None,
         structure, None, 0, 0.0, False,
