@@ -1,28 +1,86 @@
-"""The C++ kernels' binary: whether it is there, what it was built from, and what this processor runs of it."""
+"""The C++ kernels' binary: whether it is there and loads, what built it, and what this processor runs of it."""
 
 import functools
+import sys
+import warnings
+from pathlib import Path
 
 import torch
 
 from rosa_kernels.backends import native_library
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_library = native_library.find("_C")
-if _library is not None:
-    torch.ops.load_library(_library)
+_BINARY = "_C.abi3.so"
+_OPS = ("backward", "constants", "decode", "forward", "gemm", "merge")
 kernels = torch.ops.rosa_kernels_cpu
 
 
-def unavailable_reason() -> str | None:
-    if _library is None:
-        error = native_library.build_error("_C")
-        if error is not None:
-            return f"the C++ kernels did not build ({error}); fix that and run pip install -e . again"
+def _load(package: Path, search_path: list[str]) -> str | None:
+    """Loads the package's binary; None where it serves, else the reason why not.
+
+    A binary that is there and does not serve is a fault of the installation, not a choice: a warning says so, because
+    backend "auto" would go on without it.
+    """
+    binary = package / _BINARY
+    if not binary.exists():
+        fault = _misplaced(package, search_path)
+        if fault is None:
+            return _not_built()
+    else:
+        fault = _load_fault(binary)
+    if fault is not None:
+        warnings.warn(f"rosa_kernels: {fault}", stacklevel=2)
+    return fault
+
+
+def _not_built() -> str:
+    error = native_library.build_error("_C")
+    if error is not None:
+        return f"the C++ kernels did not build ({error}); fix that and run pip install -e . again"
+    return (
+        "the C++ kernels were not built; install a C++17 compiler (apt install g++, dnf install gcc-c++, "
+        "xcode-select --install) and run pip install -e . again"
+    )
+
+
+def _load_fault(binary: Path) -> str | None:
+    """Why the binary does not serve: the loader's own words, or the operators that another version of it lacks."""
+    try:
+        torch.ops.load_library(binary)
+    except OSError as error:
         return (
-            "the C++ kernels were not built; install a C++17 compiler (apt install g++, dnf install gcc-c++, "
-            "xcode-select --install) and run pip install -e . again"
+            f"the C++ kernels are installed and do not load: {error}; they were built for another torch or "
+            "processor, or are damaged; run pip install again"
+        )
+    missing = [name for name in _OPS if not hasattr(kernels, name)]
+    if missing:
+        return (
+            f"the C++ kernels of {binary} were built from other sources than this package's: they lack "
+            f"{', '.join(missing)}; run pip install again"
         )
     return None
+
+
+def _misplaced(package: Path, search_path: list[str]) -> str | None:
+    """Where a binary lies that this package does not load, or None where there is none."""
+    others = sorted(path for path in package.glob("_C.*") if path.suffix in (".so", ".dylib", ".pyd"))
+    if others:
+        return f"the C++ kernels are looked for as {_BINARY}, and {others[0]} has another name; run pip install again"
+    for place in map(Path, search_path):
+        other = place / package.name / _BINARY
+        if other.exists():
+            return (
+                f"the C++ kernels are installed in {other.parent}, and the package was imported from {package}, which "
+                "has none; leave that directory, or run pip install -e . in it"
+            )
+    return None
+
+
+_reason = _load(native_library.PACKAGE, sys.path)
+
+
+def unavailable_reason() -> str | None:
+    return _reason
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -38,8 +96,13 @@ def instruction_set() -> str:
 
 
 def build_info() -> str:
-    """Compiler and flags of the kernels."""
+    """The compiler of the kernels and the instruction sets that they were compiled for."""
     return kernels.build_info()
+
+
+def constants() -> dict[str, int]:
+    """The numbers that the kernels and this package must agree on, as the kernels have them."""
+    return {name: int(value) for name, value in (pair.split("=") for pair in kernels.constants().split())}
 
 
 @functools.cache
@@ -50,8 +113,11 @@ def fast_bfloat16() -> bool:
 
 @functools.cache
 def uses_our_gemm(dtype: torch.dtype) -> bool:
-    """Whether the kernels' own dense products are faster than the library's: in bf16 those by vectors (those by AMX have not been
-    measured), in fp32 where MKL, at 41 % of the peak with AVX-512 and 80 % with AVX2, is on another processor than Intel's."""
+    """Whether the kernels' own dense products are faster than the library's.
+
+    In bf16 those by vectors are; those by AMX have not been measured. In fp32 they are where MKL runs on another
+    processor than Intel's: there it reaches 41 % of the peak with AVX-512, and 80 % with AVX2.
+    """
     if dtype == torch.bfloat16:
         return instruction_set() == "avx512bf16"
     foreign_mkl = torch.backends.mkl.is_available() and not kernels.intel_processor()
