@@ -95,7 +95,7 @@ class BackwardBf16 {
     const Rows kept_x = kept.bits && (b_.dA || b_.dB)
                             ? block_rows(x_data, b_.x.stride, tokens, b_.in_features, kept, s.kept_x_rows)
                             : x;
-    // Both first, whose rows the processor fetches ahead.
+    // Both products come first, because the processor foresees the rows that they read.
     if (b_.dB) multiply_rows(kept_x, shrink_x_, s.H, padded_r_);
     if (want_dH_) multiply_rows(dy, shrink_dy_, s.dH.values, padded_r_);
     if (b_.dB) add_outer_rows(s.H, s.H_pairs, dy, b_.out_features, sums_.dB(slot));

@@ -17,7 +17,7 @@ constexpr int64_t TILE_BYTES = 64;  // of a row
 constexpr int LEFT = 6, RIGHT = 7;  // tiles of the operands; sums are in tiles 0 to 3
 
 constexpr bool MULTIPLIES_WEIGHT = false;      // whether add_products multiplies by a fused weight
-constexpr int64_t RANK_MULTIPLE = TILE_PAIRS;  // that sums of outer products are padded to
+constexpr int64_t RANK_MULTIPLE = TILE_PAIRS;  // sums of outer products are padded to a multiple of it
 inline int64_t padded_pairs(int64_t length) {
   const int64_t pairs = (length + 1) / 2;
   return pairs <= TILE_PAIRS ? pairs : rounded_up(pairs, TILE_PAIRS);
@@ -37,7 +37,7 @@ inline void store_terms(int terms, Vec even, Vec odd, uint32_t* to, int64_t stri
   store_pairs(to, pairs_of(even, odd));
 }
 
-// For a call: what multiply_panel and outer_tiles need before (for rows of so many pairs) and after.
+// multiply_panel and outer_tiles are called between these two, which set up the tiles for rows of so many pairs.
 inline void begin_products(int64_t pairs) {
   const int64_t width = larger(1, smaller(pairs, TILE_PAIRS));
   TileConfig config;
@@ -103,7 +103,7 @@ inline void multiply_panel(const Rows& x, const VnniMatrix& w, int64_t p, float*
                  : multiply_panel_of<3>(x, w, p, out, stride);
 }
 
-constexpr int64_t EPILOGUE_TOKENS = BLOCK_TOKENS;  // that add_products takes
+constexpr int64_t EPILOGUE_TOKENS = BLOCK_TOKENS;  // tokens that add_products takes
 
 // Adds H · wᵀ to the output rows, whose columns are those of EPILOGUE_PANELS panels from p on, or what is
 // left.

@@ -11,7 +11,7 @@ namespace rosa {
 namespace ROSA_ISA {
 
 constexpr bool MULTIPLIES_WEIGHT = true;  // whether add_products multiplies by a fused weight
-constexpr int64_t RANK_MULTIPLE = GROUP;  // that sums of outer products are padded to
+constexpr int64_t RANK_MULTIPLE = GROUP;  // sums of outer products are padded to a multiple of it
 inline int64_t padded_pairs(int64_t length) { return (length + 1) / 2; }
 inline int lanes_a_row(int64_t rows) { return rows <= LANES / 4 ? 4 : rows <= LANES / 2 ? 2 : 1; }
 
@@ -45,7 +45,7 @@ struct Operand<2> {
   Vec dot(Vec sum, Pairs x) const { return fma(odd_of(x), odd, fma(even_of(x), even, sum)); }
 };
 
-// For a call: what multiply_panel and outer_tiles need before (for rows of so many pairs) and after.
+// multiply_panel and outer_tiles are called between these two. Vectors need no setting up.
 inline void begin_products(int64_t) {}
 inline void end_products() {}
 
@@ -72,9 +72,9 @@ inline void store_H(const Vec (&sums)[8], float* out, int64_t stride) {
     std::memcpy(out + t * stride, lines + t * (LANES / Lanes), sizeof(float) * (LANES / Lanes));
 }
 
-// out[t][n] = Σ_k x[t][k] · w[n][k] for BLOCK_TOKENS tokens and the rows of w's panel p. 8 rows at a time: where they
-// lie 4 KiB apart, as many cache lines of one set are in use. Two sums a row hide the instructions' latency. The next
-// rows are fetched to the second-level cache: so many streams are more than the processor follows.
+// out[t][n] = Σ_k x[t][k] · w[n][k] for BLOCK_TOKENS tokens and the rows of w's panel p. x goes 8 rows at a time,
+// because rows that lie 4 KiB apart use cache lines of one set. Two sums a row hide the instructions' latency. The next
+// rows are prefetched to the second-level cache, because the processor does not follow so many streams.
 template <int Terms, int Lanes>
 inline void multiply_panel_of(const Rows& x, const VnniMatrix& w, int64_t p, float* out, int64_t stride) {
   constexpr int TOGETHER = 8, STEP = Terms * LANES, ELEMENTS = 2 * Lanes;
@@ -108,7 +108,7 @@ inline void multiply_panel(const Rows& x, const VnniMatrix& w, int64_t p, float*
   w.terms == 1 ? multiply_panel_of<1>(x, w, p, out, stride) : multiply_panel_of<2>(x, w, p, out, stride);
 }
 
-constexpr int64_t EPILOGUE_TOKENS = 8;  // that add_products takes
+constexpr int64_t EPILOGUE_TOKENS = 8;  // tokens that add_products takes
 
 template <int Terms, int Panels>
 inline void add_products_of(const Rows& H, const VnniMatrix& w, const Rows& x, int64_t p, int64_t first_token,

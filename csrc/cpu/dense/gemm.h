@@ -24,8 +24,8 @@ class MergedPanels {
         panels((features + LANES - 1) / LANES),
         packed_(panels * LANES * length) {
     const int64_t chunks = (m.rows + MERGED_ROWS - 1) / MERGED_ROWS;
-    // Rows are transposed whole, which lets the processor see them coming; lines go to panels far apart, and in short
-    // pieces.
+    // Whole rows are transposed, because the processor foresees them. Columns go in short pieces, because their lines
+    // go to panels far apart.
     const int64_t width = transposed ? MERGED_COLUMNS : m.columns, stride = rounded_up(width, LANES);
     for_slots(slots_for(chunks, m.rows * m.columns), chunks, [&](int64_t, int64_t begin, int64_t end) {
       static thread_local Arena arena;

@@ -1,4 +1,4 @@
-// The tile of sums that every dense and block-sparse product of fp32 keeps in registers.
+// The tile of sums that every product keeps in registers.
 #pragma once
 #include "cpu/dense/pack.h"
 

@@ -1,5 +1,5 @@
-// Tiles of AMX: registers of up to 16 rows of 64 bytes. Intel's manual: LDTILECFG, TILELOADD, TDPBF16PS. In assembly,
-// for gcc's intrinsics take no constants but literals.
+// Tiles of AMX: registers of up to 16 rows of 64 bytes (Intel's manual: LDTILECFG, TILELOADD, TDPBF16PS). They are
+// written in assembly, because gcc's intrinsics take no constants but literals.
 #pragma once
 #include <cstdint>
 
