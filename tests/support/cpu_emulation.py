@@ -1,4 +1,4 @@
-"""The CPU's kernels for bfloat16 instructions (AVX512-BF16, AMX) on a processor without them: their instruction layer emulated."""
+"""The CPU's kernels for AVX512-BF16 and AMX on a processor without them: the instructions are emulated."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def build(variant: str) -> Path:
 
 
 def install(library: str) -> None:
-    """Makes backend "cpu" run a build's kernels in this process, for all that they serve: no merging, no library GEMMs for LoRA."""
+    """Makes backend "cpu" run a build's kernels in this process, for all that they serve: no library GEMMs for LoRA."""
     from rosa_kernels.backends.cpu import base_gemm, heuristics
     from rosa_kernels.backends.cpu import library as cpu_library
     from rosa_kernels.backends.cpu import ops as cpu_ops
@@ -34,6 +34,6 @@ def install(library: str) -> None:
 
 
 def takes(item) -> bool:
-    """Whether an emulated run takes a test: those of the backend in bf16, those of this one's arithmetic and of its own algorithms."""
+    """Whether an emulated run takes a test: those of bf16, and those of our GEMM and of the fused algorithm."""
     names = "cpu-bf16", "test_bfloat16_terms.py", "FUSED", "by_our_gemm"
     return any(name in item.nodeid for name in names)

@@ -21,9 +21,9 @@ struct Sums {
   Vec of[Rows][Tokens];
 };
 
-// sums.of[j][t] + rows[i + j] · in[first + t]; by value, so that the sums stay in registers, inlined or not.
+// sums.of[j][t] + rows[i + j] · in[first + t]; by value, so that the sums stay in registers.
 template <int Rows, int Tokens, class T>
-inline Sums<Rows, Tokens> add_dots(Sums<Rows, Tokens> sums, const Factor<T>& f, int64_t i, int64_t first) {
+ROSA_INLINE Sums<Rows, Tokens> add_dots(Sums<Rows, Tokens> sums, const Factor<T>& f, int64_t i, int64_t first) {
   const int64_t stride = f.stride, in_stride = f.in_stride, length = f.length;
   const T* rows = f.rows + i * stride;
   const float* in = f.in + first * in_stride;

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+// Tiles of sums stay in registers only where the function that holds them inlines all that touches them. The compiler's
+// own choice changes with the size of the rest of the file.
+#define ROSA_INLINE inline __attribute__((always_inline))
+
 namespace rosa {
 namespace ROSA_ISA {
 

@@ -30,7 +30,7 @@ inline void store_some(T* to, int64_t count, Vec a) {
 
 // Calls write(i, column i) for the LANES columns of the square whose row i is read(i).
 template <class Read, class Write>
-inline void transpose_square(const Read& read, const Write& write) {
+ROSA_INLINE void transpose_square(const Read& read, const Write& write) {
   Vec square[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) square[i] = read(i);

@@ -13,26 +13,26 @@ struct RegisterTile {
 
   // body(row, v) for every vector of the tile.
   template <class Body>
-  static inline void for_each(const Body& body) {
+  static ROSA_INLINE void for_each(const Body& body) {
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
       for (int v = 0; v < Width; ++v) body(i, v);
   }
 
-  inline void clear() {
+  ROSA_INLINE void clear() {
     for_each([&](int i, int v) { sums[i][v] = zero(); });
   }
-  inline void load_from(const float* from, int64_t stride) {
+  ROSA_INLINE void load_from(const float* from, int64_t stride) {
     for_each([&](int i, int v) { sums[i][v] = load(from + i * stride + v * LANES); });
   }
-  inline void store_to(float* to, int64_t stride) const {
+  ROSA_INLINE void store_to(float* to, int64_t stride) const {
     for_each([&](int i, int v) { store(to + i * stride + v * LANES, sums[i][v]); });
   }
 
   // sums[i][v] += coefficient(i) · vector(v): one step of an outer product, for which each vector is loaded once.
   template <class Coefficient, class Vector>
-  inline void add_outer(const Coefficient& coefficient, const Vector& vector) {
+  ROSA_INLINE void add_outer(const Coefficient& coefficient, const Vector& vector) {
     Vec vectors[Width];
 #pragma GCC unroll 8
     for (int v = 0; v < Width; ++v) vectors[v] = vector(v);

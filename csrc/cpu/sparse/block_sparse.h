@@ -86,10 +86,9 @@ inline void add_tokens(const In& inputs, int64_t first, int64_t length, const fl
     for (int64_t left = smaller(piece, length - n); left; --left, in += In::FEATURE, weights += weights_stride)
       tile.add_outer([&](int t) { return in[t * In::TOKEN]; }, [&](int v) { return load(weights + v * LANES); });
   }
-  tile.for_each([&](int t, int v) {
-    T* const to = rows + t * stride + v * LANES;
-    store(to, fresh ? tile.sums[t][v] : add(load(to), tile.sums[t][v]));
-  });
+  if (!fresh)
+    tile.for_each([&](int t, int v) { tile.sums[t][v] = add(load(rows + t * stride + v * LANES), tile.sums[t][v]); });
+  tile.for_each([&](int t, int v) { store(rows + t * stride + v * LANES, tile.sums[t][v]); });
 }
 
 // The same for all tokens of a block. Where `ahead` is not 0, prefetches the rows of the tile so many elements further
