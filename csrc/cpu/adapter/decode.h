@@ -16,14 +16,9 @@ struct Factor {
   int64_t in_stride, length;
 };
 
-template <int Rows, int Tokens>
-struct Sums {
-  Vec of[Rows][Tokens];
-};
-
-// sums.of[j][t] + rows[i + j] · in[first + t]; by value, so that the sums stay in registers.
+// tile.sums[j][t] += rows[i + j] · in[first + t], LANES features of the two at a time.
 template <int Rows, int Tokens, class T>
-ROSA_INLINE Sums<Rows, Tokens> add_dots(Sums<Rows, Tokens> sums, const Factor<T>& f, int64_t i, int64_t first) {
+ROSA_INLINE void add_dots(RegisterTile<Rows, Tokens>& tile, const Factor<T>& f, int64_t i, int64_t first) {
   const int64_t stride = f.stride, in_stride = f.in_stride, length = f.length;
   const T* rows = f.rows + i * stride;
   const float* in = f.in + first * in_stride;
@@ -36,17 +31,16 @@ ROSA_INLINE Sums<Rows, Tokens> add_dots(Sums<Rows, Tokens> sums, const Factor<T>
     for (int j = 0; j < Rows; ++j) {
       const Vec c = load(rows + j * stride + l);
 #pragma GCC unroll 4
-      for (int t = 0; t < Tokens; ++t) sums.of[j][t] = fma(c, inputs[t], sums.of[j][t]);
+      for (int t = 0; t < Tokens; ++t) tile.sums[j][t] = fma(c, inputs[t], tile.sums[j][t]);
     }
   }
-  if (l == length) return sums;
+  if (l == length) return;
 #pragma GCC unroll 4
   for (int j = 0; j < Rows; ++j) {
     const Vec c = load_some(rows + j * stride + l, length - l);
 #pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) sums.of[j][t] = fma(c, load(in + t * in_stride + l), sums.of[j][t]);
+    for (int t = 0; t < Tokens; ++t) tile.sums[j][t] = fma(c, load(in + t * in_stride + l), tile.sums[j][t]);
   }
-  return sums;
 }
 
 // out[first + t][i + j] = (fresh ? 0 : itself) + the sum of what the factors give, for Rows rows and at most `count`
@@ -56,19 +50,13 @@ inline void multiply_tile(float* out, int64_t stride, bool fresh, int64_t i, int
                           const Factors&... factors) {
   if constexpr (Tokens > 1)
     if (count < Tokens) return multiply_tile<Rows, Tokens - 1>(out, stride, fresh, i, first, count, factors...);
-  Sums<Rows, Tokens> sums;
-#pragma GCC unroll 4
-  for (int j = 0; j < Rows; ++j)
-#pragma GCC unroll 4
-    for (int t = 0; t < Tokens; ++t) sums.of[j][t] = zero();
-  ((sums = add_dots(sums, factors, i, first)), ...);
-#pragma GCC unroll 4
-  for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 4
-    for (int j = 0; j < Rows; ++j) {
-      float* const to = out + (first + t) * stride + i + j;
-      *to = sum(sums.of[j][t]) + (fresh ? 0.0f : *to);
-    }
+  RegisterTile<Rows, Tokens> tile;
+  tile.clear();
+  (add_dots(tile, factors, i, first), ...);
+  tile.for_each([&](int j, int t) {
+    float* const to = out + (first + t) * stride + i + j;
+    *to = sum(tile.sums[j][t]) + (fresh ? 0.0f : *to);
+  });
 }
 
 // Prefetches GROUP rows from i on, because the processor does not foresee short pieces of rows. At 8 tokens of 4096 x

@@ -28,7 +28,7 @@ class Delta(NamedTuple):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, our_gemm: bool) -> Tensor:
-    """x (T, I) times (weight + delta)ᵀ, plus bias: (T, O) in x's dtype; our_gemm: by our GEMM, fp32 alone."""
+    """x (T, in_features) times (weight + delta)ᵀ, plus bias: (T, out_features) in x's dtype; our_gemm: by our GEMM, fp32 alone."""
     out_features, in_features = weight.shape
     y = x.new_empty(x.shape[0], out_features)
     x = _widened_once(x)
@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, 
 
 
 def linear_dx(dy: Tensor, weight: Tensor, delta: Delta | None, our_gemm: bool) -> Tensor:
-    """dy (T, O) times (weight + delta): (T, I) in dy's dtype."""
+    """dy (T, out_features) times (weight + delta): (T, in_features) in dy's dtype."""
     out_features, in_features = weight.shape
     dx = dy.new_empty(dy.shape[0], in_features)
     dy = _widened_once(dy)
@@ -56,7 +56,7 @@ def linear_dx(dy: Tensor, weight: Tensor, delta: Delta | None, our_gemm: bool) -
 
 
 def linear_dweight(dy: Tensor, x: Tensor, widened: bool) -> Tensor:
-    """dyᵀ x: (O, I) in x's dtype, summed in fp32."""
+    """dyᵀ x: (out_features, in_features) in x's dtype, summed in fp32."""
     if not widened:
         return dy.T @ x
     dweight = torch.zeros(dy.shape[1], x.shape[1])
