@@ -28,7 +28,7 @@ class Delta(NamedTuple):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, our_gemm: bool) -> Tensor:
-    """x (T, in_features) times (weight + delta)ᵀ, plus bias: (T, out_features) in x's dtype; our_gemm: by our GEMM, fp32 alone."""
+    """x (T, in_features) times (weight + delta)ᵀ, plus bias: (T, out_features), in x's dtype. Ours takes fp32 alone."""
     out_features, in_features = weight.shape
     y = x.new_empty(x.shape[0], out_features)
     x = _widened_once(x)
