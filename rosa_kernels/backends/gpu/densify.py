@@ -1,7 +1,7 @@
 """S made dense for one call: beside a weight, merged into it, or as the delta scaling · B A + S.
 
-Each function takes the backend's densify. Kernels write S by its rows, so a transposed problem's matrices are made in
-the order of the layer and returned as views.
+Each function takes the backend's densify. Kernels write S by its rows, so the matrices of a backward are made as the
+layer has them, and returned as transposed views.
 """
 
 from collections.abc import Callable
@@ -26,35 +26,25 @@ def dense(densify: Callable, S: Sparse, dtype: torch.dtype) -> Tensor:
 
 def merged_weight(densify: Callable, problem: LinearProblem) -> Tensor:
     """weight + scaling · B A + S in fp32."""
-    if problem.transposed:
-        return merged_weight(densify, _layer_of(problem)).T
-    weight, A, B, S = problem.weight, problem.A, problem.B, problem.S
+    weight, A, B, S = problem.layer or (problem.weight, problem.A, problem.B, problem.S)
     if A is None:
-        return weight_plus(densify, weight, S)
-    merged = torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=problem.scaling).contiguous()
-    return merged if S is None else densify(merged, merged, S)
+        merged = weight_plus(densify, weight, S)
+    else:
+        merged = torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=problem.scaling).contiguous()
+        if S is not None:
+            densify(merged, merged, S)
+    return merged if problem.layer is None else merged.T
 
 
 def dense_delta(densify: Callable, problem: LinearProblem) -> Tensor:
     """scaling · B A + S in x's dtype. It is rounded once: by the GEMM that adds to S, where all are of that dtype."""
-    if problem.transposed:
-        return dense_delta(densify, _layer_of(problem)).T
-    A, B, S, dtype = problem.A, problem.B, problem.S, problem.x.dtype
+    _, A, B, S = problem.layer or (problem.weight, problem.A, problem.B, problem.S)
+    dtype = problem.x.dtype
     if A is None:
-        return dense(densify, S, dtype)
-    if A.dtype == B.dtype == S.values.dtype == dtype:
-        return dense(densify, S, dtype).addmm_(B, A, alpha=problem.scaling)
-    delta = torch.addmm(A[:1].float(), B.float(), A.float(), beta=0, alpha=problem.scaling).contiguous()
-    return densify(delta, delta, S).to(dtype)
-
-
-def _layer_of(problem: LinearProblem) -> LinearProblem:
-    """The matrices as the layer has them, of a problem that has them transposed."""
-    weight, A, B, S = problem.weight, problem.A, problem.B, problem.S
-    return problem._replace(
-        weight=None if weight is None else weight.T,
-        A=None if B is None else B.T,
-        B=None if A is None else A.T,
-        S=None if S is None else S.transpose_of,
-        transposed=False,
-    )
+        delta = dense(densify, S, dtype)
+    elif A.dtype == B.dtype == S.values.dtype == dtype:
+        delta = dense(densify, S, dtype).addmm_(B, A, alpha=problem.scaling)
+    else:
+        delta = torch.addmm(A[:1].float(), B.float(), A.float(), beta=0, alpha=problem.scaling).contiguous()
+        delta = densify(delta, delta, S).to(dtype)
+    return delta if problem.layer is None else delta.T

@@ -96,8 +96,8 @@ class LinearProblem(NamedTuple):
     dropout: Dropout = NO_DROPOUT
     drop_at: str = ""
     """Where dropout acts: on "x" before A, on the low-rank part of "out", or "" nowhere."""
-    transposed: bool = False
-    """Whether the matrices are the layer's transposed."""
+    layer: tuple[Tensor | None, Tensor | None, Tensor | None, Sparse | None] | None = None
+    """(weight, lora_A, lora_B, S) of the layer, where the matrices here are their transposes."""
 
     def library_operand(self, values: Tensor) -> Tensor:
         """Values of S for a library GEMM. In bf16 wider values are rounded where H beside them is rounded too."""

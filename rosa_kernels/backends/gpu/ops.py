@@ -46,7 +46,7 @@ class Ops:
                 dy2, x2.shape[1], None if weight is None else weight.T, None, None if lora_B is None else lora_B.T,
                 None if lora_A is None else lora_A.T, scaling,
                 None if S is None else S.transposed(ccol, row, permutation), dH, dropout, "" if seed is None else "out",
-                True,
+                (weight, lora_A, lora_B, S),
             )  # fmt: skip
             dx = linear(self._backend, problem).view(x.shape)
         if need_dvalues:
