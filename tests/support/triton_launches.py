@@ -135,14 +135,15 @@ def _tensors(case: Case) -> dict[str, Any]:
     def indices(n):
         return empty(n, dtype=torch.int32)
 
-    return dict(
-        x=empty(T, K), dy=empty(T, N), weight=empty(N, K) if case.base else None, bias=empty(N) if case.bias else None,
-        lora_A=empty(r, K, dtype=case.lora_dtype) if r else None,
-        lora_B=empty(N, r, dtype=case.lora_dtype) if r else None,
-        values=empty(nnz, dtype=case.values_dtype) if nnz else None, crow=indices(N + 1), col=indices(nnz),
-        ccol=indices(K + 1), row=indices(nnz), permutation=indices(nnz), structure=case.structure or 0,
-        seed=torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None,
-    )  # fmt: skip
+    return {
+        "x": empty(T, K), "dy": empty(T, N), "weight": empty(N, K) if case.base else None,
+        "bias": empty(N) if case.bias else None,
+        "lora_A": empty(r, K, dtype=case.lora_dtype) if r else None,
+        "lora_B": empty(N, r, dtype=case.lora_dtype) if r else None,
+        "values": empty(nnz, dtype=case.values_dtype) if nnz else None, "crow": indices(N + 1), "col": indices(nnz),
+        "ccol": indices(K + 1), "row": indices(nnz), "permutation": indices(nnz), "structure": case.structure or 0,
+        "seed": torch.empty(1, dtype=torch.int64, device="meta") if case.dropout_p else None,
+    }  # fmt: skip
 
 
 def _run(case: Case) -> None:

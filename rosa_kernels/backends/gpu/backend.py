@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class GpuBackend(NamedTuple):
-    """The functions that differ between Triton and CUDA. Each has its own form of H, which only its kernels read."""
+    """The functions that differ between Triton and CUDA. Each backend has its own form of H, which its kernels read."""
 
     heuristics: ModuleType
     """choose_linear(LinearCall, Rates) and choose_sddmm(SDDMMCall, Rates) name the algorithm of a call.
@@ -14,20 +14,18 @@ class GpuBackend(NamedTuple):
     finish_linear: Callable
     """(y or None, LinearProblem, algorithm) -> y with everything that library calls have left."""
     low_rank_gradients: Callable
-    """As gpu/lora.py's, by kernels."""
+    """As the function of gpu/lora.py, by kernels."""
     H_of_matrix: Callable
     """(T, r) in x's dtype -> the same H in the backend's form."""
     matrix_of_H: Callable
-    """(H in the backend's form, r) -> (T, r); only asked where LinearCall.H_is_matrix or the backend says that it
-    can."""
+    """(H in the backend's form, r) -> (T, r). An algorithm with H "library" asks for it."""
     sddmm: Callable
     """(algorithm, dy, x, crow, col, dtype) -> dS (nnz,) by kernels."""
     gather_columns: Callable
     """(x (T, features), columns) -> (T, count), then columns of zeros up to a multiple of ALIGNMENT."""
     gather_whole_rows: Callable
-    """(dy, crow, count, in_features) -> as gather_columns, of the `count` rows that are not empty and have all
-    columns."""
+    """(dy, crow, count, in_features) -> as gather_columns, for the `count` rows that have all columns."""
     gather_entries: Callable
-    """(dW, crow, col, dtype) -> (nnz,) the pattern's entries of a matrix."""
+    """(dW, crow, col, dtype) -> (nnz,) the pattern's entries of dW."""
     densify: Callable
     """(out, weight, S) -> out = weight + S. weight None: S alone; weight is out: S is added in place."""
