@@ -1,1 +1,1 @@
-"""One module a backend, each with the ops of ops.py under the same names."""
+"""A folder or file for each backend, with the ops of ops.py under the same names."""

@@ -1,4 +1,4 @@
-"""What several backends leave to library GEMMs."""
+"""dA and dB by library GEMMs, as several backends leave them to these."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,10 @@ from torch import Tensor
 def low_rank_gradients(
     dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, need_dH: bool, need_dA: bool, need_dB: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dA, dB, dy B), None where not needed; dy (T, O), x (T, I), lora_A (r, I) and lora_B (O, r) in one dtype."""
+    """(dA, dB, dH = dy B), None each where it is not needed.
+
+    dy (T, out_features), x (T, in_features), lora_A (r, in_features) and lora_B (out_features, r) share a dtype.
+    """
     dA = dB = dH = None
     if need_dH or need_dA:
         dH = dy @ lora_B

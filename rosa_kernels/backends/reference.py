@@ -1,6 +1,6 @@
-"""The oracle: every op in plain PyTorch, any device and floating dtype, readable before fast.
+"""The oracle: every op in plain PyTorch, for any device and floating dtype. It is readable before it is fast.
 
-16-bit and fp32 inputs are computed in fp32, float64 in float64; each result is rounded once, to its own dtype.
+16-bit and fp32 inputs are computed in fp32, float64 in float64. Each result is rounded once, to its own dtype.
 """
 
 import math
@@ -25,7 +25,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, features); the leading sizes are multiplied out, as reshape(-1, ...) cannot where features is 0."""
+    """(T, features). The leading sizes are multiplied out, because reshape(-1, ...) cannot do it where features is
+    0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(dtype)
 
 
@@ -49,17 +50,17 @@ def _dropout_factor(x2: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
     dtype = _compute_dtype(x)
     x2 = _flat(x, dtype)
-    delta = None
+    added = None
     if lora_A is not None:
         x_hat = x2 if seed is None else x2 * _dropout_factor(x2, dropout_p, seed)
-        delta = scaling * ((x_hat @ lora_A.to(dtype).T) @ lora_B.to(dtype).T)
+        added = scaling * ((x_hat @ lora_A.to(dtype).T) @ lora_B.to(dtype).T)
     if values is not None:
         sparse = x2 @ _dense(values, crow, col, x.shape[-1], dtype).T
-        delta = sparse if delta is None else delta + sparse
-    delta = delta.view(*x.shape[:-1], delta.shape[-1])
+        added = sparse if added is None else added + sparse
+    added = added.view(*x.shape[:-1], added.shape[-1])
     if weight is None:
-        return delta.to(x.dtype)
-    return (F.linear(x, weight, bias).to(dtype) + delta).to(x.dtype).contiguous()
+        return added.to(x.dtype)
+    return (F.linear(x, weight, bias).to(dtype) + added).to(x.dtype).contiguous()
 
 
 def rosa_linear_backward(

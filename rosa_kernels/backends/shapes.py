@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """(..., features) -> (tokens, features); a view where the strides allow it."""
+    """(..., features) -> (T, features), a view where the strides allow it."""
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def cdiv(length: int, block: int) -> int:
-    """Blocks that cover the length."""
+    """How many blocks cover the length."""
     return -(-length // block)

@@ -1,9 +1,9 @@
 """Which tests a run under TRITON_INTERPRET=1 takes, so that two cores end it in about four minutes.
 
-A Triton operation costs the interpreter tens of microseconds whatever it holds: a case costs what its number of tiles
-costs. fp32 goes through all cases but the largest: its bounds are the narrowest, and addresses, masks, loops and sums
-are the same for every dtype. bf16 then needs the cases with few tokens, and 63 and 129 of them, which take several
-tiles; fp16, whose kernels differ from bf16's in nothing but the number format, of these the ones that are not about a
+A Triton operation costs the interpreter tens of microseconds whatever it holds, so a case costs what its tiles cost.
+fp32 goes through all cases but the largest: its bounds are the narrowest, and addresses, masks, loops and sums are the
+same for every dtype. bf16 then needs the cases with few tokens, and those of 63 and 129, which take several tiles. The
+kernels of fp16 differ from bf16's in the number format alone: of bf16's cases it takes those that are not about a
 pattern.
 """
 

@@ -22,7 +22,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter layer's forward and backward; r = 0: no low-rank part; structure None: no sparse part."""
+    """One adapter layer's forward and backward. r = 0 is no low-rank part, structure None no sparse part."""
 
     tokens: int = 4096
     out_features: int = 4096

@@ -1,4 +1,4 @@
-"""python -m rosa_kernels.tune without a GPU: what it would write, and that the backend then plans by it."""
+"""python -m rosa_kernels.tune without a GPU: what it would write, and that the backend then goes by it."""
 
 import os
 import subprocess
