@@ -21,6 +21,7 @@ interpreted = pytest.mark.skipif(
     reason="runs where TRITON_INTERPRET=1: test_interpreter.py starts it",
 )
 FP32, BF16 = torch.float32, torch.bfloat16
+by_library = heuristics.low_rank_gradients_by_library  # as it is where conftest.py leaves it alone
 
 CASES = [
     LinearCase((5,), 66, 35, 3),
@@ -138,7 +139,6 @@ def test_the_choices_that_the_docstring_explains():
     assert chosen(4) == ("library", "library", "")
     assert chosen(4, mixed_lora=True).base == "kernel"
     assert chosen(4, nnz=167772) == ("kernel", "inside", "gather")
-    by_library = heuristics.low_rank_gradients_by_library
     assert by_library(4096, 768, 2, h100) and by_library(4, 768, 2, h100) and not by_library(32768, 4096, 2, h100)
     assert sddmm(167772) == sddmm(335544, mixed=True) == "library"
     assert sddmm(16777, element_size=4) == "entries_transposed"
