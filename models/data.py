@@ -72,7 +72,7 @@ class EncodedReviews:
         id_type = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
         labels, ends = array("B"), array("q")
         end = 0
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115: it is open as long as this object lives
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as this object lives
         reviews = iter(reviews)
         while chunk := list(islice(reviews, 1024)):
             encodings = tokenizer.encode_batch_fast([review.text for review in chunk])
