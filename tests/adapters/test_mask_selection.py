@@ -331,6 +331,7 @@ def _select_on_one_rank(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.exhaustive
 def test_all_ranks_choose_the_same(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

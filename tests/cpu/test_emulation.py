@@ -38,7 +38,7 @@ def run(instruction_set: str, variant: str, every: int, fewest: int) -> None:
     assert count_passed(FILES, environment, every=every, processes=1) >= fewest
 
 
-@pytest.mark.parametrize("instruction_set", cpu_emulation.SETS)
+@pytest.mark.parametrize("instruction_set", ["amx", pytest.param("avx512bf16", marks=pytest.mark.exhaustive)])
 def test_the_kernels_pass_the_ops_tests(instruction_set, exhaustive):
     every, fewest = (1, 600) if exhaustive else (11, 55)
     run(instruction_set, "plain", every, fewest)

@@ -23,10 +23,10 @@ def chosen(instruction_set: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
 
 
-ONLY_EXHAUSTIVE = (pytest.param(name, marks=pytest.mark.exhaustive) for name in ("amx", "avx512bf16", "avx512"))
+ONLY_EXHAUSTIVE = (pytest.param(name, marks=pytest.mark.exhaustive) for name in ("amx", "avx512bf16", "avx512", "avx2"))
 
 
-@pytest.mark.parametrize("instruction_set", [*ONLY_EXHAUSTIVE, "avx2", "portable"])
+@pytest.mark.parametrize("instruction_set", [*ONLY_EXHAUSTIVE, "portable"])
 def test_ops_on(instruction_set, exhaustive):
     if instruction_set not in cpu.build_info().split(";")[0].split():
         pytest.skip(f"this processor has no {instruction_set}, or the compiler had none")

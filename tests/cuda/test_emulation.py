@@ -37,7 +37,7 @@ def run(variant: str, files: tuple[str, ...], every: int, fewest: int, order: st
 
 @needs("plain")
 def test_the_kernels_pass_the_ops_tests(exhaustive):
-    every, fewest = (1, 2000) if exhaustive else (13, 150)
+    every, fewest = (1, 2000) if exhaustive else (29, 65)
     run("plain", OPS, every, fewest)
 
 

@@ -46,7 +46,15 @@ def flat_pattern(pattern):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("case", OPCHECK_CASES.values(), ids=OPCHECK_CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case, id=name, marks=() if name in ("rosa", "lora", "sparse", "nothing") else pytest.mark.exhaustive
+        )
+        for name, case in OPCHECK_CASES.items()
+    ],
+)
 def test_opcheck_rosa_linear(backend, case, dropout_p):
     inputs = make_inputs(case, torch.bfloat16 if case.lora_dtype else torch.float32)
     crow, col, transposed, structure = flat_pattern(inputs.pattern)

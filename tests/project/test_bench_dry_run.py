@@ -121,6 +121,7 @@ def test_the_selected_shapes_are_a_part_of_all():
     assert collected() < collected("--shapes", "all")
 
 
+@pytest.mark.exhaustive
 def test_the_selected_shapes_show_every_race_dtype_and_kind_of_call():
     selected = collected()
     races = "".join(path.read_text() for path in (BENCH / "races").iterdir() if path.suffix == ".py")

@@ -150,6 +150,7 @@ def test_the_quick_start_learns_and_loads_what_it_saved(tmp_path, monkeypatch, c
     assert torch.equal(*logits)
 
 
+@pytest.mark.exhaustive
 @by_page
 def test_commands_name_what_is_there(page):
     faults = {" ".join(words): faults_of_command(words) for words in commands_of(page.read_text())}

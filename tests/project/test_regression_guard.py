@@ -204,6 +204,7 @@ on_cpu_kernels = pytest.mark.skipif(
 )
 
 
+@pytest.mark.exhaustive
 @on_cpu_kernels
 def test_without_judge_a_slowdown_is_named_in_the_table_and_the_run_passes(run_planted):
     status, output = run_planted("--benchmark-only")
@@ -220,6 +221,7 @@ def test_with_judge_a_slowdown_fails_the_run(run_planted):
     assert "1 failed, 1 passed" in output and "slower in 1 of 2 races (failed): slow\n" in output
 
 
+@pytest.mark.exhaustive
 def test_judge_wants_times(run_planted):
     status, output = run_planted("--benchmark-disable", "--judge")
     assert status == pytest.ExitCode.USAGE_ERROR and "--judge needs times" in output
