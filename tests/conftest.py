@@ -1,9 +1,13 @@
-"""Every test that asks for `backend` (`dtype`, `device`) runs on each backend, with each dtype that it serves.
+"""How the tests are multiplied over backends, dtypes and devices, and which of them a run takes.
 
-On CPU tensors always; a test that asks for `device` also on a GPU where there is one (`-m gpu` picks those).
-TRITON_INTERPRET=1, in the environment before Triton is imported, makes another run of it: the Triton backend alone,
-interpreted, on CPU tensors. So does CUDA_EMULATED=library (of cuda_emulation.build): the CUDA backend alone, emulated;
-and CPU_EMULATED=library (of cpu_emulation.build): the CPU backend's bf16, by emulated instructions.
+A test that asks for `backend` (`dtype`, `device`) runs on each backend, with each dtype that it serves: always on CPU
+tensors, and where it asks for `device` on a GPU too, if there is one (`-m gpu` picks those). Of all these, a run takes
+the default tier of tiers.py, or everything with --exhaustive.
+
+Three environment variables make another run of it, on CPU tensors, with one backend:
+TRITON_INTERPRET=1, set before Triton is imported, interprets the Triton backend;
+CUDA_EMULATED=library (of cuda_emulation.build) emulates the CUDA backend;
+CPU_EMULATED=library (of cpu_emulation.build) emulates the CPU backend's instructions for bf16.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Adapter layers of every kind, small and with numbers in them, for test_nn and test_merging."""
+"""Adapter layers of every kind, small and with numbers in them, for the tests of layers and of merging."""
 
 import torch
 from torch import nn

@@ -16,7 +16,7 @@ import interpreter_guard
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
-    reason="runs where TRITON_INTERPRET=1: test_triton_interpreter.py starts it",
+    reason="runs where TRITON_INTERPRET=1: test_interpreter.py starts it",
 )
 SIZE = 16
 
