@@ -1,4 +1,4 @@
-"""A binary that is installed and does not serve gives its reason in words; the package itself goes on importing."""
+"""A binary that is installed and does not serve is an error in words, not a silent way to plain PyTorch."""
 
 import os
 import shutil
@@ -23,17 +23,29 @@ def package(tmp_path):
     return copy
 
 
-def reason_of(package, *more_paths) -> tuple[str, str]:
-    """What a fresh process that imports this package says of backend cpu, and its warnings."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (package.parent, *more_paths)))}
+def run(package, backend, *more_paths) -> subprocess.CompletedProcess:
+    """A fresh process that imports this package and prints what it says of backend cpu."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (package.parent, *more_paths))),
+        "ROSA_KERNELS_BACKEND": backend,
+    }
     for variable in ("CPU_EMULATED", "CUDA_EMULATED"):
         environment.pop(variable, None)
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", REPORT] if sys.version_info >= (3, 11) else [sys.executable, "-c", REPORT],
-        env=environment, capture_output=True, text=True, check=False, cwd=package.parent,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip(), run.stderr
+    isolated = ["-P"] if sys.version_info >= (3, 11) else []
+    command = [sys.executable, *isolated, "-c", REPORT]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=package.parent)
+
+
+def check_fault(package, *words, more_paths=()) -> None:
+    """The import fails with these words; with another backend asked for they are the reason alone."""
+    failed = run(package, "auto", *more_paths)
+    assert (
+        failed.returncode != 0 and "ImportError" in failed.stderr and "ROSA_KERNELS_BACKEND=reference" in failed.stderr
+    )
+    without = run(package, "reference", *more_paths)
+    assert without.returncode == 0, without.stderr
+    for word in words:
+        assert word in failed.stderr and word in without.stdout, word
 
 
 @pytest.mark.parametrize("error,words", [(None, "were not built"), ("no <vector>", "did not build (no <vector>)")])
@@ -45,24 +57,20 @@ def test_no_binary_is_not_built(monkeypatch, recwarn, package, error, words):
 
 def test_a_binary_that_does_not_load_gives_the_loaders_words(package):
     (package / "_C.abi3.so").write_bytes(b"not a library")
-    reason, warned = reason_of(package)
-    assert "do not load" in reason and "_C.abi3.so" in reason and "pip install again" in reason
-    assert "do not load" in warned
+    check_fault(package, "do not load", "_C.abi3.so", "pip install again")
 
 
 def test_a_binary_under_another_name_is_named(package):
     other = package / "_C.cpython-310-x86_64-linux-gnu.so"
     other.write_bytes(b"of another build")
-    reason, warned = reason_of(package)
-    assert str(other) in reason and "another name" in reason and "another name" in warned
+    check_fault(package, str(other), "another name")
 
 
 def test_a_binary_beside_another_copy_of_the_package_is_named(package, tmp_path):
     elsewhere = tmp_path / "site" / "rosa_kernels"
     elsewhere.mkdir(parents=True)
     (elsewhere / "_C.abi3.so").write_bytes(b"of an installed package")
-    reason, warned = reason_of(package, elsewhere.parent)
-    assert str(elsewhere) in reason and str(package) in reason and "imported from" in warned
+    check_fault(package, str(elsewhere), str(package), "imported from", more_paths=[elsewhere.parent])
 
 
 @pytest.mark.skipif(rk.available_backends()["cpu"] is not None, reason="needs a binary that loads")

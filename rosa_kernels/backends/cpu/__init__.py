@@ -7,11 +7,11 @@ __all__ = [
     "build_info",
     "csr_add",
     "instruction_set",
-    "uses_our_gemm",
     "refusal",
     "rosa_linear",
     "rosa_linear_backward",
     "sddmm",
     "spmm",
     "unavailable_reason",
+    "uses_our_gemm",
 ]

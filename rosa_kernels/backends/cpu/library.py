@@ -1,8 +1,8 @@
 """The C++ kernels' binary: whether it is there and loads, what built it, and what this processor runs of it."""
 
 import functools
+import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ kernels = torch.ops.rosa_kernels_cpu
 def _load(package: Path, search_path: list[str]) -> str | None:
     """Loads the package's binary; None where it serves, else the reason why not.
 
-    A binary that is there and does not serve is a fault of the installation, not a choice: a warning says so, because
-    backend "auto" would go on without it.
+    Raises:
+        ImportError: a binary is installed and does not serve. Backend "auto" would go on without it, many times slower.
+            Whoever asks for another backend by ROSA_KERNELS_BACKEND gets the reason alone.
     """
     binary = package / _BINARY
     if not binary.exists():
@@ -28,8 +29,8 @@ def _load(package: Path, search_path: list[str]) -> str | None:
             return _not_built()
     else:
         fault = _load_fault(binary)
-    if fault is not None:
-        warnings.warn(f"rosa_kernels: {fault}", stacklevel=2)
+    if fault is not None and os.environ.get("ROSA_KERNELS_BACKEND", "auto") in ("auto", "cpu"):
+        raise ImportError(f"{fault}. ROSA_KERNELS_BACKEND=reference runs without them, slowly.")
     return fault
 
 

@@ -83,9 +83,8 @@ def rosa_linear_backward(
         dx2 = base_gemm.linear_dx(dy2, _matrix(weight), delta if algorithm is Algorithm.MERGED else None, our_fp32_gemm)
     elif need_dx:
         dx2 = dy2 @ weight
-    dx_to_add = (
-        None if algorithm is Algorithm.MERGED else dx2
-    )  # the kernels write it where they multiply by the weight, else they add to it
+    # The kernels write dx where they multiply by the weight, and add to it elsewhere.
+    dx_to_add = None if algorithm is Algorithm.MERGED else dx2
     if algorithm is Algorithm.GEMMS:
         dA, dB, dH = low_rank_gradients(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
         if dx_to_add is not None:
