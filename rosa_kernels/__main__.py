@@ -37,7 +37,7 @@ def main() -> None:
         print(f"  {name:<10} {'ready' if reason is None else 'not available: ' + reason}")
     if cpu.unavailable_reason() is None:
         own = [str(dtype).removeprefix("torch.") for dtype in DTYPES[:2] if cpu.uses_our_gemm(dtype)]
-        base = f", multiplying the base's weight too in {' and '.join(own)}" if own else ""
+        base = f", our GEMM in {' and '.join(own)}" if own else ""
         print(f"  cpu kernels: {cpu.instruction_set()} in use{base}; {cpu.build_info()}")
     if cuda.unavailable_reason() is None:
         print(f"  cuda kernels: {cuda.build_info()}")

@@ -76,17 +76,25 @@ inline void unpack(const float* packed, const uint64_t* keep_bits, int64_t width
                        [&](int i, Vec column) { store(panel + (t + i) * width + f, column); });
 }
 
+// to[i] += a[i] for the first `count` of LANES numbers. It is kept out of the loops that rarely need it.
+template <class T>
+__attribute__((noinline)) void add_to_some(T* to, int64_t count, Vec a) {
+  store_some(to, count, add(load_some(to, count), a));
+}
+
 // rows[t][f] += tile[f][t]. The tile has whole squares of LANES; rows have so many tokens and features.
 template <class T>
 inline void add_transposed(const float* tile, int64_t tokens, int64_t features, T* rows, int64_t stride) {
   for (int64_t t = 0; t < tokens; t += LANES)
-    for (int64_t f = 0; f < features; f += LANES)
+    for (int64_t f = 0; f < features; f += LANES) {
+      const bool whole = features - f >= LANES;
       transpose_square([&](int i) { return load(tile + (f + i) * BLOCK_TOKENS + t); },
                        [&](int i, Vec column) {
                          if (t + i >= tokens) return;
-                         T* out = rows + (t + i) * stride + f;
-                         store_some(out, features - f, add(load_some(out, features - f), column));
+                         T* const out = rows + (t + i) * stride + f;
+                         whole ? store(out, add(load(out), column)) : add_to_some(out, features - f, column);
                        });
+    }
 }
 
 }  // namespace ROSA_ISA

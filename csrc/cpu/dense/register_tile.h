@@ -30,17 +30,24 @@ struct RegisterTile {
     for_each([&](int i, int v) { store(to + i * stride + v * LANES, sums[i][v]); });
   }
 
-  // sums[i][v] += coefficient(i) · vector(v): one step of an outer product, for which each vector is loaded once.
+  // sums[i][v] += coefficient(i) · vector(v): one step of an outer product. Each vector is loaded once; a single row
+  // leaves the loads to its multiply-adds, which take an operand from memory.
   template <class Coefficient, class Vector>
   ROSA_INLINE void add_outer(const Coefficient& coefficient, const Vector& vector) {
-    Vec vectors[Width];
+    if constexpr (Rows == 1) {
+      const Vec c = broadcast(coefficient(0));
 #pragma GCC unroll 8
-    for (int v = 0; v < Width; ++v) vectors[v] = vector(v);
+      for (int v = 0; v < Width; ++v) sums[0][v] = fma(c, vector(v), sums[0][v]);
+    } else {
+      Vec vectors[Width];
+#pragma GCC unroll 8
+      for (int v = 0; v < Width; ++v) vectors[v] = vector(v);
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const Vec c = broadcast(coefficient(i));
+      for (int i = 0; i < Rows; ++i) {
+        const Vec c = broadcast(coefficient(i));
 #pragma GCC unroll 8
-      for (int v = 0; v < Width; ++v) sums[i][v] = fma(c, vectors[v], sums[i][v]);
+        for (int v = 0; v < Width; ++v) sums[i][v] = fma(c, vectors[v], sums[i][v]);
+      }
     }
   }
 };

@@ -5,8 +5,8 @@
 // whole columns feature by feature, blocks in runs of 16 features. Rows of y are prefetched some tiles ahead: a tile
 // touches so few cache lines of each row that the processor cannot foresee the next.
 //
-// Without this file whole columns take 1.4 to 2.7 times as long, blocks of 16 1.2 to 1.4 times, and dx of whole
-// rows 1.2 to 1.6 times, at 2048 tokens of 768 x 768 and 4096 x 4096.
+// Without this file whole columns take 1.4 to 2.6 times as long, blocks of 16 1.2 to 1.4 times, and dx of whole
+// rows 1.2 to 1.5 times, at 2048 tokens of 768 x 768 and 4096 x 4096 (lower quartiles of 14 rounds).
 #pragma once
 #include "cpu/dense/microkernels.h"
 
