@@ -1,6 +1,7 @@
 """The CUDA C++ kernels of csrc/cuda/, around library GEMMs for the base layer: for CUDA GPUs without Triton."""
 
 import functools
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,7 +29,11 @@ def _library() -> Path | None:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Loads the library where there is a GPU for it."""
+    """Loads the library where there is a GPU for it.
+
+    A library that is installed and does not load is a fault of the installation. A warning says so, because "auto" goes
+    on with another backend.
+    """
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
     library = _library()
@@ -45,7 +50,9 @@ def unavailable_reason() -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"{library} does not load ({error}); run ROSA_KERNELS_BUILD=cuda pip install -e . again"
+        reason = f"{library} does not load ({error}); run ROSA_KERNELS_BUILD=cuda pip install -e . again"
+        warnings.warn(f"rosa_kernels: {reason}", stacklevel=2)
+        return reason
     return None
 
 
