@@ -1,6 +1,6 @@
 // Gathers: columns of a matrix that index or crow names, and the numbers of a matrix at S's entries. Both let a library
 // GEMM compute what S needs: gather_columns collects its operand where S has whole rows or columns, gather_entries
-// picks S's gradient from all of dyᵀ x.
+// collects S's gradient from all of dyᵀ x.
 #include "cuda/binary_search.h"
 #include "cuda/device_functions.h"
 #include "cuda/launch.h"

@@ -2,6 +2,7 @@
 
 from rosa_kernels.adapters.checkpoint import load_adapters, save_adapters
 from rosa_kernels.adapters.inject import (
+    AdapterRecord,
     add_adapters,
     disable_adapters,
     merge_adapters,
@@ -14,6 +15,7 @@ from rosa_kernels.adapters.mask_selection import select_masks
 from rosa_kernels.adapters.peft_interop import from_peft, to_peft
 
 __all__ = [
+    "AdapterRecord",
     "add_adapters",
     "disable_adapters",
     "from_peft",

@@ -29,6 +29,9 @@ class AdapterRecord:
         return {name: cast(AdapterLayer, root.get_submodule(name)) for name in self.layer_names}
 
 
+AdapterRecord.__module__ = "rosa_kernels.adapters"  # whole models that torch.save wrote name it there, since 0.1.0
+
+
 def add_adapters(model: nn.Module, config: LoRAConfig, adapter_name: str = "default") -> nn.Module:
     """Put an adapter beside every module that the config names, in place, and freeze the rest.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rosa_kernels.adapters.inject import adapter_layers, adapter_record, add_adapters, uncompiled
+from rosa_kernels.adapters.inject import AdapterRecord, adapter_layers, adapter_record, add_adapters, uncompiled
 from rosa_kernels.adapters.target_modules import TargetModule, find_target_modules, saved_module_tensors, saved_modules
 from rosa_kernels.config import LoRAConfig
 from rosa_kernels.nn import AdapterLayer
@@ -39,14 +39,18 @@ def restore_adapters(
     """
     root = uncompiled(model)
     present = bool(adapter_layers(root))
-    targets = _target_modules_of_adapters(root, config, adapter_name) if present else find_target_modules(root, config)
+    if present:
+        root, record = adapter_record(root)
+        targets = _target_modules_of_adapters(root, record, config, adapter_name)
+    else:
+        targets = find_target_modules(root, config)
     made = _made_patterns(targets, patterns)
     saved = saved_module_tensors(root, saved_modules(root, config))
     _check_tensors(tensors, _adapter_shapes(targets, made), saved)
     last_check()
     if not present:
         add_adapters(root, config, adapter_name)
-    root, record = adapter_record(root)
+        root, record = adapter_record(root)
     for name, layer in record.layers(root).items():
         _fill(layer, name, tensors, made.get(name))
     with torch.no_grad():
@@ -55,9 +59,10 @@ def restore_adapters(
     return model
 
 
-def _target_modules_of_adapters(root: nn.Module, config: LoRAConfig, adapter_name: str) -> list[TargetModule]:
+def _target_modules_of_adapters(
+    root: nn.Module, record: AdapterRecord, config: LoRAConfig, adapter_name: str
+) -> list[TargetModule]:
     """The targets of the adapters that the model carries, if they are those of the config."""
-    root, record = adapter_record(root)
     if (record.config, record.adapter_name) != (config, adapter_name):
         raise ValueError(
             f"model: carries adapter {record.adapter_name!r} of {record.config}, not {adapter_name!r} of {config}"

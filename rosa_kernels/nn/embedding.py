@@ -122,9 +122,8 @@ class RoSAEmbedding(AdapterLayer):
                 table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
             if self.masks_selected and self.sparse_values.shape[0]:
                 rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
-                add = (
-                    table.index_add_ if self.r else table.index_add
-                )  # in place where the table is no longer the weight
+                # With a low-rank part the table is a tensor of its own, and no longer the weight itself.
+                add = table.index_add_ if self.r else table.index_add
                 table = add(0, self._adapted_tokens(rows.shape[0]), rows)
         return table
 

@@ -1,5 +1,6 @@
 """Adapters that earlier versions saved load bit for bit; saved/README.md says how the files came about."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_a_state_dict_loads_bit_for_bit(model, outputs, name):
         assert_same_bits(tensor, state[key], key)
     with rk.use_backend("reference"), torch.no_grad():
         torch.testing.assert_close(model(outputs["ids"]), outputs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_whole_model_that_torch_saved_names_classes_that_are_still_there(model, tmp_path):
+    """0.1.0 pickled the record of add_adapters as rosa_kernels.adapters.AdapterRecord."""
+    assert pickle.loads(b"crosa_kernels.adapters\nAdapterRecord\n.") is rk.adapters.AdapterRecord
+    rk.add_adapters(model, rk.LoRAConfig(r=2, target_modules=["up"]))
+    torch.save(model, tmp_path / "model.pt")
+    assert b"rosa_kernels.adapters.inject" not in (tmp_path / "model.pt").read_bytes()
 
 
 def test_a_peft_folder_loads(model, outputs):

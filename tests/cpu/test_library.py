@@ -60,6 +60,17 @@ def test_a_binary_that_does_not_load_gives_the_loaders_words(package):
     check_fault(package, "do not load", "_C.abi3.so", "pip install again")
 
 
+def test_a_free_threaded_python_loads_the_binary_made_for_it():
+    script = (
+        "import sysconfig; get = sysconfig.get_config_var;"
+        "sysconfig.get_config_var = lambda name: 1 if name == 'Py_GIL_DISABLED' else"
+        " '.cpython-313t-x86_64-linux-gnu.so' if name == 'EXT_SUFFIX' else get(name);"
+        "import runpy; print(runpy.run_path('rosa_kernels/backends/native_library.py')['file_name']('_C'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "_C.cpython-313t-x86_64-linux-gnu.so"
+
+
 def test_a_binary_under_another_name_is_named(package):
     other = package / "_C.cpython-310-x86_64-linux-gnu.so"
     other.write_bytes(b"of another build")

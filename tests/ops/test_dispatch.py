@@ -162,23 +162,35 @@ class TestCuda:
         monkeypatch.setattr(torch.version, "cuda", None)
         assert reason() == "this PyTorch is built without CUDA"
 
-    def test_where_it_was_not_built_the_reason_names_what_builds_it(self, reason, monkeypatch):
-        monkeypatch.setattr(cuda, "_library", lambda: None)
+    def test_where_it_was_not_built_the_reason_names_what_builds_it(self, reason, monkeypatch, tmp_path):
+        monkeypatch.setattr(cuda, "_LIBRARY", tmp_path / "_cuda.abi3.so")
         assert "the CUDA 13.0 toolkit (nvcc)" in reason() and "ROSA_KERNELS_BUILD=cuda pip install -e ." in reason()
 
     def test_without_a_gpu_the_reason_says_so(self, reason, monkeypatch, tmp_path):
-        monkeypatch.setattr(cuda, "_library", lambda: tmp_path / "_cuda.abi3.so")
+        library = tmp_path / "_cuda.abi3.so"
+        library.write_bytes(b"not loaded")
+        monkeypatch.setattr(cuda, "_LIBRARY", library)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert reason() == "no CUDA device"
 
     def test_a_library_that_does_not_load_is_a_reason(self, reason, monkeypatch, tmp_path):
         library = tmp_path / "_cuda.abi3.so"
         library.write_bytes(b"not a library")
-        monkeypatch.setattr(cuda, "_library", lambda: library)
+        monkeypatch.setattr(cuda, "_LIBRARY", library)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.warns(UserWarning, match="does not load"):
             said = reason()
         assert str(library) in said and "does not load" in said
+
+    def test_a_library_of_other_sources_says_what_it_lacks(self, reason, monkeypatch, tmp_path):
+        library = tmp_path / "_cuda.abi3.so"
+        library.write_bytes(b"taken as loaded")
+        monkeypatch.setattr(cuda, "_LIBRARY", library)
+        monkeypatch.setattr(cuda, "_OPS", ("made_up",))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+        with pytest.warns(UserWarning, match="other sources"):
+            assert "lacks made_up" in reason()
 
     def test_auto_gives_it_gpu_tensors_where_triton_serves_none(self, h100, monkeypatch):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -10,7 +10,7 @@ import torch
 from rosa_kernels.backends import native_library
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_BINARY = "_C.abi3.so"
+_BINARY = native_library.file_name("_C")
 _OPS = ("backward", "constants", "decode", "forward", "gemm", "merge")
 kernels = torch.ops.rosa_kernels_cpu
 
@@ -53,11 +53,10 @@ def _load_fault(binary: Path) -> str | None:
             f"the C++ kernels are installed and do not load: {error}; they were built for another torch or "
             "processor, or are damaged; run pip install again"
         )
-    missing = [name for name in _OPS if not hasattr(kernels, name)]
-    if missing:
+    if missing := native_library.missing_ops(kernels, _OPS):
         return (
-            f"the C++ kernels of {binary} were built from other sources than this package's: they lack "
-            f"{', '.join(missing)}; run pip install again"
+            f"the C++ kernels of {binary} were built from other sources than this package's: they lack {missing}; "
+            "run pip install again"
         )
     return None
 
@@ -69,7 +68,7 @@ def _misplaced(package: Path, search_path: list[str]) -> str | None:
         return f"the C++ kernels are looked for as {_BINARY}, and {others[0]} has another name; run pip install again"
     for place in map(Path, search_path):
         other = place / package.name / _BINARY
-        if other.exists():
+        if os.path.exists(other):  # Path.exists raises where a directory may not be read
             return (
                 f"the C++ kernels are installed in {other.parent}, and the package was imported from {package}, which "
                 "has none; leave that directory, or run pip install -e . in it"

@@ -2,7 +2,6 @@
 
 import functools
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -22,22 +21,24 @@ _ops = Ops(GpuBackend(
 rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
 spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 
-
-def _library() -> Path | None:
-    return native_library.find("_cuda")
+_LIBRARY = native_library.PACKAGE / native_library.file_name("_cuda")
+_OPS = (
+    "build_info", "densify", "epilogue", "gather_columns", "gather_entries", "lora_grad", "pack_entries", "sddmm",
+    "shrink", "transpose",
+)  # fmt: skip
 
 
 @functools.cache
 def unavailable_reason() -> str | None:
     """Loads the library where there is a GPU for it.
 
-    A library that is installed and does not load is a fault of the installation. A warning says so, because "auto" goes
-    on with another backend.
+    A library that is installed and does not serve is a fault of the installation. A warning says so, because "auto"
+    goes on with another backend.
     """
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
-    library = _library()
-    if library is None:
+    library = _LIBRARY
+    if not library.exists():
         error = native_library.build_error("_cuda")
         if error is not None:
             return f"the CUDA kernels did not build ({error}); fix that and run pip install -e . again"
@@ -50,10 +51,16 @@ def unavailable_reason() -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        reason = f"{library} does not load ({error}); run ROSA_KERNELS_BUILD=cuda pip install -e . again"
-        warnings.warn(f"rosa_kernels: {reason}", stacklevel=2)
-        return reason
+        return _fault(f"{library} does not load ({error})")
+    if missing := native_library.missing_ops(torch.ops.rosa_kernels_cuda, _OPS):
+        return _fault(f"{library} was built from other sources than this package's: it lacks {missing}")
     return None
+
+
+def _fault(what: str) -> str:
+    reason = f"{what}; run ROSA_KERNELS_BUILD=cuda pip install -e . again"
+    warnings.warn(f"rosa_kernels: {reason}", stacklevel=3)
+    return reason
 
 
 def build_info() -> str:

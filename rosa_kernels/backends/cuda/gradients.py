@@ -36,8 +36,7 @@ def low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA
 
 def sddmm(algorithm: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     """By "entries_transposed", the only one that is a kernel's. It writes x's dtype or fp32."""
-    kernel_dtype = dtype if dtype == x.dtype else torch.float32
-    return bindings.sddmm(dy, x, crow, col, kernel_dtype).to(dtype)
+    return bindings.sddmm(dy, x, crow, col, dtype if dtype == x.dtype else torch.float32).to(dtype)
 
 
 def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:

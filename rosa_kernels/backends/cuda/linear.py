@@ -16,7 +16,7 @@ def finish_linear(y: Tensor | None, problem: LinearProblem, algorithm: LinearAlg
         return y if accumulate else torch.zeros(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
     if not accumulate:
         y = torch.empty(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
-    H = B = crow = entries = shared_x = x_transposed = rows_product = None
+    H = B = crow = entries = shared_x = x_transposed = row_products = None
     if algorithm.H == "kernel":
         A, B = adapters(problem.A, problem.B, x.dtype)
         H = problem.H
@@ -27,9 +27,9 @@ def finish_linear(y: Tensor | None, problem: LinearProblem, algorithm: LinearAlg
         shared_x = bindings.unit_stride(x) if algorithm.S == "shared" else None
         x_transposed = bindings.transpose(x) if algorithm.S == "global" else None
     elif algorithm.S == "rows":
-        crow, rows_product = S.crow, few_rows_product(x, problem.library_operand(S.whole_rows())).contiguous()
+        crow, row_products = S.crow, few_rows_product(x, problem.library_operand(S.whole_rows())).contiguous()
     bindings.epilogue(
         y, accumulate, H, B, problem.scaling, problem.dropout if problem.drop_at == "out" else NO_DROPOUT,
-        crow, entries, shared_x, x_transposed, rows_product, x.shape[1],
+        crow, entries, shared_x, x_transposed, row_products, x.shape[1],
     )  # fmt: skip
     return y

@@ -158,7 +158,7 @@ def add_blocks(
 def linear_kernel(
     out, x, x_transposed, weight, bias, H_parts, A, B, seed, S, values, crow, col, permutation,
     T, N, K, R, H_PARTS, scaling, keep_scale, threshold,
-    stride_ot, stride_xt, stride_xk, stride_ck, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    stride_ot, stride_xt, stride_xk, stride_xtk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_sn, stride_sk,
     DROPOUT: tl.constexpr, SPARSE: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -203,7 +203,7 @@ def linear_kernel(
     if SPARSE == "gather_transposed":
         transposed_rows = x_transposed + t64[:, None]
         acc = add_gathered(
-            acc, transposed_rows, in_t, n, in_n, values, crow, col, permutation, stride_ck, True, BLOCK_E
+            acc, transposed_rows, in_t, n, in_n, values, crow, col, permutation, stride_xtk, True, BLOCK_E
         )
     if SPARSE == "blocks":
         acc = add_blocks(acc, x_rows, in_t, n, in_n, values, crow, col, permutation, stride_xk, PRECISION, BLOCK_K)
