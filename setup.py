@@ -33,7 +33,7 @@ COMMON_FLAGS = ["-std=c++17", "-O3", STABLE_ABI]
 CPU_SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/cpu_features.cpp"]
 CPU_KERNELS = "csrc/cpu/kernels.cpp"  # compiled once for each instruction set
 # Python's flags may have -Wall, under which GCC 12 fills screens with false warnings about its own AVX-512 headers.
-CPU_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+CPU_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-Wno-uninitialized"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
@@ -171,7 +171,6 @@ class BuildKernels(build_ext):
     """
 
     def build_extensions(self) -> None:
-        self.names = [extension.name for extension in self.extensions]
         for earlier in Path(self.build_lib, "rosa_kernels").glob("_*.*"):
             if earlier.suffix in (".so", ".txt"):
                 earlier.unlink()  # so that neither a failed nor a narrower build ships it
@@ -199,7 +198,10 @@ class BuildKernels(build_ext):
         """Returns the command that links and, for each object file, the command that compiles it and its path."""
         if platform.system() not in ("Linux", "Darwin"):
             raise Unavailable(f"the kernels build on Linux and macOS, not on {platform.system()}")
-        compiler = [*self.compiler.compiler_so_cxx, *CPU_FLAGS, *(f"-I{path}" for path in extension.include_dirs)]
+        # A Python for one architecture of macOS takes another one from ARCHFLAGS, as setuptools' own commands do.
+        architecture = os.environ.get("ARCHFLAGS", "").split() if platform.system() == "Darwin" else []
+        compiler = [*self.compiler.compiler_so_cxx, *architecture, *CPU_FLAGS]
+        compiler += [f"-I{path}" for path in extension.include_dirs]
         run_compiler([*compiler, "-x", "c++", "-fsyntax-only", os.devnull])
         commands = [([*compiler, "-c", source], Path(self.build_temp, f"{source}.o")) for source in CPU_SOURCES]
         for name, flags in INSTRUCTION_SETS.items():
@@ -209,7 +211,7 @@ class BuildKernels(build_ext):
             )
         # Python's own command for linking may name another compiler, whose options alone are of use.
         link_options = itertools.dropwhile(lambda word: not word.startswith("-"), self.compiler.linker_so_cxx)
-        return [*self.compiler.compiler_so_cxx, *link_options], commands
+        return [*self.compiler.compiler_so_cxx, *architecture, *link_options], commands
 
     def cuda_commands(self, extension: Extension) -> tuple[list[str], list[tuple[list[str], Path]]]:
         """Returns the same for nvcc, which hands .cpp files on to the C++ compiler, with CUDA's headers."""
@@ -254,7 +256,7 @@ class BuildKernels(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """Copies the libraries or the reasons for their absence beside the sources, over an earlier build's."""
-        for path in (Path(*name.split(".")) for name in self.names):
+        for path in (Path("rosa_kernels", name) for name in ("_C", "_cuda")):
             for earlier in path.parent.glob(f"{path.name}.*"):
                 earlier.unlink()
             report = Path(self.build_lib, path).with_suffix(".build_error.txt")

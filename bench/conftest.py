@@ -1,7 +1,7 @@
 """Races of this package against hand-written PyTorch. They print one table of time ratios at the end.
 
     pytest bench/ --benchmark-only                  a selection that shows every op and layer: four minutes on two cores
-    pytest bench/ --benchmark-only --shapes all     every shape: about ten minutes on two cores
+    pytest bench/ --benchmark-only --shapes all     every shape: 8 to 16 minutes on two cores
     pytest bench/ --benchmark-only --judge          a race fails where this package is slower; the table marks it anyway
     pytest bench/ --benchmark-only -k spmm          one op
     pytest bench/ --benchmark-only --against FILE   compare with the --benchmark-json file of an earlier run as well

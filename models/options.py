@@ -105,8 +105,16 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 
 def _add_adapter(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--r", type=_at_least(1), default=8, metavar="N", help="rank of B A; default 8")
-    group.add_argument("--alpha", type=_positive, default=16.0, metavar="X", help="B A counts alpha / r; default 16")
-    group.add_argument("--density", type=_share, default=0.02, metavar="P", help="of S in linear layers; default 0.02")
+    group.add_argument(
+        "--alpha", type=_positive, default=16.0, metavar="X", help="scaling of B A is alpha / r; default 16"
+    )
+    group.add_argument(
+        "--density",
+        type=_share,
+        default=0.02,
+        metavar="P",
+        help="share of the entries in S, in linear layers; default 0.02",
+    )
     group.add_argument(
         "--embedding-density", type=_share, metavar="P", help="share of tokens with a row in S; see presets"
     )
@@ -133,7 +141,11 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     threads = torch.get_num_threads()
     group.add_argument("--threads", type=_at_least(1), default=threads, metavar="N", help=f"default here: {threads}")
     group.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="keeps trained bases; default runs"
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="the folder where trained bases are kept; default runs",
     )
 
 

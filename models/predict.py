@@ -1,4 +1,4 @@
-"""Classify reviews with a run of train_classifier.py. Each gives a line `label <tab> probability <tab> text`.
+"""Classify reviews with a run of train_classifier.py. Each review gives a line `label <tab> probability <tab> text`.
 
 python models/predict.py runs/rosa "The battery died after a week."
 python models/predict.py runs/rosa < reviews.txt
@@ -40,7 +40,9 @@ def predict(model: ReviewClassifier, tokenizer: Tokenizer, texts: Iterable[str])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="DIR", help="what train_classifier.py --out named, runs/rosa say")
+    parser.add_argument(
+        "run", type=Path, metavar="DIR", help="the folder that train_classifier.py wrote, for example runs/rosa"
+    )
     parser.add_argument("text", nargs="*", help="reviews; without any, each line of standard input is one")
     arguments = parser.parse_args()
     try:

@@ -17,7 +17,7 @@ MASK_SCOPES = ("layer", "global")
 class LoRAConfig:
     """Which modules get a low-rank adapter, scaling · B A (LoRA, arXiv 2106.09685), and of what size.
 
-    The fields have the names and the meaning of PEFT's LoraConfig.
+    The fields have the names and the meaning of those in PEFT's LoraConfig.
 
     Args:
         r: the rank, at least 1.

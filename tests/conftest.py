@@ -59,7 +59,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--exhaustive",
         action="store_true",
-        help="run every test (25 minutes on two cores), not the selection of support/tiers.py (3 minutes)",
+        help="run every test (some 25 minutes on two cores), not the selection of support/tiers.py (3 to 4 minutes)",
     )
     parser.addoption(
         "--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run"

@@ -45,7 +45,11 @@ Supported find_supported() {
   const auto add = [&](bool has, const KernelTable* kernels) {
     if (has && kernels) found.kernels[found.count++] = kernels;
   };
-  if (!kernels_avx512bf16)
+  if (!kernels_avx2)
+    found.left_out = "; without avx2, avx512, avx512bf16 and amx, which the compiler does not know";
+  else if (!kernels_avx512)
+    found.left_out = "; without avx512, avx512bf16 and amx, which the compiler does not know";
+  else if (!kernels_avx512bf16)
     found.left_out = "; without avx512bf16 and amx, which the compiler does not know";
   else if (!kernels_amx)
     found.left_out = "; without amx, which the compiler does not know";

@@ -1,6 +1,6 @@
 // The kernels of one instruction set. setup.py compiles this file once for each set, with ROSA_ISA as its name and with
-// the compiler's options for it. Where the compiler does not know them it defines ROSA_ISA_UNKNOWN instead, and the
-// set's table is null.
+// the compiler's options for it. Where the compiler does not know them it defines ROSA_ISA_UNKNOWN too and gives
+// no options, and the set's table is null.
 //
 // The sets with bfloat16 instructions serve bfloat16 alone and leave the rest to AVX-512's kernels, which every
 // processor with them runs too. AMX has been seen on one Xeon (bench/results) and is not tuned;

@@ -11,7 +11,7 @@ constexpr int RANK_STEP = 16;
 // xᵀ has a multiple of so many tokens in each row. Those beyond T are zeros.
 constexpr int TOKEN_PADDING = 64;
 
-// The epilogue fetches ahead, and may read so many packed entries beyond the last one.
+// The epilogue prefetches. It may read up to ENTRY_PADDING packed entries beyond the last one.
 constexpr int ENTRY_PADDING = 32;
 constexpr int PACKED_ENTRY_BYTES = 8;
 

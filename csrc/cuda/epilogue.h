@@ -16,7 +16,7 @@
 // (rosa_kernels/backends/cuda/heuristics.py). Where shared memory cannot hold all features, x comes transposed from
 // global memory (transpose.cu). The eight lanes of one q read the same row of S, and the four q's four rows. A long row
 // is divided among the four q's instead. Few tokens make few blocks, and then the rows of S are all the parallelism
-// that is left: eight warps share 32 features, and each lane has a row of its own.
+// that is left: eight warps share 32 features, and each lane takes one row of S instead of eight.
 #pragma once
 #include "cuda/device_functions.h"
 #include "cuda/kernels.h"
@@ -216,7 +216,7 @@ struct RowReader {
     sums[1] += entry.value * x[1];
   }
 
-  // Adds the batch that was loaded at `at`.
+  // Adds the products of the entries in `batch`, which was loaded from position `at`.
   __device__ __forceinline__ void add(float (&sums)[2], const PackedEntry (&batch)[BATCH], int at) const {
     if (at + (BATCH - 1) * step < end) {
 #pragma unroll

@@ -17,7 +17,7 @@ constexpr int SDDMM_WARPS = SDDMM_BLOCK_ENTRIES / SDDMM_ENTRIES;
 template <typename T>
 constexpr int SDDMM_STEP = WARP * Vector<T>::SIZE;
 
-// What the kernel reads of an Sddmm. A split has so many `tokens`.
+// The fields of Sddmm that the kernel reads. `tokens` is the number of tokens in one split.
 struct SddmmOperands {
   int64_t padded_tokens, out_features, nnz, tokens;
   int64_t dy_stride, x_stride;

@@ -115,7 +115,7 @@ class RoSAEmbedding(AdapterLayer):
         """W + scaling · (B A)ᵀ + S (num_embeddings, embedding_dim) in float32, or in float64 over a float64 base."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         table = self.weight.to(dtype)
-        # Autocast leaves a look-up alone, and so the table that is looked up.
+        # Autocast does not cast an embedding's look-up, so the adapted table must not be cast either.
         with torch.autocast(table.device.type, enabled=False):
             if self.r:
                 A, B = (factor.to(dtype) for factor in self._factors())

@@ -1,5 +1,5 @@
 // Kernels with a fault each, and sound ones beside them, to see that the emulation and the sanitizers tell them apart:
-// test_emulation.py runs them.
+// test_faults.py runs them.
 #include <string>
 
 #include "cuda/platform.h"

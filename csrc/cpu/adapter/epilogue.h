@@ -64,8 +64,8 @@ class Epilogue {
     }
   }
 
-  // What add_to takes from S: the products of its whole rows, whether it has entries in output features [i, i + count),
-  // and tile (count, BLOCK_TOKENS) += those rows of S · in.
+  // The three steps of add_to that concern S: they multiply its whole rows, test for entries in output features
+  // [i, i + count), and add those rows of S · in to the tile (count, BLOCK_TOKENS).
   void multiply_whole_rows(const float* in, float* scratch, int64_t used = BLOCK_TOKENS) const {
     multiply(row_weights_, in, nullptr, whole_rows_, in_features_, 1.0f, scratch, used);
   }

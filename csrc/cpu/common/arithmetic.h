@@ -1,5 +1,6 @@
 // Integer and bfloat16 arithmetic of single numbers. All of it lives in its instruction set's namespace, as everything
-// that the kernels include does: the linker must never pick code compiled for a newer processor for an older one.
+// that the kernels include does, but for the plain structs of kernels.h: the linker must never pick code compiled for a
+// newer processor for an older one.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,5 @@
-// The kernels of an instruction set for bfloat16; kernels.cpp includes this file after the header of the set. What the
+// The kernels of an instruction set for bfloat16; kernels.cpp includes this file after the header of the set and
+// the one that ROSA_BF16_DOT names. What the
 // set does not serve goes to the kernels of ROSA_OTHERS, a set that every processor with this one has.
 #pragma once
 #include "cpu/adapter/backward_bf16.h"

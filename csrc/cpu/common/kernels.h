@@ -72,7 +72,8 @@ struct Decode {
 };
 
 // Adds to dx and writes the other gradients; a null output is not wanted. dA is (r, in_features), dB (out_features, r),
-// dvalues (nnz,). A weight adds dy weight, and dx is written then, under the same conditions as in Forward.
+// dvalues (nnz,). If there is a weight, dy · weight is part of
+// dx, and dx is overwritten, not added to. Forward states the conditions.
 struct Backward {
   Dtype dtype;
   int64_t tokens, in_features, out_features;

@@ -26,7 +26,7 @@ inline int lanes_a_row(int64_t) { return 1; }
 
 inline TermCounts term_counts(const LowRank& l) { return l.bfloat16 ? TermCounts{1, 1} : TermCounts{3, 2}; }
 
-// The terms of (even[i], odd[i]), the last ones rounded.
+// Writes the bf16 terms of (even[i], odd[i]). The last term is rounded; the others are truncated.
 inline void store_terms(int terms, Vec even, Vec odd, uint32_t* to, int64_t stride) {
   for (; terms > 1; --terms, to += stride) {
     const Vec even_term = truncated(even), odd_term = truncated(odd);
@@ -37,7 +37,8 @@ inline void store_terms(int terms, Vec even, Vec odd, uint32_t* to, int64_t stri
   store_pairs(to, pairs_of(even, odd));
 }
 
-// multiply_panel and outer_tiles are called between these two, which set up the tiles for rows of so many pairs.
+// multiply_panel and outer_tiles are called between begin_products and end_products. begin_products sets the tiles up
+// for rows of `pairs` pairs.
 inline void begin_products(int64_t pairs) {
   const int64_t width = larger(1, smaller(pairs, TILE_PAIRS));
   TileConfig config;

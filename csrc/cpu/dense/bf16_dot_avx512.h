@@ -23,7 +23,7 @@ inline void store_terms(int terms, Vec even, Vec odd, uint32_t* to, int64_t stri
   store_pairs(to + stride, as_pairs(odd));
 }
 
-// The terms of LANES pairs, or those of one pair in every lane; dot: sum + the pairs · pairs of bfloat16.
+// Holds the bf16 terms of LANES pairs, or of one pair repeated in every lane. dot() adds their products to sum.
 template <int Terms>
 struct Operand;
 template <>

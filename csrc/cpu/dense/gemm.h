@@ -1,19 +1,18 @@
 // Our GEMM: fp32 products by a weight that is merged while it is packed. Vectors run along the output features, and x
 // is read as it lies.
 #pragma once
-#include "cpu/adapter/forward.h"
 #include "cpu/adapter/merge.h"
 
 namespace rosa {
 namespace ROSA_ISA {
 
-// Sums in registers: tokens times panels of LANES output features. A block of tokens meets CHUNK summed features of a
-// panel while those are in cache.
+// Sums in registers: tokens times panels of LANES output features. CHUNK summed features of a panel stay in
+// cache while a whole block of tokens is multiplied by them.
 constexpr int TILE_TOKENS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4, TILE_PANELS = 2;
 constexpr int64_t BLOCK_TILES = 128 / TILE_TOKENS, MOST_TOKENS = BLOCK_TILES * TILE_TOKENS, CHUNK = 1024;
 
-// A strip of weight + scaling · B A + S, or of its transpose, by panels of LANES output features: [panel][summed
-// feature][output feature], zero past the last one.
+// One strip of weight + scaling · B A + S, or of its transpose, cut into panels of LANES output features:
+// [panel][summed feature][output feature]. The last panel is padded with zeros.
 class MergedPanels {
  public:
   const int64_t features, length, panels;  // length: of the sums

@@ -111,7 +111,7 @@ struct Panel {
   int64_t stride;
 };
 
-// `width` features of the block from `begin` on; fp32 rows serve where they lie, others through `copy`.
+// `width` features of the block from `begin` on; fp32 rows are used in place; others are first converted into `copy`.
 template <class T>
 inline Panel panel_of(const TokenBlock<T>& block, int64_t begin, int64_t width, int64_t features, float* copy) {
   if (block.keep_bits) {

@@ -39,8 +39,8 @@ ROSA_INLINE void transpose_square(const Read& read, const Write& write) {
   for (int i = 0; i < LANES; ++i) write(i, square[i]);
 }
 
-// packed[f][t] = rows[t][f], fp32; features from `features` up to the next multiple of LANES and absent tokens become
-// zero, the latter as far as `used`. Features go by panels, so that each visit to a row, which may lie in a page of its
+// packed[f][t] = rows[t][f], fp32. Features up to the next multiple of LANES become zero, and so do absent tokens, up
+// to column `used`. Features go by panels, so that each visit to a row, which may lie in a page of its
 // own, reads 4 cache lines of fp32.
 template <class T>
 inline void pack(const T* rows, int64_t stride, int64_t tokens, int64_t features, float* packed,

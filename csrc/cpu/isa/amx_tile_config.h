@@ -3,6 +3,7 @@
 #include <cstdint>
 
 namespace rosa {
+namespace ROSA_ISA {
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -13,4 +14,5 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "LDTILECFG's operand");
 
+}  // namespace ROSA_ISA
 }  // namespace rosa

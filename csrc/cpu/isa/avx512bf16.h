@@ -16,7 +16,7 @@ struct Pairs {
 };
 inline Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_pairs(uint32_t* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
-// Count pairs, over and over.
+// Loads Count pairs and repeats them until the register is full.
 template <int Count>
 inline Pairs broadcast_pairs(const void* p) {
   static_assert(Count == 1 || Count == 2 || Count == 4);

@@ -20,7 +20,7 @@ constexpr int64_t RUN_TOKENS = 16;
 // The tokens of a run, which has room for whole RUN_TOKENS.
 inline int64_t run_tokens(int64_t tokens) { return rounded_up(tokens, RUN_TOKENS); }
 
-// run[n] = row[n] as fp32 for `width` of RUN features, then zeros.
+// Copies the first `width` features of a row as fp32, and fills the rest of RUN with zeros.
 template <class T>
 inline void copy_run(const T* row, int64_t width, float* run) {
   T padded[RUN] = {};

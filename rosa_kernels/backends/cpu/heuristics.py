@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rosa_kernels.pattern import UNSTRUCTURED
 
-# These costs were measured with AVX2 (Zen 3) on two threads; bench/races/test_cost_model_regret.py shows what trusting
-# them costs elsewhere.
+# These costs were measured with AVX2 (Zen 3) on two threads; bench/races/test_cost_model_regret.py measures how
+# much time a wrong choice costs on other processors.
 _LOW_RANK = 1.5  # one multiply-add of the kernels' low-rank part
 _ENTRY = 5.0  # one entry of an unstructured S for one token; in rows, columns and blocks it costs _LOW_RANK
 _ELEMENT = 7.0  # one element of x read, or of y read or written
