@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def low_rank_gradients(
+def gradients_by_library(
     dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, need_dH: bool, need_dA: bool, need_dB: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dA, dB, dH = dy B), None each where it is not needed.

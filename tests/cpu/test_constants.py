@@ -4,7 +4,7 @@ import pytest
 
 import rosa_kernels as rk
 from rosa_kernels import pattern
-from rosa_kernels.backends.cpu import heuristics, library
+from rosa_kernels.backends.cpu import binary, heuristics
 
 pytestmark = pytest.mark.skipif(
     rk.available_backends()["cpu"] is not None, reason=f"backend cpu: {rk.available_backends()['cpu']}"
@@ -14,4 +14,4 @@ pytestmark = pytest.mark.skipif(
 def test_the_kernels_constants_are_pythons():
     structures = ("UNSTRUCTURED", "ROW", "COLUMN", "BLOCK", "BLOCK16")
     expected = {"BLOCK_TOKENS": heuristics.BLOCK_TOKENS} | {name: getattr(pattern, name) for name in structures}
-    assert library.constants() == expected
+    assert binary.constants() == expected

@@ -163,20 +163,20 @@ class TestCuda:
         assert reason() == "this PyTorch is built without CUDA"
 
     def test_where_it_was_not_built_the_reason_names_what_builds_it(self, reason, monkeypatch, tmp_path):
-        monkeypatch.setattr(cuda, "_LIBRARY", tmp_path / "_cuda.abi3.so")
+        monkeypatch.setattr(cuda, "_BINARY", tmp_path / "_cuda.abi3.so")
         assert "the CUDA 13.0 toolkit (nvcc)" in reason() and "ROSA_KERNELS_BUILD=cuda pip install -e ." in reason()
 
     def test_without_a_gpu_the_reason_says_so(self, reason, monkeypatch, tmp_path):
         library = tmp_path / "_cuda.abi3.so"
         library.write_bytes(b"not loaded")
-        monkeypatch.setattr(cuda, "_LIBRARY", library)
+        monkeypatch.setattr(cuda, "_BINARY", library)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert reason() == "no CUDA device"
 
     def test_a_library_that_does_not_load_is_a_reason(self, reason, monkeypatch, tmp_path):
         library = tmp_path / "_cuda.abi3.so"
         library.write_bytes(b"not a library")
-        monkeypatch.setattr(cuda, "_LIBRARY", library)
+        monkeypatch.setattr(cuda, "_BINARY", library)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.warns(UserWarning, match="does not load"):
             said = reason()
@@ -185,7 +185,7 @@ class TestCuda:
     def test_a_library_of_other_sources_says_what_it_lacks(self, reason, monkeypatch, tmp_path):
         library = tmp_path / "_cuda.abi3.so"
         library.write_bytes(b"taken as loaded")
-        monkeypatch.setattr(cuda, "_LIBRARY", library)
+        monkeypatch.setattr(cuda, "_BINARY", library)
         monkeypatch.setattr(cuda, "_OPS", ("made_up",))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.ops, "load_library", lambda path: None)

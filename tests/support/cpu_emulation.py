@@ -25,11 +25,11 @@ def build(variant: str) -> Path:
 def install(library: str) -> None:
     """Makes backend "cpu" run a build's kernels in this process, for all that they serve: no library GEMMs for LoRA."""
     from rosa_kernels.backends.cpu import base_gemm, heuristics
-    from rosa_kernels.backends.cpu import library as cpu_library
+    from rosa_kernels.backends.cpu import binary as cpu_binary
     from rosa_kernels.backends.cpu import ops as cpu_ops
 
     torch.ops.load_library(library)
-    cpu_library.kernels = cpu_ops._kernels = base_gemm._kernels = getattr(torch.ops, NAMESPACE)
+    cpu_binary.kernels = cpu_ops._kernels = base_gemm._kernels = getattr(torch.ops, NAMESPACE)
     heuristics._library_serves = lambda *call: False
 
 

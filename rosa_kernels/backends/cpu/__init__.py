@@ -1,6 +1,6 @@
 """The CPU backend: C++ kernels for fp32 and bf16, around PyTorch's own GEMMs where those are the faster ones."""
 
-from rosa_kernels.backends.cpu.library import build_info, instruction_set, refusal, unavailable_reason, uses_our_gemm
+from rosa_kernels.backends.cpu.binary import build_info, instruction_set, refusal, unavailable_reason, uses_our_gemm
 from rosa_kernels.backends.cpu.ops import csr_add, rosa_linear, rosa_linear_backward, sddmm, spmm
 
 __all__ = [

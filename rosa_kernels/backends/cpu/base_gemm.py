@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.backends.cpu import heuristics
-from rosa_kernels.backends.cpu.library import kernels as _kernels
+from rosa_kernels.backends.cpu.binary import kernels as _kernels
 
 CHUNK_TOKENS = 2048
 

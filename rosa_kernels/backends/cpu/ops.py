@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from rosa_kernels.backends.cpu import base_gemm, heuristics
 from rosa_kernels.backends.cpu.base_gemm import Delta
+from rosa_kernels.backends.cpu.binary import fast_bfloat16, instruction_set, uses_our_gemm
+from rosa_kernels.backends.cpu.binary import kernels as _kernels
 from rosa_kernels.backends.cpu.heuristics import Algorithm
-from rosa_kernels.backends.cpu.library import fast_bfloat16, instruction_set, uses_our_gemm
-from rosa_kernels.backends.cpu.library import kernels as _kernels
-from rosa_kernels.backends.lora_gemm import low_rank_gradients
+from rosa_kernels.backends.lora_gemm import gradients_by_library
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.dropout import drop_threshold, keep_scale
 
@@ -86,7 +86,7 @@ def rosa_linear_backward(
     # The kernels write dx where they multiply by the weight, and add to it elsewhere.
     dx_to_add = None if algorithm is Algorithm.MERGED else dx2
     if algorithm is Algorithm.GEMMS:
-        dA, dB, dH = low_rank_gradients(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
+        dA, dB, dH = gradients_by_library(dy2, x2, lora_A, lora_B, scaling, dx_to_add is not None, need_dA, need_dB)
         if dx_to_add is not None:
             dx_to_add.addmm_(dH, lora_A, alpha=scaling)
         dvalues = None

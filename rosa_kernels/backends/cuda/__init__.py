@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from rosa_kernels.backends import native_library
+from rosa_kernels.backends import native_binary
 from rosa_kernels.backends.cuda import bindings, gradients, heuristics
 from rosa_kernels.backends.cuda.linear import finish_linear
 from rosa_kernels.backends.gpu import hardware
@@ -13,7 +13,7 @@ from rosa_kernels.backends.gpu.backend import GpuBackend
 from rosa_kernels.backends.gpu.ops import Ops
 
 _ops = Ops(GpuBackend(
-    heuristics=heuristics, finish_linear=finish_linear, low_rank_gradients=gradients.low_rank_gradients,
+    heuristics=heuristics, finish_linear=finish_linear, gradients_by_kernels=gradients.gradients_by_kernels,
     H_of_matrix=gradients.H_of_matrix, matrix_of_H=gradients.matrix_of_H, sddmm=gradients.sddmm,
     gather_columns=bindings.gather_columns, gather_whole_rows=bindings.gather_whole_rows,
     gather_entries=gradients.gather_entries, densify=bindings.densify,
@@ -21,7 +21,7 @@ _ops = Ops(GpuBackend(
 rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
 spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
 
-_LIBRARY = native_library.PACKAGE / native_library.file_name("_cuda")
+_BINARY = native_binary.PACKAGE / native_binary.file_name("_cuda")
 _OPS = (
     "build_info", "densify", "epilogue", "gather_columns", "gather_entries", "lora_grad", "pack_entries", "sddmm",
     "shrink", "transpose",
@@ -30,16 +30,16 @@ _OPS = (
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Loads the library where there is a GPU for it.
+    """Loads the binary where there is a GPU for it.
 
-    A library that is installed and does not serve is a fault of the installation. A warning says so, because "auto"
+    A binary that is installed and does not serve is a fault of the installation. A warning says so, because "auto"
     goes on with another backend.
     """
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA"
-    library = _LIBRARY
-    if not library.exists():
-        error = native_library.build_error("_cuda")
+    binary = _BINARY
+    if not binary.exists():
+        error = native_binary.build_error("_cuda")
         if error is not None:
             return f"the CUDA kernels did not build ({error}); fix that and run pip install -e . again"
         return (
@@ -49,11 +49,11 @@ def unavailable_reason() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(binary)
     except OSError as error:
-        return _fault(f"{library} does not load ({error})")
-    if missing := native_library.missing_ops(torch.ops.rosa_kernels_cuda, _OPS):
-        return _fault(f"{library} was built from other sources than this package's: it lacks {missing}")
+        return _fault(f"{binary} does not load ({error})")
+    if missing := native_binary.missing_ops(torch.ops.rosa_kernels_cuda, _OPS):
+        return _fault(f"{binary} was built from other sources than this package's: it lacks {missing}")
     return None
 
 

@@ -27,7 +27,7 @@ EPILOGUE_TOKENS = 16
 _SDDMM_SPLIT_TOKENS = 512
 """A split of sddmm takes at least so many tokens, the kernel's longest step twice."""
 _MOST_SPLITS = 16
-_library = torch.ops.rosa_kernels_cuda
+_kernels = torch.ops.rosa_kernels_cuda
 
 
 def transpose(x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def transpose(x: Tensor) -> Tensor:
     x = unit_stride(x)
     T, features = x.shape
     out = torch.empty(features, cdiv(T, TOKEN_PADDING) * TOKEN_PADDING, dtype=x.dtype, device=x.device)
-    _library.transpose(out, x)
+    _kernels.transpose(out, x)
     return out
 
 
@@ -56,14 +56,14 @@ def _gather(x: Tensor, count: int, columns: Tensor | None, crow: Tensor | None, 
     padded = cdiv(count, ALIGNMENT) * ALIGNMENT
     allocate = torch.empty if padded == count else torch.zeros
     gathered = allocate(x.shape[0], padded, dtype=x.dtype, device=x.device)
-    _library.gather_columns(gathered[:, :count], unit_stride(x), columns, crow, row_length)
+    _kernels.gather_columns(gathered[:, :count], unit_stride(x), columns, crow, row_length)
     return gathered
 
 
 def pack_entries(S: Sparse) -> Tensor:
     """S's entries as the epilogue reads them: 8 bytes each, the column and the fp32 value; then room for padding."""
     packed_entries = torch.empty(S.nnz + ENTRY_PADDING, dtype=torch.int64, device=S.values.device)
-    _library.pack_entries(packed_entries, S.col, S.permutation, kernel_dtype(S.values))
+    _kernels.pack_entries(packed_entries, S.col, S.permutation, kernel_dtype(S.values))
     return packed_entries
 
 
@@ -75,7 +75,7 @@ def shrink(x: Tensor, A: Tensor, dropout: Dropout = NO_DROPOUT) -> Tensor:
     tiles = cdiv(T, SHRINK_TOKENS) * cdiv(R, ranks if _on_tensor_cores(x, A) else SHRINK_RANKS_BY_LANES)
     splits, _ = hardware.splits_of(features, SHRINK_STEP_BYTES // x.element_size(), tiles, x.device, _MOST_SPLITS)
     H = torch.empty(T, R, dtype=A.dtype, device=x.device)
-    _library.shrink(H, x, A, *_dropout_arguments(dropout), _parts(splits, H.shape, x.device))
+    _kernels.shrink(H, x, A, *_dropout_arguments(dropout), _parts(splits, H.shape, x.device))
     return H
 
 
@@ -89,7 +89,7 @@ def lora_grad(z: Tensor, H: Tensor, out: Tensor, scaling: float, dropout: Dropou
     ranks = LORA_GRAD_RANKS if H.dtype == z.dtype and _on_tensor_cores(z, H) else RANK_STEP
     tiles = cdiv(features, LORA_GRAD_FEATURES) * cdiv(R, ranks)
     splits, _ = hardware.splits_of(T, LORA_GRAD_STEP_TOKENS, tiles, z.device, _MOST_SPLITS)
-    _library.lora_grad(out, z, H, scaling, *_dropout_arguments(dropout), _parts(splits, (features, R), z.device))
+    _kernels.lora_grad(out, z, H, scaling, *_dropout_arguments(dropout), _parts(splits, (features, R), z.device))
 
 
 def epilogue(
@@ -102,7 +102,7 @@ def epilogue(
     The kernel reads x in tiles that must fit in shared memory; where they do not, x_transposed stands for x. Where S
     has whole rows, row_products (T, rows that are not empty) fp32 stands for both x and S.
     """
-    _library.epilogue(
+    _kernels.epilogue(
         y, accumulate, H, B, scaling, *_dropout_arguments(dropout), crow, packed_entries, x, x_transposed,
         row_products, in_features, hardware.multiprocessors(y.device),
     )  # fmt: skip
@@ -115,20 +115,20 @@ def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) 
     tiles = cdiv(nnz, SDDMM_BLOCK_ENTRIES)
     splits, _ = hardware.splits_of(padded_tokens, _SDDMM_SPLIT_TOKENS, tiles, x.device, _MOST_SPLITS)
     out = torch.empty(nnz, dtype=dtype, device=x.device)
-    _library.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
+    _kernels.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
     return out
 
 
 def gather_entries(matrix: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of a matrix at a pattern's places, (nnz,)."""
     out = torch.empty(col.shape, dtype=dtype, device=matrix.device)
-    _library.gather_entries(out, unit_stride(matrix), crow, col)
+    _kernels.gather_entries(out, unit_stride(matrix), crow, col)
     return out
 
 
 def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:
     """out = weight + S, or S alone where weight is None; weight may be out itself. Returns out."""
-    _library.densify(out, None if weight is None else unit_stride(weight), kernel_dtype(S.values), S.crow, S.col)
+    _kernels.densify(out, None if weight is None else unit_stride(weight), kernel_dtype(S.values), S.crow, S.col)
     return out
 
 

@@ -18,7 +18,7 @@ def matrix_of_H(H: Tensor, r: int) -> Tensor:
     return H[:, :r]
 
 
-def low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
+def gradients_by_kernels(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
     """As gpu/lora.py says."""
     A, B = adapters(lora_A, lora_B, x.dtype)
     dA = dB = dH = None

@@ -10,11 +10,11 @@ class GpuBackend(NamedTuple):
 
     heuristics: ModuleType
     """choose_linear(LinearCall, Rates) and choose_sddmm(SDDMMCall, Rates) name the algorithm of a call.
-    low_rank_gradients_by_library says whether library GEMMs make them, where dropout and dtypes allow it."""
+    low_rank_gradients_by_library says whether library GEMMs make dA and dB, where dropout and dtypes allow it."""
     finish_linear: Callable
     """(y or None, LinearProblem, algorithm) -> y with everything that library calls have left."""
-    low_rank_gradients: Callable
-    """As the function of gpu/lora.py, by kernels."""
+    gradients_by_kernels: Callable
+    """(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB) -> (dA, dB, dH), as in gpu/lora.py."""
     H_of_matrix: Callable
     """(T, r) in x's dtype -> the same H in the backend's form."""
     matrix_of_H: Callable

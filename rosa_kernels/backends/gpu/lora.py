@@ -16,6 +16,6 @@ def low_rank_gradients(
     if dropout.seed is None and x.dtype == lora_A.dtype == lora_B.dtype:
         rates = device_rates.rates(x.device, hardware.architecture(x.device))
         if backend.heuristics.low_rank_gradients_by_library(*dy.shape, x.element_size(), rates):
-            dA, dB, dH = lora_gemm.low_rank_gradients(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
+            dA, dB, dH = lora_gemm.gradients_by_library(dy, x, lora_A, lora_B, scaling, need_dx, need_dA, need_dB)
             return dA, dB, None if dH is None else backend.H_of_matrix(dH)
-    return backend.low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB)
+    return backend.gradients_by_kernels(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB)

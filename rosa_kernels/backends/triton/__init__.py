@@ -22,7 +22,7 @@ else:
     from rosa_kernels.backends.triton.transpose import gather_columns, gather_whole_rows
 
     _ops = Ops(GpuBackend(
-        heuristics=heuristics, finish_linear=finish_linear, low_rank_gradients=lora.low_rank_gradients,
+        heuristics=heuristics, finish_linear=finish_linear, gradients_by_kernels=lora.gradients_by_kernels,
         H_of_matrix=lora.H_of_matrix, matrix_of_H=lora.matrix_of_H, sddmm=_sddmm.sddmm, gather_columns=gather_columns,
         gather_whole_rows=gather_whole_rows, gather_entries=_sddmm.gather_entries, densify=densify,
     ))  # fmt: skip

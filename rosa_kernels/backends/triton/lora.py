@@ -155,7 +155,7 @@ def lora_grad(
     return out, dH_parts
 
 
-def low_rank_gradients(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
+def gradients_by_kernels(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_dA, need_dB):
     """As gpu/lora.py says; dH as parts (parts, T, r)."""
     dA = dB = dH = None
     readers_of_dH = x.shape[1] * (need_dx + need_dA)

@@ -9,7 +9,7 @@ import pytest
 
 import rosa_kernels as rk
 from paths import REPOSITORY
-from rosa_kernels.backends.cpu import library
+from rosa_kernels.backends.cpu import binary
 
 BINARY = REPOSITORY / "rosa_kernels" / "_C.abi3.so"
 REPORT = "import rosa_kernels as rk; print(rk.available_backends()['cpu'])"
@@ -50,8 +50,8 @@ def check_fault(package, *words, more_paths=()) -> None:
 
 @pytest.mark.parametrize("error,words", [(None, "were not built"), ("no <vector>", "did not build (no <vector>)")])
 def test_no_binary_is_not_built(monkeypatch, recwarn, package, error, words):
-    monkeypatch.setattr(library.native_library, "build_error", lambda name: error)
-    assert words in library._load(package, [str(package.parent)])
+    monkeypatch.setattr(binary.native_binary, "build_error", lambda name: error)
+    assert words in binary._load(package, [str(package.parent)])
     assert not recwarn.list
 
 
@@ -65,7 +65,7 @@ def test_a_free_threaded_python_loads_the_binary_made_for_it():
         "import sysconfig; get = sysconfig.get_config_var;"
         "sysconfig.get_config_var = lambda name: 1 if name == 'Py_GIL_DISABLED' else"
         " '.cpython-313t-x86_64-linux-gnu.so' if name == 'EXT_SUFFIX' else get(name);"
-        "import runpy; print(runpy.run_path('rosa_kernels/backends/native_library.py')['file_name']('_C'))"
+        "import runpy; print(runpy.run_path('rosa_kernels/backends/native_binary.py')['file_name']('_C'))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert done.stdout.strip() == "_C.cpython-313t-x86_64-linux-gnu.so"
@@ -86,6 +86,6 @@ def test_a_binary_beside_another_copy_of_the_package_is_named(package, tmp_path)
 
 @pytest.mark.skipif(rk.available_backends()["cpu"] is not None, reason="needs a binary that loads")
 def test_a_binary_of_other_sources_says_what_it_lacks(monkeypatch):
-    monkeypatch.setattr(library, "_OPS", (*library._OPS, "made_up"))
-    reason = library._load_fault(BINARY)
+    monkeypatch.setattr(binary, "_OPS", (*binary._OPS, "made_up"))
+    reason = binary._load_fault(BINARY)
     assert reason is not None and "lack made_up" in reason

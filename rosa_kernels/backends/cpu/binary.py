@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from rosa_kernels.backends import native_library
+from rosa_kernels.backends import native_binary
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_BINARY = native_library.file_name("_C")
+_BINARY = native_binary.file_name("_C")
 _OPS = ("backward", "constants", "decode", "forward", "gemm", "merge")
 kernels = torch.ops.rosa_kernels_cpu
 
@@ -35,7 +35,7 @@ def _load(package: Path, search_path: list[str]) -> str | None:
 
 
 def _not_built() -> str:
-    error = native_library.build_error("_C")
+    error = native_binary.build_error("_C")
     if error is not None:
         return f"the C++ kernels did not build ({error}); fix that and run pip install -e . again"
     return (
@@ -53,7 +53,7 @@ def _load_fault(binary: Path) -> str | None:
             f"the C++ kernels are installed and do not load: {error}; they were built for another torch or "
             "processor, or are damaged; run pip install again"
         )
-    if missing := native_library.missing_ops(kernels, _OPS):
+    if missing := native_binary.missing_ops(kernels, _OPS):
         return (
             f"the C++ kernels of {binary} were built from other sources than this package's: they lack {missing}; "
             "run pip install again"
@@ -76,7 +76,7 @@ def _misplaced(package: Path, search_path: list[str]) -> str | None:
     return None
 
 
-_reason = _load(native_library.PACKAGE, sys.path)
+_reason = _load(native_binary.PACKAGE, sys.path)
 
 
 def unavailable_reason() -> str | None:
