@@ -8,33 +8,9 @@ import torch
 from torch import nn
 
 import rosa_kernels as rk
+from masked_net import BATCHES, TARGETS, loss_fn, make, select_on_one_rank
 from rosa_kernels.adapters.mask_selection import top_k
 from rosa_kernels.pattern import BLOCK, COLUMN, ROW
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(12, 6, padding_idx=0)
-        self.first = nn.Linear(6, 10)
-        self.second = nn.Linear(10, 8)
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, ids):
-        return self.head(self.second(self.first(self.embedding(ids)).tanh()).tanh()).mean(1)
-
-
-BATCHES = [torch.randint(0, 12, (3, 5), generator=torch.Generator().manual_seed(i)) for i in range(4)]
-TARGETS = ["first", "second"]
-
-
-def loss_fn(model, ids):
-    return nn.functional.cross_entropy(model(ids), torch.tensor([0, 1, 0]))
-
-
-def make(**fields):
-    fields = {"r": 2, "density": 0.2, "target_modules": TARGETS, "modules_to_save": ["head"]} | fields
-    return rk.add_adapters(Net(), rk.RoSAConfig(**fields))
 
 
 def dense_gradients(model, batches):
@@ -319,24 +295,12 @@ def test_values_are_not_resized_inside_ddp(one_process_group):
     assert list(rk.select_masks(model, BATCHES, loss_fn)) == ["first", "second"]
 
 
-def _select_on_one_rank(rank, store, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = make()
-    torch.manual_seed(rank)  # what follows differs from rank to rank, as the data do
-    found = rk.select_masks(model, BATCHES[2 * rank : 2 * rank + 2], loss_fn)
-    other = rk.select_masks(make(mask="random"))
-    results.put((rank, [{name: p.col_indices.tolist() for name, p in ps.items()} for ps in (found, other)]))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.exhaustive
 def test_all_ranks_choose_the_same(tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     arguments = [(rank, tmp_path / "store", results) for rank in (0, 1)]
-    processes = [context.Process(target=_select_on_one_rank, args=args) for args in arguments]
+    processes = [context.Process(target=select_on_one_rank, args=args) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:  # what they put in the queue is small enough for its pipe
