@@ -135,10 +135,6 @@ class Compiled:
         return self.count(*_TENSOR_CORES)
 
     @property
-    def fma_instructions(self) -> int:
-        return self.count(*UNITS["fma"])
-
-    @property
     def copies(self) -> int:
         """From memory straight into shared memory (cp.async)."""
         return self.count("LDGSTS")
@@ -147,11 +143,6 @@ class Compiled:
     def wide_copies(self) -> int:
         """Those of 16 bytes a thread."""
         return self.count("LDGSTS", holding=".128")
-
-    @property
-    def wide_loads(self) -> int:
-        """Of 16 bytes a thread."""
-        return self.count("LDG.", holding=".128") + self.count("global_load_dwordx4", "buffer_load_dwordx4")
 
 
 def compile_for(chip: str, source: ASTSource, options: dict) -> Compiled:
