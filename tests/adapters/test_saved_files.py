@@ -1,5 +1,6 @@
 """Adapters that earlier versions saved load bit for bit; saved/README.md says how the files came about."""
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -109,6 +110,17 @@ def test_a_whole_model_that_torch_saved_names_classes_that_are_still_there(model
     rk.add_adapters(model, rk.LoRAConfig(r=2, target_modules=["up"]))
     torch.save(model, tmp_path / "model.pt")
     assert b"rosa_kernels.adapters.inject" not in (tmp_path / "model.pt").read_bytes()
+
+
+def test_a_wrapped_model_is_filled_in_place_its_saved_modules_too(model, outputs):
+    """As DistributedDataParallel wraps it: every name then begins with ``module.``."""
+    config = rk.load_adapters(copy.deepcopy(model), SAVED / "lora").rosa_adapters.config
+    rk.add_adapters(model, config).eval()
+    wrapper = nn.Module()
+    wrapper.module = model
+    rk.load_adapters(wrapper, SAVED / "lora")
+    with rk.use_backend("reference"), torch.no_grad():
+        torch.testing.assert_close(model(outputs["ids"]), outputs["lora"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_peft_folder_loads(model, outputs):
