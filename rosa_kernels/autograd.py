@@ -1,14 +1,50 @@
-"""The torch.autograd.Functions: which tensors an op saves for its backward, and which gradients it returns.
+"""The derivatives of the ops: which tensors a forward saves, and which gradients its backward returns.
 
 Only inputs are saved. So activation checkpointing, FSDP and autograd's checks for in-place changes see all that is, and
 nothing that was computed from a trainable tensor outlives a call.
+
+An op that is called through PyTorch's dispatcher comes here by its Autograd key, the package's own calls by ``apply``,
+whose first argument is the backend that serves them.
+First derivatives in reverse mode are kernels. All others are those of the plain PyTorch formulas of
+backends/reference.py: second derivatives, forward mode, and the transforms of torch.func.
 """
 
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+from collections.abc import Callable
 
-from rosa_kernels import ops
-from rosa_kernels.pattern import transposed_structure
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from rosa_kernels import dispatch, flop_counts, ops  # noqa: F401 (flop_counts registers what it has)
+from rosa_kernels.backends import reference
+from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern, transposed_structure
+
+
+def _forward(name, backend, *args):
+    """The op by this backend, or where that is None through PyTorch's dispatcher, below autograd."""
+    if backend is not None:
+        return getattr(backend, name)(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.rosa_kernels, name)(*args)
+
+
+def _backward(name, backend, *args):
+    """The op on the backend that use_backend chose for the forward, in whichever thread the backward runs.
+
+    It is differentiable itself where a graph of the backward is asked for (create_graph=True).
+    """
+    token = dispatch.choice.set(backend)
+    try:
+        return getattr(torch.ops.rosa_kernels if torch.is_grad_enabled() else ops, name)(*args)
+    finally:
+        dispatch.choice.reset(token)
+
+
+def _by_columns(saved, crow, col, in_features):
+    """ccol, row and permutation as saved, or made again where a call came without them."""
+    if saved[0] is not None:
+        return saved
+    return CSRPattern._trusted(crow, col, (crow.shape[0] - 1, in_features), UNSTRUCTURED, None).transpose()
 
 
 class RoSALinearFunction(Function):
@@ -17,6 +53,7 @@ class RoSALinearFunction(Function):
     @staticmethod
     def forward(
         ctx,
+        backend,
         x,
         weight,
         bias,
@@ -26,90 +63,139 @@ class RoSALinearFunction(Function):
         values,
         crow,
         col,
-        ccol,
-        row,
-        permutation,
         structure,
         dropout_p,
         seed,
+        ccol,
+        row,
+        permutation,
     ):
+        ctx.choice = dispatch.chosen()
         ctx.numbers = scaling, structure, dropout_p
-        need_x, need_weight, need_bias, need_A, need_B, _, need_values = ctx.needs_input_grad[:7]
+        _, need_x, need_weight, need_bias, need_A, need_B, _, need_values = ctx.needs_input_grad[:8]
         ctx.needs = [need_x, need_weight, need_bias, need_A, need_B, need_values]
         ctx.save_for_backward(
-            x, weight if need_x else None, lora_A, lora_B, values, crow, col, ccol, row, permutation, seed
+            x, weight if need_x else None, lora_A, lora_B, values, crow, col, seed, ccol, row, permutation
         )
-        return ops.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+        return _forward(
+            "rosa_linear", backend,
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed,
+        )  # fmt: skip
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, values, crow, col, ccol, row, permutation, seed = ctx.saved_tensors
+        x, weight, lora_A, lora_B, values, crow, col, seed, *by_columns = ctx.saved_tensors
         scaling, structure, dropout_p = ctx.numbers
-        gradients = ops.rosa_linear_backward(
-            dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation,
-            structure, dropout_p, seed, ctx.needs,
+        if values is not None:
+            by_columns = _by_columns(by_columns, crow, col, x.shape[-1])
+        gradients = _backward(
+            "rosa_linear_backward", ctx.choice,
+            dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed,
+            ctx.needs,
         )  # fmt: skip
         dx, dweight, dbias, dA, dB, dvalues = (
             gradient if need else None for gradient, need in zip(gradients, ctx.needs)
         )
-        return dx, dweight, dbias, dA, dB, None, dvalues, None, None, None, None, None, None, None, None
+        return None, dx, dweight, dbias, dA, dB, None, dvalues, None, None, None, None, None, None, None, None
 
 
 class SpMMFunction(Function):
     """y = x Sᵀ; dx = dy S; dvalues = sddmm(dy, x)."""
 
     @staticmethod
-    def forward(ctx, x, values, crow, col, ccol, row, permutation, structure):
+    def forward(ctx, backend, x, values, crow, col, structure, ccol, row, permutation):
+        ctx.choice = dispatch.chosen()
         ctx.structure = structure
         ctx.save_for_backward(x, values, crow, col, ccol, row, permutation)
-        return ops.spmm(x, values, crow, col, structure)
+        return _forward("spmm", backend, x, values, crow, col, structure)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, values, crow, col, ccol, row, permutation = ctx.saved_tensors
+        x, values, crow, col, *by_columns = ctx.saved_tensors
         dx = dvalues = None
-        if ctx.needs_input_grad[0]:
-            dx = ops.spmm(dy, values[permutation], ccol, row, transposed_structure(ctx.structure))
         if ctx.needs_input_grad[1]:
-            dvalues = ops.sddmm(dy, x, crow, col, ctx.structure).to(values.dtype)
-        return dx, dvalues, None, None, None, None, None, None
+            ccol, row, permutation = _by_columns(by_columns, crow, col, x.shape[-1])
+            dx = _backward("spmm", ctx.choice, dy, values[permutation], ccol, row, transposed_structure(ctx.structure))
+        if ctx.needs_input_grad[2]:
+            dvalues = _backward("sddmm", ctx.choice, dy, x, crow, col, ctx.structure).to(values.dtype)
+        return None, dx, dvalues, None, None, None, None, None, None
 
 
 class SDDMMFunction(Function):
     """v_e = Σ_t dy[t, row_e] x[t, col_e]; with gradient g as the values of S: ddy = x Sᵀ, dx = dy S."""
 
     @staticmethod
-    def forward(ctx, dy, x, crow, col, ccol, row, permutation, structure):
+    def forward(ctx, backend, dy, x, crow, col, structure, ccol, row, permutation):
+        ctx.choice = dispatch.chosen()
         ctx.structure = structure
         ctx.save_for_backward(dy, x, crow, col, ccol, row, permutation)
-        return ops.sddmm(dy, x, crow, col, structure)
+        return _forward("sddmm", backend, dy, x, crow, col, structure)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        dy, x, crow, col, ccol, row, permutation = ctx.saved_tensors
+        dy, x, crow, col, *by_columns = ctx.saved_tensors
         ddy = dx = None
-        if ctx.needs_input_grad[0]:
-            ddy = ops.spmm(x, g, crow, col, ctx.structure)
         if ctx.needs_input_grad[1]:
-            dx = ops.spmm(dy, g[permutation], ccol, row, transposed_structure(ctx.structure))
-        return ddy, dx, None, None, None, None, None, None
+            ddy = _backward("spmm", ctx.choice, x, g, crow, col, ctx.structure)
+        if ctx.needs_input_grad[2]:
+            ccol, row, permutation = _by_columns(by_columns, crow, col, x.shape[-1])
+            dx = _backward("spmm", ctx.choice, dy, g[permutation], ccol, row, transposed_structure(ctx.structure))
+        return None, ddy, dx, None, None, None, None, None, None
 
 
 class CSRAddFunction(Function):
     """W + S; dW = g, dvalues_e = g[row_e, col_e]."""
 
     @staticmethod
-    def forward(ctx, weight, values, crow, col, rows):
+    def forward(ctx, backend, weight, values, crow, col):
         ctx.values_dtype = values.dtype
-        ctx.save_for_backward(rows, col)
-        return ops.csr_add(weight, values, crow, col)
+        ctx.shape = tuple(weight.shape)
+        ctx.save_for_backward(crow, col)
+        return _forward("csr_add", backend, weight, values, crow, col)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        rows, col = ctx.saved_tensors
-        dvalues = g[rows, col.long()].to(ctx.values_dtype) if ctx.needs_input_grad[1] else None
-        return g if ctx.needs_input_grad[0] else None, dvalues, None, None, None
+        dvalues = None
+        if ctx.needs_input_grad[2]:
+            crow, col = ctx.saved_tensors
+            pattern = CSRPattern._trusted(crow, col, ctx.shape, UNSTRUCTURED, None)
+            dvalues = g[pattern.row_of_entry(), pattern.col_indices.long()].to(ctx.values_dtype)
+        return None, g if ctx.needs_input_grad[1] else None, dvalues, None, None
+
+
+def _formula(name: str) -> Callable:
+    """The op in plain PyTorch, which PyTorch differentiates and batches in any way."""
+    compute = getattr(reference, name)
+
+    def call(*args):
+        args = ops.without_by_columns(name, ops.with_by_columns(name, args))
+        return ops.as_op_returns(compute(*args), args[0])
+
+    return call
+
+
+def _autograd_kernel(name: str, function: type[Function] | None) -> Callable:
+    op, formula = getattr(torch.ops.rosa_kernels, name), _formula(name)
+
+    def call(*args):
+        tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+        if reference.transforms_active() or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            return formula(*args)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return formula(*args) if function is None else function.apply(None, *ops.with_by_columns(name, args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+for _name, _function in {
+    "rosa_linear": RoSALinearFunction,
+    "rosa_linear_backward": None,
+    "spmm": SpMMFunction,
+    "sddmm": SDDMMFunction,
+    "csr_add": CSRAddFunction,
+}.items():
+    ops.library.impl(_name, _autograd_kernel(_name, _function), "Autograd")
+    ops.library.impl(_name, _formula(_name), "FuncTorchBatchedDecomposition")  # torch.vmap
+    ops.library.impl(_name, _formula(_name), "Batched")  # torch.autograd.grad(..., is_grads_batched=True)

@@ -8,6 +8,8 @@ import operator
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 PRIVATE_NAMES = (
     "DispatchKey.BackendSelect",
@@ -59,14 +61,16 @@ else:
 
         Nothing else can tell the difference, because whatever a backend does is ops again, each with its own dispatch.
         What looks for the op is Dynamo, which reads the source; a subclass of Tensor among the arguments; a mode of
-        __torch_function__; autocast; the profiler; and all that the dispatcher knows by a key included in this thread:
-        modes of __torch_dispatch__ (fake tensors, make_fx), functorch's transforms, functionalisation, torch.jit.trace.
+        __torch_function__; autocast; the profiler; forward-mode differentiation; and all that the dispatcher knows by
+        a key included in this thread: modes of __torch_dispatch__ (fake tensors, make_fx), functorch's transforms,
+        functionalisation, torch.jit.trace.
         """
         return (
-            torch.compiler.is_compiling()
+            is_compiling()
             or not _PLAIN_TYPES.issuperset(map(type, args))
             or _dispatch_tls_local_include_set().raw_repr() not in _PLAIN_KEYS
             or _len_torch_function_stack() > 0
             or _is_any_autocast_enabled()
             or _profiler_enabled()
+            or forward_ad._current_level >= 0
         )

@@ -1,7 +1,9 @@
 """Which backend serves a call, and why the others do not."""
 
 import contextlib
+import contextvars
 import os
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -21,7 +23,11 @@ def _checked_name(name: str, source: str) -> str:
     return name
 
 
-_chosen = _checked_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
+_default = _checked_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
+choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("rosa_kernels_backend", default=None)
+"""The name that the innermost use_backend of this thread or task gave, None outside any."""
+_open_blocks: list[str] = []
+"""The names of all use_backend blocks that are open in this process, the latest last."""
 
 
 @contextlib.contextmanager
@@ -30,18 +36,35 @@ def use_backend(name: str) -> Iterator[None]:
 
     "auto", the default, takes the first of cpu, triton, cuda and reference that serves x's device and dtype. A backend
     asked for by name never hands a call on: where it cannot serve one, that call raises RuntimeError with the reason.
-    The choice holds for the whole process, other threads and the backward included. Outside any ``with`` it is that of
-    the environment variable ROSA_KERNELS_BACKEND.
+    The choice holds for this thread, or this asyncio task, and for the backward of what runs here. Outside any ``with``
+    it is that of the environment variable ROSA_KERNELS_BACKEND.
 
     Raises:
         ValueError: the name is unknown.
     """
-    global _chosen
-    before, _chosen = _chosen, _checked_name(name, "use_backend")
+    token = choice.set(_checked_name(name, "use_backend"))
+    _open_blocks.append(name)
     try:
         yield
     finally:
-        _chosen = before
+        _open_blocks.remove(name)
+        choice.reset(token)
+
+
+def chosen() -> str:
+    """The name of the backend that use_backend or the environment variable asks for, or "auto"."""
+    return choice.get() or (_default if not _open_blocks else _chosen_in_this_thread())
+
+
+def _chosen_in_this_thread() -> str:
+    """What holds in a thread without a choice of its own, while some thread has one.
+
+    PyTorch's own threads, which run the backward of GPU tensors, have no context. A compiled backward and
+    a checkpointed forward that run there take the block that was opened last.
+    """
+    latest = _open_blocks[-1:]
+    foreign = isinstance(threading.current_thread(), threading._DummyThread)
+    return latest[0] if latest and foreign else _default
 
 
 def available_backends() -> dict[str, str | None]:
@@ -66,20 +89,21 @@ def automatic_choice(device: torch.device, dtype: torch.dtype) -> str:
 
 def backend_for(tensor: torch.Tensor) -> ModuleType:
     """The backend module that serves ops on this tensor (x, dy or weight: they share device and dtype)."""
-    key = _chosen, tensor.device, tensor.dtype
+    # This is chosen(), written out, because every eager call comes here.
+    key = choice.get() or (_default if not _open_blocks else _chosen_in_this_thread()), tensor.device, tensor.dtype
     module = _served.get(key)
     if module is None:
-        module = _served[key] = _find_backend(tensor.device, tensor.dtype)
+        module = _served[key] = _find_backend(*key)
     return module
 
 
 _served: dict[tuple[str, torch.device, torch.dtype], ModuleType] = {}
 
 
-def _find_backend(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    if _chosen == "auto":
+def _find_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if name == "auto":
         return BACKENDS[automatic_choice(device, dtype)]
-    reason = refusal(_chosen, device, dtype)
+    reason = refusal(name, device, dtype)
     if reason is not None:
-        raise RuntimeError(f"backend {_chosen!r} was asked for and cannot serve {dtype} on {device}: {reason}")
-    return BACKENDS[_chosen]
+        raise RuntimeError(f"backend {name!r} was asked for and cannot serve {dtype} on {device}: {reason}")
+    return BACKENDS[name]

@@ -1,21 +1,25 @@
 """torch.ops.rosa_kernels.*: every op's schema, its fake for tracing, and its call into the backend that serves it.
 
-An op takes tensors and numbers alone. autograd.py differentiates it, and functional.py has checked its arguments.
-A pattern arrives as its index tensors and its structure, an int of pattern.py; a seed is there just when dropout is on.
-The package itself calls the functions of this module, which have the ops' names: they skip PyTorch's dispatcher where
-direct_call.py allows it, and may return None for a gradient that is not needed.
+An op takes tensors and numbers alone. A pattern arrives as its index tensors and its structure, an int of pattern.py;
+a seed is there just when dropout is on. autograd.py differentiates the ops. Anybody may call them, so that op_checks.py
+checks what comes through PyTorch's dispatcher. The package itself, which has checked its arguments, calls the functions
+of this module. They have the ops' names, skip the dispatcher where direct_call.py allows it, and may return None for
+a gradient that is not needed.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from rosa_kernels import direct_call, dispatch
+from rosa_kernels import direct_call, dispatch, op_checks
+
+_BY_COLUMNS = "Tensor? ccol=None, Tensor? row=None, Tensor? permutation=None"
+"""The pattern by columns, which the backward reads. Where a call has none, the backward makes it."""
 
 _SCHEMAS = {
     "rosa_linear": (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
-        "Tensor? crow, Tensor? col, int structure, float dropout_p, Tensor? seed) -> Tensor"
+        f"Tensor? crow, Tensor? col, int structure, float dropout_p, Tensor? seed, {_BY_COLUMNS}) -> Tensor"
     ),
     # needs says which of dx, dweight, dbias, dlora_A, dlora_B and dvalues to compute. For each of the others a backend
     # returns None, and the op an empty tensor.
@@ -24,12 +28,14 @@ _SCHEMAS = {
         "Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, Tensor? permutation, int structure, float dropout_p, "
         "Tensor? seed, bool[6] needs) -> Tensor[]"
     ),
-    "spmm": "(Tensor x, Tensor values, Tensor crow, Tensor col, int structure) -> Tensor",
-    "sddmm": "(Tensor dy, Tensor x, Tensor crow, Tensor col, int structure) -> Tensor",
+    "spmm": f"(Tensor x, Tensor values, Tensor crow, Tensor col, int structure, {_BY_COLUMNS}) -> Tensor",
+    "sddmm": f"(Tensor dy, Tensor x, Tensor crow, Tensor col, int structure, {_BY_COLUMNS}) -> Tensor",
     "csr_add": "(Tensor weight, Tensor values, Tensor crow, Tensor col) -> Tensor",
 }
+OP_NAMES: tuple[str, ...] = tuple(_SCHEMAS)
+_ARGUMENTS = {name: schema.count(",") + 1 for name, schema in _SCHEMAS.items()}
 
-_library = torch.library.Library("rosa_kernels", "DEF")
+library = torch.library.Library("rosa_kernels", "DEF")
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -39,18 +45,31 @@ def autocast_enabled(device_type: str) -> bool:
 
 
 def _implementation(name: str) -> Callable:
+    check = getattr(op_checks, name)
+
     def call(*args):
-        device_type = args[0].device.type
-        serve = getattr(dispatch.backend_for(args[0]), name)
-        if autocast_enabled(device_type):  # functional.py has cast x and weight; an op keeps the dtypes it is given
-            with torch.autocast(device_type, enabled=False):
-                return _tensors(serve(*args), args[0])
-        return _tensors(serve(*args), args[0])
+        args = with_by_columns(name, args)
+        check(*args)
+        serve, args = getattr(dispatch.backend_for(args[0]), name), without_by_columns(name, args)
+        if autocast_enabled(args[0].device.type):  # functional.py has cast x and weight; an op keeps what it is given
+            with torch.autocast(args[0].device.type, enabled=False):
+                return as_op_returns(serve(*args), args[0])
+        return as_op_returns(serve(*args), args[0])
 
     return call
 
 
-def _tensors(results, like):
+def with_by_columns(name: str, args: tuple) -> tuple:
+    """All arguments of a call. PyTorch leaves those by columns out where they are None, their default."""
+    return args + (None,) * (_ARGUMENTS[name] - len(args))
+
+
+def without_by_columns(name: str, args: tuple) -> tuple:
+    """The arguments of a call that a backend takes."""
+    return args[:-3] if _BY_COLUMNS in _SCHEMAS[name] else args
+
+
+def as_op_returns(results, like):
     """What an op may return: a list of tensors alone, no two the same. Each None becomes an empty tensor of its own."""
     if isinstance(results, list):
         return [like.new_empty(0) if result is None else result for result in results]
@@ -58,8 +77,8 @@ def _tensors(results, like):
 
 
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
+    library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
+    library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
 
 
 def _entry(name: str) -> Callable:
@@ -76,13 +95,16 @@ def _entry(name: str) -> Callable:
 rosa_linear, rosa_linear_backward, spmm, sddmm, csr_add = map(_entry, _SCHEMAS)
 
 
-@torch.library.register_fake("rosa_kernels::rosa_linear", lib=_library)
-def _(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+@torch.library.register_fake("rosa_kernels::rosa_linear", lib=library)
+def _(
+    x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol=None, row=None,
+    permutation=None,
+):  # fmt: skip
     out_features = lora_B.shape[0] if lora_B is not None else crow.shape[0] - 1
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("rosa_kernels::rosa_linear_backward", lib=_library)
+@torch.library.register_fake("rosa_kernels::rosa_linear_backward", lib=library)
 def _(
     dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
 ):
@@ -99,19 +121,16 @@ def _(
     return [source.new_empty(shape) if need else dy.new_empty(0) for need, source, shape in zip(needs, sources, shapes)]
 
 
-@torch.library.register_fake("rosa_kernels::spmm", lib=_library)
-def _(x, values, crow, col, structure):
+@torch.library.register_fake("rosa_kernels::spmm", lib=library)
+def _(x, values, crow, col, structure, ccol=None, row=None, permutation=None):
     return x.new_empty((*x.shape[:-1], crow.shape[0] - 1))
 
 
-@torch.library.register_fake("rosa_kernels::sddmm", lib=_library)
-def _(dy, x, crow, col, structure):
+@torch.library.register_fake("rosa_kernels::sddmm", lib=library)
+def _(dy, x, crow, col, structure, ccol=None, row=None, permutation=None):
     return x.new_empty(col.shape)
 
 
-@torch.library.register_fake("rosa_kernels::csr_add", lib=_library)
+@torch.library.register_fake("rosa_kernels::csr_add", lib=library)
 def _(weight, values, crow, col):
     return weight.new_empty(weight.shape)
-
-
-OP_NAMES: tuple[str, ...] = tuple(_SCHEMAS)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 UNSTRUCTURED, ROW, COLUMN, BLOCK, BLOCK16 = range(5)
 """What S consists of. BLOCK16 has blocks whose size is a multiple of 16, the smallest side of a tensor core's tile."""
+STRUCTURE_NUMBERS = range(BLOCK16 + 1)
 STRUCTURES = ("unstructured", "row", "column", "block")
 _TRANSPOSED = {ROW: COLUMN, COLUMN: ROW}
 
@@ -205,6 +206,25 @@ def transposed_structure(structure: int) -> int:
     return _TRANSPOSED.get(structure, structure)
 
 
+def consists_of_blocks(pattern: CSRPattern, size: int) -> bool:
+    """Whether a pattern consists of whole squares of this size, those on the lower and right edges cut to fit."""
+    out_features, in_features = pattern.shape
+    across = -(-in_features // size)
+    squares = torch.unique(pattern.row_of_entry() // size * across + pattern.col_indices.long() // size)
+    heights = (out_features - squares // max(1, across) * size).clamp(max=size)
+    widths = (in_features - squares % max(1, across) * size).clamp(max=size)
+    return int((heights * widths).sum()) == pattern.nnz
+
+
+def has_structure(pattern: CSRPattern, structure: int) -> bool:
+    """Whether a kernel may rely on a structure. From BLOCK none expects anything: the kernels look for blocks."""
+    if structure == ROW:
+        return _consists_of_rows(pattern.crow_indices, pattern.shape[1])
+    if structure == COLUMN:
+        return _consists_of_columns(pattern.crow_indices, pattern.col_indices)
+    return structure != BLOCK16 or consists_of_blocks(pattern, 16)
+
+
 def block_structure(block_size: int) -> int:
     """The structure of a pattern that consists of blocks of this size."""
     return BLOCK16 if block_size % 16 == 0 else BLOCK
@@ -282,14 +302,20 @@ def _check_indices(crow: Tensor, col: Tensor, shape: tuple[int, int]) -> None:
 
 def _detect_structure(crow: Tensor, col: Tensor, shape: tuple[int, int]) -> int:
     """ROW where each row is full or empty, COLUMN where all rows have the same columns, else UNSTRUCTURED."""
-    out_features, in_features = shape
-    nnz = col.numel()
-    if nnz == 0:
+    if col.numel() == 0:
         return UNSTRUCTURED
-    counts = crow.diff()
-    if bool(((counts == 0) | (counts == in_features)).all()):
+    if _consists_of_rows(crow, shape[1]):
         return ROW
-    width = nnz // out_features
-    if bool((counts == width).all()) and bool((col.view(out_features, width) == col[:width]).all()):
-        return COLUMN
-    return UNSTRUCTURED
+    return COLUMN if _consists_of_columns(crow, col) else UNSTRUCTURED
+
+
+def _consists_of_rows(crow: Tensor, in_features: int) -> bool:
+    counts = crow.diff()
+    return bool(((counts == 0) | (counts == in_features)).all())
+
+
+def _consists_of_columns(crow: Tensor, col: Tensor) -> bool:
+    counts = crow.diff()
+    out_features = counts.numel()
+    width = col.numel() // max(1, out_features)
+    return bool((counts == width).all()) and bool((col.view(out_features, width) == col[:width]).all())

@@ -1,6 +1,8 @@
 """The oracle: every op in plain PyTorch, for any device and floating dtype. It is readable before it is fast.
 
-16-bit and fp32 inputs are computed in fp32, float64 in float64. Each result is rounded once, to its own dtype.
+16-bit and fp32 inputs are computed in fp32, float64 in float64. Each result is rounded once, to its own dtype. Nothing
+is written in place, so that PyTorch can differentiate and batch these functions: autograd.py takes them for derivatives
+that the kernels do not compute.
 """
 
 import math
@@ -34,11 +36,15 @@ def _rows(crow: Tensor, nnz: int) -> Tensor:
     return torch.arange(crow.shape[0] - 1, device=crow.device).repeat_interleave(crow.diff(), output_size=nnz)
 
 
+def _positions(crow: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """The row and the column of each entry of S, each (nnz,) int64."""
+    return _rows(crow, col.shape[0]), col.long()
+
+
 def _dense(values: Tensor, crow: Tensor, col: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """S (out_features, in_features)."""
     S = torch.zeros(crow.shape[0] - 1, in_features, dtype=dtype, device=values.device)
-    S[_rows(crow, col.shape[0]), col.long()] = values.to(dtype)
-    return S
+    return S.index_put(_positions(crow, col), values.to(dtype))
 
 
 def _dropout_factor(x2: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
@@ -48,6 +54,8 @@ def _dropout_factor(x2: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    if weight is None and lora_A is None:
+        return spmm(x, values, crow, col, structure)
     dtype = _compute_dtype(x)
     x2 = _flat(x, dtype)
     added = None
@@ -71,7 +79,7 @@ def rosa_linear_backward(
     G = _flat(dy, dtype)
     x2 = _flat(x, dtype)
     dx = dweight = dbias = dA = dB = dvalues = None
-    dx2 = torch.zeros(x2.shape, dtype=dtype, device=x.device)  # contiguous, whatever x is
+    dx_terms = []
     if lora_A is not None:
         A, B = lora_A.to(dtype), lora_B.to(dtype)
         factor = None if seed is None else _dropout_factor(x2, dropout_p, seed)
@@ -82,16 +90,19 @@ def rosa_linear_backward(
         if need_dB:
             dB = (scaling * (G.T @ (x_hat @ A.T))).to(lora_B.dtype)
         if need_dx:
-            dx2 += dH @ A if factor is None else (dH @ A) * factor
+            dx_terms.append(dH @ A if factor is None else (dH @ A) * factor)
     if values is not None:
+        rows, columns = _positions(crow, col)
         if need_dx:
-            dx2 += G @ _dense(values, crow, col, x.shape[-1], dtype)
+            dx_terms.append(G @ _dense(values, crow, col, x.shape[-1], dtype))
+            if weight is None and lora_A is None:
+                dx_terms = [_without_spread(dx_terms[0], G, values, rows, columns)]
         if need_dvalues:
-            dvalues = (G.T @ x2)[_rows(crow, col.shape[0]), col.long()].to(values.dtype)
+            dvalues = (G.T @ x2)[rows, columns].to(values.dtype)
     if need_dx:
         if weight is not None:
-            dx2 += G @ weight.to(dtype)
-        dx = dx2.view(x.shape).to(x.dtype)
+            dx_terms.append(G @ weight.to(dtype))
+        dx = sum(dx_terms).view(x.shape).to(x.dtype)
     if need_dweight:
         dweight = (G.T @ x2).to(dy.dtype)
     if need_dbias:
@@ -101,13 +112,39 @@ def rosa_linear_backward(
 
 def spmm(x, values, crow, col, structure):
     dtype = _compute_dtype(x)
-    return (x.to(dtype) @ _dense(values, crow, col, x.shape[-1], dtype).T).to(x.dtype).contiguous()
+    x2 = _flat(x, dtype)
+    rows, columns = _positions(crow, col)
+    y = x2 @ _dense(values, crow, col, x.shape[-1], dtype).T
+    y = _without_spread(y, x2, values, columns, rows)
+    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype).contiguous()
+
+
+def _without_spread(product: Tensor, x2: Tensor, values: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The product of x2 (T, features) and a dense S, without what 0 · NaN and 0 · inf did to it.
+
+    Tokens that are not all finite are multiplied again by the entries of S alone: entry e takes feature inputs[e] of
+    x2 to outputs[e].
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(product)
+    if product.is_meta or batched or transforms_active():  # none of them lets Python look at a number
+        return product
+    tokens = ~x2.isfinite().all(1)
+    if not tokens.any():
+        return product
+    terms = x2[tokens].T[inputs] * values.to(x2.dtype)[:, None]
+    sums = torch.zeros(product.shape[1], terms.shape[1], dtype=terms.dtype, device=terms.device)
+    return product.index_put((tokens,), sums.index_add(0, outputs, terms).T)
+
+
+def transforms_active() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp ...) runs this code."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def sddmm(dy, x, crow, col, structure):
     dtype = _compute_dtype(x)
     dW = _flat(dy, dtype).T @ _flat(x, dtype)
-    return dW[_rows(crow, col.shape[0]), col.long()].to(x.dtype)
+    return dW[_positions(crow, col)].to(x.dtype)
 
 
 def csr_add(weight, values, crow, col):

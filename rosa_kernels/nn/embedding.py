@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rosa_kernels import jagged
+from rosa_kernels.backends.reference import transforms_active
 from rosa_kernels.nn.layer import AdapterLayer
 from rosa_kernels.pattern import ROW, CSRPattern
 
@@ -11,8 +13,8 @@ from rosa_kernels.pattern import ROW, CSRPattern
 class RoSAEmbedding(AdapterLayer):
     """An nn.Embedding with a low-rank adapter, a sparse adapter of whole token rows, or both; W is frozen.
 
-    y[t] = W[ids[t]] + scaling · B A[:, ids[t]] + S[ids[t]]. The row of ``padding_idx`` gets no adapter, as it gets no
-    gradient.
+    y[t] = W[ids[t]] + scaling · B A[:, ids[t]] + S[ids[t]]. The column of A that belongs to ``padding_idx`` gets no
+    gradient, and S no row there.
 
     Args:
         base_layer: an nn.Embedding (num_embeddings, embedding_dim) without max_norm.
@@ -86,27 +88,31 @@ class RoSAEmbedding(AdapterLayer):
         A, B = self._factors()
         return A.to(dtype).T @ B.to(dtype).T
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Integer ids (...) -> (..., embedding_dim) in the base weight's dtype."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Integer token ids (...) -> (..., embedding_dim) in the base weight's dtype."""
         if self.merged or not self.adapter_enabled:
-            return self.base_layer(ids)
-        if self._adapts_rows(ids):
-            return F.embedding(ids, self._adapted_weight(), self.padding_idx).to(self.weight.dtype)
-        y = self.base_layer(ids)
-        total = y + self._low_rank(ids) if self.r else y
+            return self.base_layer(input)
+        if input.is_nested:
+            return jagged.on_values(self.forward, input)
+        if self._adapts_rows(input):
+            return F.embedding(input, self._adapted_weight()).to(self.weight.dtype)
+        y = self.base_layer(input)
+        total = y + self._low_rank(input) if self.r else y
         if self.masks_selected and self.sparse_values.shape[0]:
-            total = total + self._token_rows(ids)
+            total = total + self._token_rows(input)
         return total.to(y.dtype)
 
     def _adapts_rows(self, ids: Tensor) -> bool:
         """Whether there are fewer rows to adapt than tokens to look up.
 
-        Not where the base layer has hooks, which must run, nor under tracing, where the number of tokens may change.
+        Not where the base layer has hooks, which must run, nor under tracing, where the number of tokens may change,
+        nor under torch.func's transforms, which allow no writing in place.
         """
         adapted = self.r or (self.masks_selected and self.sparse_values.shape[0])
         return (
             bool(adapted)
             and not torch.compiler.is_compiling()
+            and not transforms_active()
             and self.base_is_plain
             and ids.numel() > self.num_embeddings
         )
@@ -119,6 +125,7 @@ class RoSAEmbedding(AdapterLayer):
         with torch.autocast(table.device.type, enabled=False):
             if self.r:
                 A, B = (factor.to(dtype) for factor in self._factors())
+                A = _without_gradient_at(A, self.padding_idx)
                 table = torch.addmm(table, A.T, B.T, alpha=self.scaling)
             if self.masks_selected and self.sparse_values.shape[0]:
                 rows = self.sparse_values.to(dtype).view(-1, self.embedding_dim)
@@ -144,3 +151,11 @@ class RoSAEmbedding(AdapterLayer):
         row_of_token = torch.where(crow.diff() > 0, crow[:-1] // dim + 1, 0)  # from 1 on; 0: a row of zeros
         rows = F.pad(self.sparse_values.view(-1, dim), (0, 0, 1, 0))
         return F.embedding(row_of_token[ids], rows, padding_idx=0)
+
+
+def _without_gradient_at(A: Tensor, padding_idx: int | None) -> Tensor:
+    """A (r, num_embeddings), whose column at padding_idx hands no gradient on, as in a look-up with padding_idx."""
+    if padding_idx is None or not A.requires_grad:
+        return A
+    before, padding, after = A.tensor_split((padding_idx, padding_idx + 1), dim=1)
+    return torch.cat([before, padding.detach(), after], 1)

@@ -146,7 +146,10 @@ class AdapterLayer(nn.Module):
     @property
     def _pattern_buffers(self) -> PatternBuffers:
         modules: Any = self._modules  # every forward: no detour by __getattr__
-        return modules["patterns"]._modules[self.adapter_name]
+        try:
+            return modules["patterns"]._modules[self.adapter_name]
+        except KeyError:  # hasattr and inspect.getmembers expect an AttributeError of a property
+            raise AttributeError("_pattern_buffers: the layer has no sparse part") from None
 
     @property
     def sparse_values(self) -> nn.Parameter:

@@ -52,27 +52,27 @@ class _AdaptedLinear(AdapterLayer):
         lora_A, lora_B = self._factors()
         return lora_B.to(dtype) @ lora_A.to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         base = self.base_layer
         if self.merged or not self.adapter_enabled:
-            return base(x)
+            return base(input)
         pattern = self.sparse_pattern()
         if not self.r and pattern is None:
-            return base(x)
+            return base(input)
         dropout: dict[str, Any] = {"dropout_p": self.lora_dropout, "training": self.training}
         if not self.base_is_plain:
-            y = base(x)
+            y = base(input)
             lora_A, lora_B = self.low_rank_factors() or (None, None)
             values = None if pattern is None else self.sparse_values
-            return y + rosa_delta(x, lora_A, lora_B, self.scaling, values, pattern, **dropout).to(y.dtype)
+            return y + rosa_delta(input, lora_A, lora_B, self.scaling, values, pattern, **dropout).to(y.dtype)
         if pattern is None:
-            return lora_linear(x, base.weight, base.bias, *self._factors(), self.scaling, **dropout)
+            return lora_linear(input, base.weight, base.bias, *self._factors(), self.scaling, **dropout)
         if not self.r:
-            return sparse_linear(x, base.weight, base.bias, self.sparse_values, pattern)
+            return sparse_linear(input, base.weight, base.bias, self.sparse_values, pattern)
         lora_A, lora_B = self._factors()
         return rosa_linear(
-            x, base.weight, base.bias, lora_A, lora_B, self.scaling, self.sparse_values, pattern, **dropout
+            input, base.weight, base.bias, lora_A, lora_B, self.scaling, self.sparse_values, pattern, **dropout
         )
 
 

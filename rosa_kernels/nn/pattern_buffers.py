@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern, block_structure
+from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern, block_structure, consists_of_blocks
 
 
 class PatternBuffers(nn.Module):
@@ -52,7 +52,7 @@ class PatternBuffers(nn.Module):
         pattern = pattern.to(self.crow_indices.device)
         self.structure = pattern.structure
         size = self.block_size
-        if size is not None and self.structure == UNSTRUCTURED and self._consists_of_blocks(pattern, size):
+        if size is not None and self.structure == UNSTRUCTURED and consists_of_blocks(pattern, size):
             self.structure = block_structure(size)
         self.crow_indices, self.col_indices = pattern.crow_indices, pattern.col_indices
         self.ccol_indices, self.row_indices, self.permutation = pattern.transpose()
@@ -71,11 +71,6 @@ class PatternBuffers(nn.Module):
         for name in (*self._PERSISTENT, *self._TRANSPOSED):
             setattr(self, name, torch.empty(0, dtype=torch.int32, device=self.crow_indices.device))
         self.structure = UNSTRUCTURED
-
-    def _consists_of_blocks(self, pattern: CSRPattern, size: int) -> bool:
-        blocks = torch.zeros(-(-self.shape[0] // size), -(-self.shape[1] // size), dtype=torch.bool)
-        blocks[pattern.row_of_entry().cpu() // size, pattern.col_indices.cpu().long() // size] = True
-        return CSRPattern.from_blocks(blocks, size, self.shape) == pattern.to("cpu")
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

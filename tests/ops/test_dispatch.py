@@ -1,5 +1,7 @@
 """Which backend serves a call: by name, by environment, by choice, and what a refusal says."""
 
+import asyncio
+import ctypes
 import os
 import subprocess
 import sys
@@ -215,18 +217,83 @@ def test_use_backend_nests_and_is_undone_by_an_error(served_by):
             spmm()
         with pytest.raises(KeyError), rk.use_backend("reference"):
             raise KeyError
-        assert dispatch._chosen == "auto"
+        assert dispatch.chosen() == "auto"
     assert served_by == ["reference"]
 
 
-def test_the_choice_holds_in_other_threads_and_in_the_backward(backend, served_by):
+def test_the_choice_holds_for_its_thread_alone(served_by):
+    thread = threading.Thread(target=spmm)
+    with rk.use_backend("reference"):
+        thread.start()
+        thread.join()
+    assert served_by == ["cpu"]
+
+
+def test_two_threads_with_blocks_that_overlap(served_by):
+    """The first block closes while the second is open: each thread keeps its own choice, and nothing is left behind."""
+    opened, closed = threading.Event(), threading.Event()
+
+    def second():
+        with rk.use_backend("reference"):
+            opened.set()
+            closed.wait()
+            spmm()
+
+    thread = threading.Thread(target=second)
+    with rk.use_backend("cpu"):
+        thread.start()
+        opened.wait()
+        spmm()
+    closed.set()
+    thread.join()
+    assert served_by == ["cpu", "reference"] and dispatch.chosen() == "auto"
+
+
+def test_the_choice_holds_for_its_asyncio_task_alone(served_by):
+    async def chooses(name, before, after):
+        with rk.use_backend(name):
+            await before.wait()
+            spmm()
+            after.set()
+
+    async def both():
+        first, second = asyncio.Event(), asyncio.Event()
+        first.set()
+        await asyncio.gather(chooses("cpu", second, asyncio.Event()), chooses("reference", first, second))
+
+    asyncio.run(both())
+    assert served_by == ["reference", "cpu"] and dispatch.chosen() == "auto"
+
+
+@pytest.mark.parametrize("through_dispatcher", [False, True])
+def test_a_backward_runs_where_its_forward_ran(backend, served_by, through_dispatcher):
+    """The block is closed when the backward runs, in another thread besides: neither changes its backend."""
     x = torch.randn(3, 6, requires_grad=True)
     values = torch.randn(PATTERN.nnz, requires_grad=True)
-    rk.spmm(x, values, PATTERN).sum().backward()
-    thread = threading.Thread(target=spmm)
+    with rk.use_backend("reference" if backend == "cpu" else "cpu"):
+        args = (x, values, PATTERN.crow_indices, PATTERN.col_indices, PATTERN.structure)
+        y = torch.ops.rosa_kernels.spmm(*args) if through_dispatcher else rk.spmm(x, values, PATTERN)
+    del served_by[1:]
+    thread = threading.Thread(target=y.sum().backward)
     thread.start()
     thread.join()
-    assert len(served_by) == 4 and set(served_by) == {backend}
+    assert len(served_by) == 3 and len(set(served_by)) == 1 and served_by[0] != backend
+
+
+def test_a_thread_that_python_did_not_start_takes_the_open_block(served_by):
+    """Such are PyTorch's threads for the backward of GPU tensors."""
+    with rk.use_backend("reference"):
+        run_in_a_foreign_thread(spmm)
+    run_in_a_foreign_thread(spmm)
+    assert served_by == ["reference", "cpu"]
+
+
+def run_in_a_foreign_thread(function):
+    """Runs a function in a thread of the C library, which Python learns of by the call."""
+    entry = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: function() is None or None)
+    thread, library = ctypes.c_ulong(), ctypes.CDLL(None)
+    assert library.pthread_create(ctypes.byref(thread), None, entry, None) == 0
+    assert library.pthread_join(thread, None) == 0
 
 
 def test_unknown_names():
@@ -241,7 +308,7 @@ def in_a_new_process(code, backend="auto", **environment):
 
 
 def test_environment_variable():
-    run = in_a_new_process("import rosa_kernels.dispatch as d; print(d._chosen)", "reference")
+    run = in_a_new_process("import rosa_kernels.dispatch as d; print(d.chosen())", "reference")
     assert run.stdout.strip() == "reference", run.stderr
 
 

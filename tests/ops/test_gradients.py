@@ -99,15 +99,6 @@ def test_nothing_needed_makes_no_graph(backend, device):
         assert rosa(t, inputs.pattern).is_inference()
 
 
-def test_is_once_differentiable(backend, device):
-    """A second derivative is refused, never silently wrong."""
-    inputs = make_inputs(LinearCase(), torch.float32, device)
-    leaves = inputs.leaves()
-    (dx,) = torch.autograd.grad(rosa(leaves, inputs.pattern).square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @SIZES
 def test_an_upstream_gradient_of_stride_zero(backend, dtype, device, tokens):
     """y.sum().backward() hands over one element, expanded."""

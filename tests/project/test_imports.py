@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ROOMS = [
-    ["pattern", "dropout", "config", "version"],
+    ["pattern", "dropout", "config", "version", "jagged", "checks"],
     ["backends"],
     ["backends.cpu", "backends.gpu"],
     ["backends.triton", "backends.cuda"],
     ["dispatch"],
-    ["direct_call", "ops"],
+    ["op_checks", "direct_call", "ops", "flop_counts"],
     ["autograd"],
     ["functional"],
     ["nn"],

@@ -1,0 +1,134 @@
+"""What reaches an op through PyTorch's dispatcher: the arguments of anybody's call, or of an exported program.
+
+Every op has a function of its name here, which raises ValueError or TypeError where a kernel would read what is not
+there. It takes the op's arguments.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rosa_kernels import checks
+from rosa_kernels.pattern import STRUCTURE_NUMBERS, UNSTRUCTURED, CSRPattern, has_structure
+
+
+def rosa_linear(
+    x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol, row, permutation
+):
+    pattern = _optional_pattern(x, crow, col, structure, ccol, row, permutation)
+    checks.check_linear_types(x, weight, bias, lora_A, lora_B, values, pattern)
+    checks.check_linear(x, weight, bias, lora_A, lora_B, values, pattern)
+    _check_dropout(dropout_p, seed, x)
+
+
+def rosa_linear_backward(
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
+):
+    rosa_linear(
+        x, weight, None, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol, row, permutation
+    )
+    checks.check_output_gradient(dy, x, lora_B.shape[0] if values is None else crow.shape[0] - 1)
+    if values is not None and ccol is None:
+        raise ValueError("ccol, row and permutation: expected what CSRPattern.transpose makes of crow and col")
+    for need, name, tensor in zip(needs[3:], ("lora_A", "lora_B", "values"), (lora_A, lora_B, values)):
+        if need and tensor is None:
+            raise ValueError(f"needs: expected no gradient of {name}, which is None")
+
+
+def spmm(x, values, crow, col, structure, ccol, row, permutation):
+    checks.check_spmm(x, values, _pattern(x, crow, col, structure, ccol, row, permutation))
+
+
+def sddmm(dy, x, crow, col, structure, ccol, row, permutation):
+    checks.check_sddmm(dy, x, _pattern(x, crow, col, structure, ccol, row, permutation))
+
+
+def csr_add(weight, values, crow, col):
+    checks.check_csr_add(weight, values, _pattern(weight, crow, col, UNSTRUCTURED, None, None, None))
+
+
+def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    checks.check_dropout_p(dropout_p)
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(f"seed: expected one int64 on {x.device}, got {_describe(seed)}")
+
+
+def _optional_pattern(x, crow, col, structure, ccol, row, permutation):
+    return None if crow is None and col is None else _pattern(x, crow, col, structure, ccol, row, permutation)
+
+
+def _pattern(x, crow, col, structure, ccol, row, permutation):
+    """The pattern of S, whose rows have x's last size."""
+    if x.dim() < 1:
+        raise ValueError("x: expected at least one dimension, got a 0-D tensor")
+    by_columns = {"ccol": ccol, "row": row, "permutation": permutation}
+    if all(tensor is None for tensor in by_columns.values()):
+        by_columns = {}
+    indices = {"crow": crow, "col": col} | by_columns
+    for name, tensor in indices.items():
+        if tensor is None or not _are_indices(tensor) or tensor.device != x.device:
+            raise ValueError(f"{name}: expected contiguous 1-D int32 indices on {x.device}, got {_describe(tensor)}")
+    if crow.shape[0] == 0:
+        raise ValueError("crow: expected out_features + 1 indices, got none")
+    shape = (crow.shape[0] - 1, x.shape[-1])
+    tensors = tuple(indices.values())
+    if not _are_known(tensors, shape, structure):
+        _check_indices(tensors, shape, structure)
+        _remember(tensors, shape, structure)
+    return CSRPattern._trusted(crow, col, shape, structure, None)
+
+
+def _check_indices(tensors: tuple[Tensor, ...], shape: tuple[int, int], structure: int) -> None:
+    """Raises ValueError unless crow and col are a pattern of this structure, and the others the same by columns."""
+    crow, col, *by_columns = tensors
+    pattern = CSRPattern(crow, col, shape)
+    if structure not in STRUCTURE_NUMBERS or not has_structure(pattern, structure):
+        raise ValueError(f"structure: expected a number that is true of the indices, got {structure}")
+    for name, tensor, right in zip(("ccol", "row", "permutation"), by_columns, pattern.transpose()):
+        if not torch.equal(tensor, right):
+            raise ValueError(f"{name}: expected what CSRPattern.transpose makes of crow and col")
+
+
+class _Known(NamedTuple):
+    """A set of index tensors that passed. Reading indices waits for a GPU, so that it is done once."""
+
+    shape: tuple[int, int]
+    structure: int
+    others: tuple[weakref.ref, ...]  # all but crow
+    versions: tuple[int, ...]  # PyTorch counts how often a tensor was written to
+
+
+_known = WeakTensorKeyDictionary()  # crow: _Known
+
+
+def _are_known(tensors: tuple[Tensor, ...], shape: tuple[int, int], structure: int) -> bool:
+    known = _known.get(tensors[0])
+    return (
+        known is not None
+        and (known.shape, known.structure) == (shape, structure)
+        and len(known.versions) >= len(tensors)
+        and all(other() is tensor for other, tensor in zip(known.others, tensors[1:]))
+        and all(version == tensor._version for version, tensor in zip(known.versions, tensors))
+    )
+
+
+def _remember(tensors: tuple[Tensor, ...], shape: tuple[int, int], structure: int) -> None:
+    if any(tensor.is_inference() for tensor in tensors):  # nothing counts the writes to these
+        return
+    others = tuple(map(weakref.ref, tensors[1:]))
+    _known[tensors[0]] = _Known(shape, structure, others, tuple(tensor._version for tensor in tensors))
+
+
+def _are_indices(tensor: Tensor) -> bool:
+    return (
+        tensor.dtype == torch.int32 and tensor.layout is torch.strided and tensor.dim() == 1 and tensor.is_contiguous()
+    )
+
+
+def _describe(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "None"
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,372 @@
+"""Second derivatives, forward mode and the transforms of torch.func: right wherever they are of the plain formula."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import rosa_kernels as rk
+from plain_formulas import OPS, PATTERNS, SCALING, SHAPE, dense, plain_dropout, tensors_for
+
+EVERY_OP = pytest.mark.parametrize("name", OPS)
+EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 0.1}
+
+
+def leaves(tensors, needing=None):
+    return [t.clone().requires_grad_(needing is None or i in needing) for i, t in enumerate(tensors)]
+
+
+def assert_close(got, right, dtype):
+    """Compares with the float64 results of the plain formula; the error may be relative to the largest element."""
+    for a, b in zip(got, right, strict=True):
+        assert (a is None) == (b is None)
+        if a is None:
+            continue
+        assert a.shape == b.shape
+        scale = 1 + float(b.detach().abs().max()) if b.numel() else 1.0
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=TOLERANCES[dtype] * scale)
+
+
+def penalty_gradients(call, tensors, dy_needs_gradient):
+    """Gradients of |d(sum of y)/dx|² or |d(sum of y²)/dx|², as a gradient penalty has them, for every tensor."""
+    y = call(*tensors)
+    (dx,) = torch.autograd.grad((y.square() if dy_needs_gradient else y).sum(), tensors[0], create_graph=True)
+    if not dx.requires_grad:  # the op is linear in all of its arguments together
+        return [None] * len(tensors)
+    return torch.autograd.grad(dx.square().sum(), tensors, allow_unused=True)
+
+
+def filled(gradients, tensors):
+    """A gradient of zero, where autograd has None: both mean that nothing depends on the tensor."""
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
+
+
+class TestSecondDerivatives:
+    @EVERY_PATTERN
+    @EVERY_OP
+    def test_by_finite_differences(self, name, pattern):
+        op = OPS[name]
+        inputs = leaves(tensors_for(op, pattern, torch.float64))
+        assert torch.autograd.gradgradcheck(lambda *tensors: op.call(pattern, *tensors), inputs)
+
+    @EVERY_PATTERN
+    @EVERY_OP
+    @pytest.mark.parametrize("dy_needs_gradient", [False, True])
+    def test_a_gradient_penalty(self, name, pattern, dy_needs_gradient, backend, dtype):
+        op = OPS[name]
+        tensors = tensors_for(op, pattern, dtype, tokens=(4, 3))
+        inputs, wide = leaves(tensors), leaves([t.double() for t in tensors])
+        got = penalty_gradients(lambda *t: op.call(pattern, *t), inputs, dy_needs_gradient)
+        right = penalty_gradients(lambda *t: op.plain(pattern, *t), wide, dy_needs_gradient)
+        assert_close(filled(got, inputs), filled(right, wide), dtype)
+
+    def test_of_some_tensors_alone(self, backend):
+        """What needs no gradient gets none, and the others get theirs."""
+        op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]
+        tensors = tensors_for(op, pattern, torch.float32)
+        for needing in ({0, 3}, {0, 4, 5}, {0, 1}):
+            inputs, wide = leaves(tensors, needing), leaves([t.double() for t in tensors], needing)
+            for call, t in ((op.call, inputs), (op.plain, wide)):
+                (dx,) = torch.autograd.grad(call(pattern, *t).square().sum(), t[0], create_graph=True)
+                dx.square().sum().backward()
+            assert [t.grad is None for t in inputs] == [i not in needing for i in range(len(inputs))]
+            assert_close([t.grad for t in inputs], [t.grad for t in wide], torch.float32)
+
+    @pytest.mark.parametrize("dropout_p", [0.3, 1.0])
+    def test_with_dropout_at_a_fixed_seed(self, dropout_p, backend):
+        op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]
+        tensors = tensors_for(op, pattern, torch.float32, tokens=(6,))
+
+        def call(x, W, b, A, B, v):
+            torch.manual_seed(3)
+            return rk.rosa_linear(x, W, b, A, B, SCALING, v, pattern, dropout_p=dropout_p)
+
+        def plain(x, W, b, A, B, v):
+            torch.manual_seed(3)
+            dropped = plain_dropout(x, dropout_p, rk.dropout.new_seed(x.device))
+            return F.linear(x, W + dense(v, pattern), b) + SCALING * F.linear(F.linear(dropped, A), B)
+
+        inputs, wide = leaves(tensors), leaves([t.double() for t in tensors])
+        got, right = (penalty_gradients(f, t, True) for f, t in ((call, inputs), (plain, wide)))
+        assert_close(filled(got, inputs), filled(right, wide), torch.float32)
+
+    @pytest.mark.parametrize("through_checkpoint", [False, True])
+    @pytest.mark.parametrize("config", [rk.LoRAConfig(r=2), rk.RoSAConfig(r=2, density=0.3, mask="random")], ids=["lora", "rosa"])
+    def test_through_several_layers(self, config, through_checkpoint, backend):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+        plain = copy.deepcopy(model).double()
+        adapted_net(model, config)
+        parameters = [parameter for layer in model[::2] for parameter in factors_of(layer)]
+        x = torch.randn(3, 7, requires_grad=True)
+        run = (lambda x: checkpoint(model, x, use_reentrant=False)) if through_checkpoint else model
+        (dx,) = torch.autograd.grad(run(x).sum(), x, create_graph=True)
+        got = torch.autograd.grad(dx.square().sum(), parameters)
+
+        factors = [[f.detach().double().requires_grad_() for f in factors_of(layer)] for layer in model[::2]]
+        wide = x.detach().double().requires_grad_()
+        h = wide
+        for i, (layer, adapted) in enumerate(zip(plain[::2], model[::2])):
+            h = torch.tanh(h) if i else h
+            A, B, *values = factors[i]
+            W = layer.weight + adapted.scaling * B @ A
+            h = F.linear(h, W + dense(values[0], adapted.sparse_pattern()) if values else W, layer.bias)
+        (dx,) = torch.autograd.grad(h.sum(), wide, create_graph=True)
+        right = torch.autograd.grad(dx.square().sum(), [f for layer in factors for f in layer])
+        assert_close(got, right, torch.float32)
+
+    def test_the_third(self, backend):
+        op, pattern = OPS["rosa_linear"], PATTERNS["columns"]
+        tensors = tensors_for(op, pattern, torch.float32)
+        inputs, wide = leaves(tensors), leaves([t.double() for t in tensors])
+        results = []
+        for call, t in ((op.call, inputs), (op.plain, wide)):
+            (first,) = torch.autograd.grad(call(pattern, *t).pow(3).sum(), t[3], create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), t[4], create_graph=True)
+            results.append(torch.autograd.grad(second.square().sum(), (t[0], t[3], t[5])))
+        assert_close(*results, torch.float32)
+
+    def test_the_first_ones_are_kernels(self, backend, monkeypatch):
+        """Only a graph of the backward is worth plain PyTorch's time."""
+        op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]
+        inputs = leaves(tensors_for(op, pattern, torch.float32))
+        module = rk.dispatch.BACKENDS[backend]
+        calls, backward = [], module.rosa_linear_backward
+        monkeypatch.setattr(module, "rosa_linear_backward", lambda *args: (calls.append(1), backward(*args))[1])
+        op.call(pattern, *inputs).sum().backward()
+        assert calls == [1]
+
+    @pytest.mark.parametrize("name", ["rosa_linear", "spmm", "sddmm", "csr_add"])
+    def test_are_those_of_the_op_called_directly(self, name):
+        """torch.ops.rosa_kernels is what an exported program calls."""
+        op, pattern = OPS[name], PATTERNS["unstructured"]
+        tensors = tensors_for(op, pattern, torch.float32)
+        inputs, wide = leaves(tensors), leaves([t.double() for t in tensors])
+        got = penalty_gradients(lambda *t: called_directly(name, pattern, *t), inputs, True)
+        right = penalty_gradients(lambda *t: op.plain(pattern, *t), wide, True)
+        assert_close(filled(got, inputs), filled(right, wide), torch.float32)
+
+
+def called_directly(name, pattern, *tensors):
+    indices = pattern.crow_indices, pattern.col_indices
+    if name == "rosa_linear":
+        x, W, b, A, B, v = tensors
+        tensors, numbers = (x, W, b, A, B, SCALING, v), (pattern.structure, 0.0, None)
+    else:
+        numbers = () if name == "csr_add" else (pattern.structure,)
+    return getattr(torch.ops.rosa_kernels, name)(*tensors, *indices, *numbers)
+
+
+def trained(module):
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def adapted_net(model, config):
+    """Puts adapters into a model and gives every one of their parameters numbers."""
+    rk.add_adapters(model, config)
+    if isinstance(config, rk.RoSAConfig):
+        rk.select_masks(model)
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def factors_of(layer):
+    return [*layer.low_rank_factors(), *([layer.sparse_values] if layer.masks_selected else [])]
+
+
+class TestForwardMode:
+    @EVERY_PATTERN
+    @EVERY_OP
+    @pytest.mark.parametrize("needs_gradient", [False, True])
+    def test_dual_numbers(self, name, pattern, needs_gradient, backend, dtype):
+        """The tangent is that of the plain formula, with each argument's tangent alone and with all."""
+        op = OPS[name]
+        tensors = tensors_for(op, pattern, dtype)
+        tangents = tensors_for(op, pattern, dtype, seed=1)
+        for chosen in (*({i} for i in range(len(tensors))), set(range(len(tensors)))):
+            results = []
+            for call, cast in ((op.call, lambda t: t), (op.plain, lambda t: t.double())):
+                with fwAD.dual_level():
+                    duals = [
+                        fwAD.make_dual(cast(t).requires_grad_(needs_gradient), cast(d)) if i in chosen else cast(t)
+                        for i, (t, d) in enumerate(zip(tensors, tangents))
+                    ]
+                    results.append(list(fwAD.unpack_dual(call(pattern, *duals))))
+            assert_close(*results, dtype)
+
+    @EVERY_OP
+    def test_by_finite_differences(self, name):
+        op, pattern = OPS[name], PATTERNS["rows"]
+        inputs = leaves(tensors_for(op, pattern, torch.float64))
+        assert torch.autograd.gradcheck(
+            lambda *tensors: op.call(pattern, *tensors), inputs, check_forward_ad=True, check_batched_grad=True
+        )
+
+    def test_forward_over_reverse(self, backend):
+        """A Hessian times a vector: dual numbers through a backward."""
+        op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]
+        tensors, tangents = (tensors_for(op, pattern, torch.float32, seed=seed) for seed in (0, 1))
+        results = []
+        for call, cast in ((op.call, lambda t: t), (op.plain, lambda t: t.double())):
+            with fwAD.dual_level():
+                duals = [fwAD.make_dual(cast(t).requires_grad_(), cast(d)) for t, d in zip(tensors, tangents)]
+                gradients = torch.autograd.grad(call(pattern, *duals).pow(3).sum(), duals)
+                results.append([fwAD.unpack_dual(gradient).tangent for gradient in gradients])
+        assert_close(*results, torch.float32)
+
+    def test_the_functional_interface(self, backend):
+        op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]
+        x, *others = tensors_for(op, pattern, torch.float32)
+        for vectorize in (False, True):
+            jacobian = torch.autograd.functional.jacobian(
+                lambda x: op.call(pattern, x, *others), x, strategy="forward-mode" if vectorize else "reverse-mode",
+                vectorize=vectorize,
+            )  # fmt: skip
+            assert_close([jacobian], [jacobian_of_plain(op, pattern, x, *others)], torch.float32)
+
+    def test_with_dropout(self, backend):
+        """The tangent passes the mask that the number passes."""
+        x, t = torch.randn(50, 7), torch.randn(50, 7)
+        A, B = torch.randn(2, 7), torch.randn(5, 2)
+        torch.manual_seed(4)
+        seed = rk.dropout.new_seed(x.device)
+        with fwAD.dual_level():
+            torch.manual_seed(4)
+            y = rk.rosa_delta(fwAD.make_dual(x, t), A, B, SCALING, None, None, dropout_p=0.4)
+            got = fwAD.unpack_dual(y)
+        right = [SCALING * plain_dropout(z, 0.4, seed) @ A.T @ B.T for z in (x, t)]
+        assert_close([got.primal, got.tangent], right, torch.float32)
+
+
+def jacobian_of_plain(op, pattern, x, *others):
+    wide = [t.double() for t in others]
+    return torch.autograd.functional.jacobian(lambda x: op.plain(pattern, x, *wide), x.double())
+
+
+class TestTransforms:
+    """torch.func, as PEFT's LoRA serves it."""
+
+    @pytest.fixture(params=OPS)
+    def op(self, request):
+        return OPS[request.param]
+
+    @pytest.fixture(params=["unstructured", "blocks"])
+    def pattern(self, request):
+        return PATTERNS[request.param]
+
+    def check(self, op, pattern, transform, dtype=torch.float32):
+        """transform(f)(*tensors) of the op and of the plain formula."""
+        tensors = tensors_for(op, pattern, dtype)
+        wide = [t.double() for t in tensors]
+        results = []
+        for call, t in ((op.call, tensors), (op.plain, wide)):
+            result = transform(partial(call, pattern))(*t)
+            results.append(torch.utils._pytree.tree_leaves(result))
+        assert_close(*results, dtype)
+
+    def test_grad(self, op, pattern, backend):
+        self.check(op, pattern, lambda f: grad(lambda *t: f(*t).square().sum(), argnums=tuple(range(len(op.names)))))
+
+    def test_vjp(self, op, pattern, backend):
+        def transform(f):
+            def run(*t):
+                y, pullback = vjp(f, *t)
+                return y, pullback(torch.ones_like(y))
+
+            return run
+
+        self.check(op, pattern, transform)
+
+    def test_jvp(self, op, pattern, backend):
+        self.check(op, pattern, lambda f: lambda *t: jvp(f, t, tuple(u + 1 for u in t)))
+
+    def test_jacobians(self, op, pattern, backend):
+        every = tuple(range(len(op.names)))
+        self.check(op, pattern, partial(jacrev, argnums=every))
+        self.check(op, pattern, partial(jacfwd, argnums=every))
+
+    def test_hessian(self, op, pattern, backend):
+        self.check(op, pattern, lambda f: hessian(lambda *t: f(*t).pow(3).sum(), argnums=(0, len(op.names) - 1)))
+
+    def test_vmap_over_every_tensor(self, op, pattern, backend):
+        """Over each tensor alone, over all, and with the gradient of each example."""
+        several = [torch.stack([t, 2 * t, -t]) for t in tensors_for(op, pattern, torch.float32)]
+        for batched in (*({i} for i in range(len(several))), set(range(len(several)))):
+            tensors = [t if i in batched else t[0] for i, t in enumerate(several)]
+            in_dims = tuple(0 if i in batched else None for i in range(len(several)))
+            loss = lambda *t: op.call(pattern, *t).square().sum()
+            for f in (lambda *t: op.call(pattern, *t), grad(loss, argnums=tuple(range(len(several))))):
+                got = torch.utils._pytree.tree_leaves(vmap(f, in_dims)(*tensors))
+                one_by_one = [f(*(t[n] if i in batched else t for i, t in enumerate(tensors))) for n in range(3)]
+                right = [torch.stack(results) for results in zip(*map(torch.utils._pytree.tree_leaves, one_by_one))]
+                assert_close(got, right, torch.float32)
+
+    def test_vmap_of_what_requires_a_gradient(self, backend):
+        op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]
+        x, *others = leaves(tensors_for(op, pattern, torch.float32))
+        y = vmap(lambda x: op.call(pattern, x, *others))(x)
+        assert_close([y], [op.call(pattern, x, *others)], torch.float32)
+        got = torch.autograd.grad(y.square().sum(), (x, *others))
+        assert_close(got, torch.autograd.grad(op.call(pattern, x, *others).square().sum(), (x, *others)), torch.float32)
+
+    def test_many_upstream_gradients_at_once(self, backend):
+        op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]
+        inputs = leaves(tensors_for(op, pattern, torch.float32))
+        y = op.call(pattern, *inputs)
+        upstream = torch.randn(4, *y.shape)
+        got = torch.autograd.grad(y, inputs, upstream, is_grads_batched=True, retain_graph=True)
+        right = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in upstream]
+        assert_close(got, [torch.stack(one) for one in zip(*right)], torch.float32)
+
+    def test_dropout_under_vmap_asks_for_its_randomness(self):
+        """As PyTorch's own dropout: an error, one mask for all, or one for each."""
+        x, A, B = torch.randn(4, 30, 7), torch.randn(2, 7), torch.randn(5, 2)
+        call = lambda x: rk.rosa_delta(x, A, B, 1.0, None, None, dropout_p=0.5)
+        with pytest.raises(RuntimeError, match="randomness"):
+            vmap(call)(x)
+        x = x[:1].expand(4, 30, 7)
+        same, different = (vmap(call, randomness=randomness)(x) for randomness in ("same", "different"))
+        assert (same == same[0]).all() and not (different == different[0]).all()
+
+    @pytest.mark.parametrize("config", [rk.LoRAConfig(r=2), rk.RoSAConfig(r=2, density=0.3, mask="random")], ids=["lora", "rosa"])
+    def test_functional_call_of_a_model(self, config, backend):
+        torch.manual_seed(0)
+        model = adapted_net(nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)), config)
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        x = torch.randn(5, 7)
+        loss = lambda parameters, x: functional_call(model, parameters, (x,)).square().sum()
+        got = grad(loss)(trainable, x)
+        loss(trainable, x).backward()
+        assert_close(got.values(), [p.grad for p in trainable.values()], torch.float32)
+        per_example = vmap(grad(loss), in_dims=(None, 0))(trainable, x)
+        assert_close([g.sum(0) for g in per_example.values()], [p.grad for p in trainable.values()], torch.float32)
+
+    @pytest.mark.parametrize("padding_idx", [None, 1])
+    def test_an_embedding(self, padding_idx):
+        torch.manual_seed(0)
+        layer = rk.nn.RoSAEmbedding(nn.Embedding(*SHAPE, padding_idx=padding_idx), 2, 4, density=0.4)
+        layer.place_pattern(rk.CSRPattern.from_rows(torch.tensor([0, 3]), SHAPE))
+        with torch.no_grad():
+            for parameter in trained(layer):
+                parameter.normal_()
+        trainable = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        ids = torch.randint(5, (4, 6))
+        loss = lambda parameters, ids: functional_call(layer, parameters, (ids,)).square().sum()
+        per_example = vmap(grad(loss), in_dims=(None, 0))(trainable, ids)
+        loss(trainable, ids).backward()
+        assert_close([g.sum(0) for g in per_example.values()], [p.grad for p in trainable.values()], torch.float32)
+        if padding_idx is not None:  # forward mode of F.embedding knows no padding_idx
+            return
+        tangents = {name: torch.randn_like(p) for name, p in trainable.items()}
+        _, got = jvp(lambda parameters: loss(parameters, ids), (trainable,), (tangents,))
+        right = sum((p.grad * tangents[name]).sum() for name, p in trainable.items())
+        assert_close([got], [right], torch.float32)
