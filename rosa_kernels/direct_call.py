@@ -32,6 +32,11 @@ def _exists(name: str) -> bool:
     return True
 
 
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open; true where this PyTorch does not say so."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
 missing_names = tuple(name for name in PRIVATE_NAMES if not _exists(name))
 
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, list, type(None)))
@@ -72,5 +77,5 @@ else:
             or _len_torch_function_stack() > 0
             or _is_any_autocast_enabled()
             or _profiler_enabled()
-            or forward_ad._current_level >= 0
+            or in_forward_mode()
         )

@@ -19,9 +19,11 @@ def rosa_linear(
     x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol, row, permutation
 ):
     pattern = _optional_pattern(x, crow, col, structure, ccol, row, permutation)
-    checks.check_linear_types(x, weight, bias, lora_A, lora_B, values, pattern)
-    checks.check_linear(x, weight, bias, lora_A, lora_B, values, pattern)
-    _check_dropout(dropout_p, seed, x)
+    if not checks.linear_fits(x, weight, bias, lora_A, lora_B, values, pattern):
+        checks.check_linear_types(x, weight, bias, lora_A, lora_B, values, pattern)
+        checks.check_linear(x, weight, bias, lora_A, lora_B, values, pattern)
+    if seed is not None:
+        _check_dropout(dropout_p, seed, x)
 
 
 def rosa_linear_backward(
@@ -64,27 +66,34 @@ def _pattern(x, crow, col, structure, ccol, row, permutation):
     """The pattern of S, whose rows have x's last size."""
     if x.dim() < 1:
         raise ValueError("x: expected at least one dimension, got a 0-D tensor")
-    by_columns = {"ccol": ccol, "row": row, "permutation": permutation}
-    if all(tensor is None for tensor in by_columns.values()):
-        by_columns = {}
-    indices = {"crow": crow, "col": col} | by_columns
-    for name, tensor in indices.items():
-        if tensor is None or not _are_indices(tensor) or tensor.device != x.device:
-            raise ValueError(f"{name}: expected contiguous 1-D int32 indices on {x.device}, got {_describe(tensor)}")
-    if crow.shape[0] == 0:
+    tensors = (crow, col) if ccol is row is permutation is None else (crow, col, ccol, row, permutation)
+    if not _are_known(tensors, x.shape[-1], structure):
+        _check_tensors(tensors, x.device)
+        _check_indices(tensors, x.shape[-1], structure)
+        _remember(tensors, x.shape[-1], structure)
+    return CSRPattern._trusted(crow, col, (crow.shape[0] - 1, x.shape[-1]), structure, None)
+
+
+def _check_tensors(tensors, device: torch.device) -> None:
+    for name, tensor in zip(("crow", "col", "ccol", "row", "permutation"), tensors):
+        fits = (
+            tensor is not None
+            and tensor.dtype == torch.int32
+            and tensor.layout is torch.strided
+            and tensor.dim() == 1
+            and tensor.is_contiguous()
+            and tensor.device == device
+        )
+        if not fits:
+            raise ValueError(f"{name}: expected contiguous 1-D int32 indices on {device}, got {_describe(tensor)}")
+    if tensors[0].shape[0] == 0:
         raise ValueError("crow: expected out_features + 1 indices, got none")
-    shape = (crow.shape[0] - 1, x.shape[-1])
-    tensors = tuple(indices.values())
-    if not _are_known(tensors, shape, structure):
-        _check_indices(tensors, shape, structure)
-        _remember(tensors, shape, structure)
-    return CSRPattern._trusted(crow, col, shape, structure, None)
 
 
-def _check_indices(tensors: tuple[Tensor, ...], shape: tuple[int, int], structure: int) -> None:
+def _check_indices(tensors, in_features: int, structure: int) -> None:
     """Raises ValueError unless crow and col are a pattern of this structure, and the others the same by columns."""
     crow, col, *by_columns = tensors
-    pattern = CSRPattern(crow, col, shape)
+    pattern = CSRPattern(crow, col, (crow.shape[0] - 1, in_features))
     if structure not in STRUCTURE_NUMBERS or not has_structure(pattern, structure):
         raise ValueError(f"structure: expected a number that is true of the indices, got {structure}")
     for name, tensor, right in zip(("ccol", "row", "permutation"), by_columns, pattern.transpose()):
@@ -95,37 +104,34 @@ def _check_indices(tensors: tuple[Tensor, ...], shape: tuple[int, int], structur
 class _Known(NamedTuple):
     """A set of index tensors that passed. Reading indices waits for a GPU, so that it is done once."""
 
-    shape: tuple[int, int]
+    in_features: int
     structure: int
     others: tuple[weakref.ref, ...]  # all but crow
-    versions: tuple[int, ...]  # PyTorch counts how often a tensor was written to
+    versions: list[int]  # PyTorch counts how often a tensor was written to
 
 
 _known = WeakTensorKeyDictionary()  # crow: _Known
 
 
-def _are_known(tensors: tuple[Tensor, ...], shape: tuple[int, int], structure: int) -> bool:
+def _are_known(tensors, in_features: int, structure: int) -> bool:
+    if tensors[0] is None:
+        return False
     known = _known.get(tensors[0])
     return (
         known is not None
-        and (known.shape, known.structure) == (shape, structure)
+        and known.in_features == in_features
+        and known.structure == structure
         and len(known.versions) >= len(tensors)
         and all(other() is tensor for other, tensor in zip(known.others, tensors[1:]))
-        and all(version == tensor._version for version, tensor in zip(known.versions, tensors))
+        and known.versions[: len(tensors)] == [tensor._version for tensor in tensors]
     )
 
 
-def _remember(tensors: tuple[Tensor, ...], shape: tuple[int, int], structure: int) -> None:
+def _remember(tensors, in_features: int, structure: int) -> None:
     if any(tensor.is_inference() for tensor in tensors):  # nothing counts the writes to these
         return
     others = tuple(map(weakref.ref, tensors[1:]))
-    _known[tensors[0]] = _Known(shape, structure, others, tuple(tensor._version for tensor in tensors))
-
-
-def _are_indices(tensor: Tensor) -> bool:
-    return (
-        tensor.dtype == torch.int32 and tensor.layout is torch.strided and tensor.dim() == 1 and tensor.is_contiguous()
-    )
+    _known[tensors[0]] = _Known(in_features, structure, others, [tensor._version for tensor in tensors])
 
 
 def _describe(tensor: Tensor | None) -> str:

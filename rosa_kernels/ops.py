@@ -44,7 +44,8 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _implementation(name: str) -> Callable:
+def implementation(name: str) -> Callable:
+    """The op itself, for tensors of a real device: it checks its arguments and calls a backend."""
     check = getattr(op_checks, name)
 
     def call(*args):
@@ -78,7 +79,7 @@ def as_op_returns(results, like):
 
 for _name, _schema in _SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    library.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
+    library.impl(_name, implementation(_name), "CompositeExplicitAutograd")
 
 
 def _entry(name: str) -> Callable:

@@ -16,6 +16,9 @@ from plain_formulas import OPS, PATTERNS, SCALING, SHAPE, dense, plain_dropout, 
 
 EVERY_OP = pytest.mark.parametrize("name", OPS)
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+BOTH_CONFIGS = pytest.mark.parametrize(
+    "config", [rk.LoRAConfig(r=2), rk.RoSAConfig(r=2, density=0.3, mask="random")], ids=["lora", "rosa"]
+)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 0.1}
 
 
@@ -98,7 +101,7 @@ class TestSecondDerivatives:
         assert_close(filled(got, inputs), filled(right, wide), torch.float32)
 
     @pytest.mark.parametrize("through_checkpoint", [False, True])
-    @pytest.mark.parametrize("config", [rk.LoRAConfig(r=2), rk.RoSAConfig(r=2, density=0.3, mask="random")], ids=["lora", "rosa"])
+    @BOTH_CONFIGS
     def test_through_several_layers(self, config, through_checkpoint, backend):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
@@ -337,7 +340,7 @@ class TestTransforms:
         same, different = (vmap(call, randomness=randomness)(x) for randomness in ("same", "different"))
         assert (same == same[0]).all() and not (different == different[0]).all()
 
-    @pytest.mark.parametrize("config", [rk.LoRAConfig(r=2), rk.RoSAConfig(r=2, density=0.3, mask="random")], ids=["lora", "rosa"])
+    @BOTH_CONFIGS
     def test_functional_call_of_a_model(self, config, backend):
         torch.manual_seed(0)
         model = adapted_net(nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4)), config)
