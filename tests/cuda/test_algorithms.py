@@ -74,18 +74,18 @@ BY_ALGORITHM = [
 @pytest.mark.parametrize("case,dtype,algorithm", BY_ALGORITHM)
 def test_linear_by_algorithm(monkeypatch, case, dtype, algorithm):
     chosen = force(monkeypatch, heuristics, with_and_without_shared_memory, algorithm)
-    check_call("cuda", case, make_inputs(case, dtype), delta_rounded=algorithm.S in ("delta", "rows", "columns"))
+    check_call("cuda", case, make_inputs(case, dtype), delta_rounded=algorithm.sparse in ("delta", "rows", "columns"))
     assert chosen[0] == algorithm and len(chosen) == 2
 
 
 @emulated
 @BY_DTYPE
 @pytest.mark.parametrize("r", [3, 16])
-@pytest.mark.parametrize("H", ["kernel", "library"])
-def test_low_rank_gradients_by_library(monkeypatch, dtype, r, H):
+@pytest.mark.parametrize("low_rank", ["kernel", "library"])
+def test_low_rank_gradients_by_library(monkeypatch, dtype, r, low_rank):
     """dH comes from the library, unpadded where r is no multiple of 16, and goes to either algorithm of dx."""
     case = LinearCase((20,), 66, 35, r, None, x_layout="padded", adapter_layout="transposed")
-    monkeypatch.setattr(heuristics, "choose_linear", lambda call, rates: LinearAlgorithm("library", H))
+    monkeypatch.setattr(heuristics, "choose_linear", lambda call, rates: LinearAlgorithm("library", low_rank))
     check_call("cuda", case, make_inputs(case, dtype))
 
 
@@ -171,7 +171,7 @@ def test_x_fills_shared_memory_to_the_last_byte():
     case = LinearCase((20,), K, 40, 4, "sparse", base=False)
     inputs = make_inputs(case, BF16)
     call = LinearCall(20, 40, K, 4, inputs.pattern.nnz, has_base=False, dropout="x")
-    assert {listed.S for listed in linear_algorithms(call)} == {"shared"}
+    assert {listed.sparse for listed in linear_algorithms(call)} == {"shared"}
     y = torch.empty(20, 40, dtype=BF16)
     S = Sparse(inputs.values, inputs.pattern.crow_indices, inputs.pattern.col_indices, 0, (40, K))
     bindings.epilogue(y, False, None, None, 1.0, NO_DROPOUT, S.crow, bindings.pack_entries(S), inputs.x, None, None, K)
@@ -190,14 +190,14 @@ def test_16_bit_and_tf32_deltas_are_never_merged():
 
 def test_structures_have_their_own_algorithms():
     for structure, S in ((ROW, {"rows"}), (COLUMN, {"columns"}), (BLOCK16, {"shared", "delta"})):
-        assert {listed.S for listed in linear_algorithms(LinearCall(99, 64, 64, 4, 640, structure))} == S
+        assert {listed.sparse for listed in linear_algorithms(LinearCall(99, 64, 64, 4, 640, structure))} == S
     for structure in (ROW, COLUMN):
         assert heuristics.sddmm_algorithms(SDDMMCall(99, 64, 64, 640, structure, mixed=True)) == ("packed",)
 
 
 def test_x_is_gathered_from_shared_memory_where_that_holds_its_features():
     for K, S in ((LARGEST_K, "shared"), (LARGEST_K + 1, "global")):
-        assert linear_algorithms(LinearCall(99, 64, K, 4, 640))[0].S == S
+        assert linear_algorithms(LinearCall(99, 64, K, 4, 640))[0].sparse == S
 
 
 def test_the_choices_that_the_docstring_explains():

@@ -49,22 +49,22 @@ BY_ALGORITHM = [
 @pytest.mark.parametrize("case,dtype,algorithm", BY_ALGORITHM)
 def test_linear_by_algorithm(monkeypatch, case, dtype, algorithm):
     chosen = force(monkeypatch, heuristics, linear_algorithms, algorithm)
-    check_call("triton", case, make_inputs(case, dtype), delta_rounded=algorithm.S in ("delta", "rows", "columns"))
+    check_call("triton", case, make_inputs(case, dtype), delta_rounded=algorithm.sparse in ("delta", "rows", "columns"))
     assert chosen[0] == algorithm and len(chosen) == 2
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("H", ["known", "library"])
+@pytest.mark.parametrize("low_rank", ["known", "library"])
 @pytest.mark.parametrize("pattern", [None, "columns"])
-def test_low_rank_gradients_by_library(monkeypatch, dtype, H, pattern):
+def test_low_rank_gradients_by_library(monkeypatch, dtype, low_rank, pattern):
     """dH comes from the library and goes to either algorithm of dx."""
     case = LinearCase((20,), 66, 35, 4, pattern, x_layout="padded", adapter_layout="transposed")
-    wanted = LinearAlgorithm("library", H, "rows" if pattern else "")
+    wanted = LinearAlgorithm("library", low_rank, "rows" if pattern else "")
     monkeypatch.setattr(heuristics, "low_rank_gradients_by_library", lambda *sizes: True)
     chosen = force(monkeypatch, heuristics, linear_algorithms, wanted)
     check_call("triton", case, make_inputs(case, dtype))
-    assert chosen[1].H == H
+    assert chosen[1].low_rank == low_rank
 
 
 @interpreted
@@ -107,7 +107,7 @@ def test_16_bit_and_tf32_deltas_are_never_merged():
 
 def test_structures_have_their_own_algorithms():
     for structure, S, dS in ((ROW, "rows", "packed"), (COLUMN, "columns", "packed"), (BLOCK16, "blocks", "blocks")):
-        assert {listed.S for listed in linear_algorithms(LinearCall(99, 64, 64, 4, 640, structure))} == {S}
+        assert {listed.sparse for listed in linear_algorithms(LinearCall(99, 64, 64, 4, 640, structure))} == {S}
         assert heuristics.sddmm_algorithms(SDDMMCall(99, 64, 64, 640, structure, mixed=True)) == (dS,)
 
 
@@ -115,9 +115,9 @@ def test_wider_adapters_are_one_delta_but_in_fp16():
     for fp16 in (False, True):
         for wide in ({"mixed_values": True}, {"mixed_lora": True}):
             algorithms = linear_algorithms(LinearCall(99, 64, 64, 4, 640, fp16=fp16, **wide))
-            assert any(listed.S == "delta" for listed in algorithms) != fp16
+            assert any(listed.sparse == "delta" for listed in algorithms) != fp16
     S_alone = LinearCall(99, 64, 64, 0, 640, mixed_values=True)
-    assert not any(listed.S == "delta" for listed in linear_algorithms(S_alone))
+    assert not any(listed.sparse == "delta" for listed in linear_algorithms(S_alone))
 
 
 def test_the_choices_that_the_docstring_explains():
@@ -133,9 +133,9 @@ def test_the_choices_that_the_docstring_explains():
 
     assert chosen().base == "library"
     assert chosen(element_size=4, nnz=167772).base == "merged"
-    assert chosen(nnz=838860).S == "delta"
-    assert chosen(nnz=838860, dropout="x").S == "dense"
-    assert chosen(nnz=1677).S == "gather_transposed"
+    assert chosen(nnz=838860).sparse == "delta"
+    assert chosen(nnz=838860, dropout="x").sparse == "dense"
+    assert chosen(nnz=1677).sparse == "gather_transposed"
     assert chosen(4) == ("library", "library", "")
     assert chosen(4, mixed_lora=True).base == "kernel"
     assert chosen(4, nnz=167772) == ("kernel", "inside", "gather")

@@ -26,37 +26,37 @@ from rosa_kernels.pattern import COLUMN, ROW
 
 SHARED_OVER_L2 = 1.1
 """Entries that a gather from shared memory serves, over those from L2: as measured on an H100."""
-_S_IN_THE_EPILOGUE = ("shared", "global", "rows")
+_SPARSE_IN_THE_EPILOGUE = ("shared", "global", "rows")
 
 
 class LinearAlgorithm(NamedTuple):
     """Who multiplies the weight, and where H and x Sᵀ come from. "" stands for a part that the call does not have.
 
     base: the "library", or the library with a "merged" weight that leaves nothing else to do.
-    H: made by the "kernel" or the "library".
-    S: the epilogue gathers x from "shared" or "global" memory; the library multiplies whole "rows" and "columns".
-    H and S "delta": the matrix scaling · B A + S is multiplied by the library.
+    low_rank: H is made by the "kernel" or the "library".
+    sparse: the epilogue gathers x from "shared" or "global" memory; the library multiplies whole "rows" and "columns".
+    low_rank and sparse "delta": the matrix scaling · B A + S is multiplied by the library.
     """
 
     base: str
-    H: str = ""
-    S: str = ""
+    low_rank: str = ""
+    sparse: str = ""
 
     @property
     def runs_the_epilogue(self) -> bool:
-        return self.H == "kernel" or self.S in _S_IN_THE_EPILOGUE
+        return self.low_rank == "kernel" or self.sparse in _SPARSE_IN_THE_EPILOGUE
 
 
 def linear_algorithms(call: LinearCall, rates: Rates) -> list[LinearAlgorithm]:
     """Those that may serve the call, in a fixed order."""
     algorithms = [LinearAlgorithm("merged")] if cost_model.may_merge(call) else []
     base = "library" if call.has_base else ""
-    for S in _choices_of_S(call, rates):
-        algorithms += [LinearAlgorithm(base, H, S) for H in _choices_of_H(call, S)]
+    for sparse in _choices_of_sparse(call, rates):
+        algorithms += [LinearAlgorithm(base, low_rank, sparse) for low_rank in _choices_of_low_rank(call, sparse)]
     return algorithms
 
 
-def _choices_of_S(call: LinearCall, rates: Rates) -> tuple[str, ...]:
+def _choices_of_sparse(call: LinearCall, rates: Rates) -> tuple[str, ...]:
     if not call.nnz:
         return ("",)
     if call.structure in (ROW, COLUMN):
@@ -65,12 +65,12 @@ def _choices_of_S(call: LinearCall, rates: Rates) -> tuple[str, ...]:
     return ("shared" if fits else "global", *(("delta",) if cost_model.may_round_delta(call) else ()))
 
 
-def _choices_of_H(call: LinearCall, S: str) -> tuple[str, ...]:
+def _choices_of_low_rank(call: LinearCall, sparse: str) -> tuple[str, ...]:
     if not call.r:
         return ("",)
-    if S == "delta":
+    if sparse == "delta":
         return ("delta",)
-    by_library = not call.dropout and not call.mixed_lora and S not in _S_IN_THE_EPILOGUE
+    by_library = not call.dropout and not call.mixed_lora and sparse not in _SPARSE_IN_THE_EPILOGUE
     return ("kernel", "library") if by_library else ("kernel",)
 
 
@@ -84,25 +84,25 @@ def linear_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -
     T, N, K, size = call.T, call.out_features, call.in_features, call.element_size
     tiles = cdiv(T, EPILOGUE_TOKENS)  # each reads all of A, B and S from L2
     seconds = cost_model.library_seconds(call, *algorithm, rates)
-    if algorithm.H == "kernel" and not call.H_known:
+    if algorithm.low_rank == "kernel" and not call.H_known:
         in_parts = tiles < 2 * rates.multiprocessors  # which another launch adds
         A = tiles * K * call.r * size / rates.l2_bandwidth
         seconds += (1 + in_parts) * rates.launch_seconds + max(T * K * size / rates.bandwidth, A)
     if algorithm.runs_the_epilogue:
-        y = T * N * size * (2 if algorithm.base or algorithm.S == "columns" else 1) / rates.bandwidth
+        y = T * N * size * (2 if algorithm.base or algorithm.sparse == "columns" else 1) / rates.bandwidth
         B = tiles * N * call.r * size / rates.l2_bandwidth
-        seconds += rates.launch_seconds + max(y, B + _gather_seconds(call, algorithm.S, rates))
+        seconds += rates.launch_seconds + max(y, B + _gather_seconds(call, algorithm.sparse, rates))
     return seconds
 
 
-def _gather_seconds(call: LinearCall, S: str, rates: Rates) -> float:
-    """Of x by entry of S, and of what is made for it: packed entries, and a transposed copy where S is "global"."""
-    if S not in ("shared", "global"):
+def _gather_seconds(call: LinearCall, sparse: str, rates: Rates) -> float:
+    """Of x by entry of S, and of what is made for it: packed entries, and a transposed copy where that is "global"."""
+    if sparse not in ("shared", "global"):
         return 0.0
     size, tiles = call.element_size, cdiv(call.T, EPILOGUE_TOKENS)
     x = call.T * call.in_features * size / rates.bandwidth
-    packing = rates.launch_seconds + (x if S == "shared" else rates.launch_seconds + 2 * x)
-    by_entry = tiles * EPILOGUE_TOKENS * size / (SHARED_OVER_L2 if S == "shared" else 1)
+    packing = rates.launch_seconds + (x if sparse == "shared" else rates.launch_seconds + 2 * x)
+    by_entry = tiles * EPILOGUE_TOKENS * size / (SHARED_OVER_L2 if sparse == "shared" else 1)
     return packing + call.nnz * max(by_entry, tiles * PACKED_ENTRY_BYTES) / rates.l2_bandwidth
 
 

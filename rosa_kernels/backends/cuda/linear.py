@@ -17,16 +17,16 @@ def finish_linear(y: Tensor | None, problem: LinearProblem, algorithm: LinearAlg
     if not accumulate:
         y = torch.empty(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
     H = B = crow = entries = shared_x = x_transposed = row_products = None
-    if algorithm.H == "kernel":
+    if algorithm.low_rank == "kernel":
         A, B = adapters(problem.A, problem.B, x.dtype)
         H = problem.H
         if H is None:
             H = bindings.shrink(x, A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
-    if algorithm.S in ("shared", "global"):
+    if algorithm.sparse in ("shared", "global"):
         crow, entries = S.crow, bindings.pack_entries(S)
-        shared_x = bindings.unit_stride(x) if algorithm.S == "shared" else None
-        x_transposed = bindings.transpose(x) if algorithm.S == "global" else None
-    elif algorithm.S == "rows":
+        shared_x = bindings.unit_stride(x) if algorithm.sparse == "shared" else None
+        x_transposed = bindings.transpose(x) if algorithm.sparse == "global" else None
+    elif algorithm.sparse == "rows":
         crow, row_products = S.crow, few_rows_product(x, problem.library_operand(S.whole_rows())).contiguous()
     bindings.epilogue(
         y, accumulate, H, B, problem.scaling, problem.dropout if problem.drop_at == "out" else NO_DROPOUT,

@@ -18,7 +18,7 @@ class GpuBackend(NamedTuple):
     H_of_matrix: Callable
     """(T, r) in x's dtype -> the same H in the backend's form."""
     matrix_of_H: Callable
-    """(H in the backend's form, r) -> (T, r). An algorithm with H "library" asks for it."""
+    """(H in the backend's form, r) -> (T, r). An algorithm with low_rank "library" asks for it."""
     sddmm: Callable
     """(algorithm, dy, x, crow, col, dtype) -> dS (nnz,) by kernels."""
     gather_columns: Callable

@@ -75,10 +75,11 @@ def step_seconds(call: LinearCall, rates: Rates, flops: float, elements: float, 
     return launch + max(flops / flops_rate, elements * call.element_size / rates.bandwidth)
 
 
-def library_seconds(call: LinearCall, base: str, H: str, S: str, rates: Rates) -> float:
+def library_seconds(call: LinearCall, base: str, low_rank: str, sparse: str, rates: Rates) -> float:
     """The parts of an algorithm that library GEMMs serve, with what makes their operands.
 
-    base "merged" or "library", H "library", S "delta", "rows" or "columns" count; other words are a backend's own.
+    base "merged" or "library", low_rank "library", and sparse "delta", "rows" or "columns" count. Other words are a
+    backend's own.
     """
     T, N, K = call.T, call.out_features, call.in_features
     gemm = 2 * T * N * K, T * (N + K) + N * K
@@ -90,29 +91,29 @@ def library_seconds(call: LinearCall, base: str, H: str, S: str, rates: Rates) -
         return seconds + step_seconds(call, rates, *gemm)
     if base == "library":
         seconds += step_seconds(call, rates, *gemm)
-    if S == "delta":
+    if sparse == "delta":
         seconds += step_seconds(call, rates, 0, N * K + 2 * call.nnz, 1.0)
         if call.r:
             seconds += step_seconds(call, rates, 2 * N * K * call.r, 2 * N * K)
         if call.r and (call.mixed_lora or call.mixed_values):  # it is made in fp32, then narrowed
             seconds += step_seconds(call, rates, 0, 4 * N * K)
         seconds += step_seconds(call, rates, 2 * T * N * K, T * (2 * N + K) + N * K)
-    if H == "library":
+    if low_rank == "library":
         if not call.H_known:
             seconds += step_seconds(call, rates, 2 * T * K * call.r, T * K + call.r * (T + K))
         seconds += step_seconds(call, rates, 2 * T * N * call.r, 2 * T * N + call.r * (T + N))
-    if S in ("rows", "columns"):
-        seconds += _whole_rows_or_columns_seconds(call, S, rates)
+    if sparse in ("rows", "columns"):
+        seconds += _whole_rows_or_columns_seconds(call, sparse, rates)
     return seconds
 
 
-def _whole_rows_or_columns_seconds(call: LinearCall, S: str, rates: Rates) -> float:
+def _whole_rows_or_columns_seconds(call: LinearCall, sparse: str, rates: Rates) -> float:
     """ "rows" are a GEMM with an fp32 result, which is then added at its places. "columns" are a gather of x, then a
     GEMM that adds to y."""
     T, size = call.T, call.element_size
     terms = 3 if call.mixed_values and size == 2 and not call.r else 1
     flops = 2 * T * call.nnz * terms / gemm_rate(rates, size, call.tf32)
-    if S == "rows":
+    if sparse == "rows":
         product = T * call.nnz / call.in_features
         moved, scattered = T * call.in_features * size + 4 * product * terms, product * (4 + 2 * SECTOR)
     else:

@@ -19,12 +19,12 @@ def linear(backend: GpuBackend, problem: LinearProblem) -> Tensor:
         return F.linear(x, merged_weight(backend.densify, problem), problem.bias).contiguous()
     if algorithm.base == "library":
         y = F.linear(x, problem.weight, problem.bias).contiguous()
-    if algorithm.S == "delta":
+    if algorithm.sparse == "delta":
         y = plus_product(y, x, dense_delta(backend.densify, problem).T)
-    if algorithm.S == "columns":
+    if algorithm.sparse == "columns":
         columns = problem.library_operand(S.whole_columns())
         y = add_few_columns_product(y, backend.gather_columns(x, S.col[: columns.shape[1]]), columns)
-    if algorithm.H == "library":
+    if algorithm.low_rank == "library":
         H = x @ problem.A.T if problem.H is None else backend.matrix_of_H(problem.H, problem.B.shape[1])
         y = plus_product(y, H, problem.B.T, problem.scaling)
     return backend.finish_linear(y, problem, algorithm)

@@ -35,39 +35,44 @@ FEW_TOKENS = 512
 """Above this, x is gathered from a transposed copy only."""
 _L2_LATENCY = 0.8e-6
 """Seconds that one step of a gather was seen to take on an H100: a load of indices, then a load of x."""
-_S_IN_THE_KERNEL = ("gather", "gather_transposed", "dense")
+_SPARSE_IN_THE_KERNEL = ("gather", "gather_transposed", "dense")
 
 
 class LinearAlgorithm(NamedTuple):
     """Who multiplies the weight, and where H and x Sᵀ come from. "" stands for a part that the call does not have.
 
     base: the "kernel", the "library", or the library with a "merged" weight that leaves nothing else to do.
-    H: made "inside" the kernel, "before" it, by the "library", or "known" already.
-    S: "gather" reads x by entry and "gather_transposed" a transposed copy of it; "dense" stands beside W in the
+    low_rank: H is made "inside" the kernel, "before" it, by the "library", or "known" already.
+    sparse: "gather" reads x by entry and "gather_transposed" a transposed copy of it; "dense" stands beside W in the
     kernel's loop; "blocks" are multiplied by the kernel on its own; "rows" and "columns" are the library's.
-    H and S "delta": the matrix scaling · B A + S is multiplied by the library.
+    low_rank and sparse "delta": the matrix scaling · B A + S is multiplied by the library.
     """
 
     base: str
-    H: str = ""
-    S: str = ""
+    low_rank: str = ""
+    sparse: str = ""
 
     @property
     def runs_the_kernel(self) -> bool:
         """Whether the linear kernel runs before blocks or whole rows are added."""
-        return self.base == "kernel" or self.H in ("inside", "before", "known") or self.S in _S_IN_THE_KERNEL
+        return (
+            self.base == "kernel"
+            or self.low_rank in ("inside", "before", "known")
+            or self.sparse in _SPARSE_IN_THE_KERNEL
+        )
 
 
 def linear_algorithms(call: LinearCall) -> list[LinearAlgorithm]:
     """Those that may serve the call, in a fixed order."""
     algorithms = [LinearAlgorithm("merged")] if cost_model.may_merge(call) else []
     for base in ("library", "kernel") if call.has_base else ("",):
-        for S in _choices_of_S(call, base):
-            algorithms += [LinearAlgorithm(base, H, S) for H in _choices_of_H(call, base, S)]
+        for sparse in _choices_of_sparse(call, base):
+            choices = _choices_of_low_rank(call, base, sparse)
+            algorithms += [LinearAlgorithm(base, low_rank, sparse) for low_rank in choices]
     return algorithms
 
 
-def _choices_of_S(call: LinearCall, base: str) -> tuple[str, ...]:
+def _choices_of_sparse(call: LinearCall, base: str) -> tuple[str, ...]:
     if not call.nnz:
         return ("",)
     by_structure = {ROW: ("rows",), COLUMN: ("columns",), BLOCK16: ("blocks",)}
@@ -78,12 +83,12 @@ def _choices_of_S(call: LinearCall, base: str) -> tuple[str, ...]:
     return (*gather, "gather_transposed", "dense", *delta)
 
 
-def _choices_of_H(call: LinearCall, base: str, S: str) -> tuple[str, ...]:
+def _choices_of_low_rank(call: LinearCall, base: str, sparse: str) -> tuple[str, ...]:
     if not call.r:
         return ("",)
-    if S == "delta":
+    if sparse == "delta":
         return ("delta",)
-    by_library = base == "library" and S not in _S_IN_THE_KERNEL and not call.dropout and not call.mixed_lora
+    by_library = base == "library" and sparse not in _SPARSE_IN_THE_KERNEL and not call.dropout and not call.mixed_lora
     if call.H_known:
         return ("known", "library") if by_library and call.H_is_matrix else ("known",)
     few = call.r <= LARGEST_R_INSIDE and call.T <= FEW_TOKENS
@@ -100,18 +105,18 @@ def linear_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -
     T, N, K = call.T, call.out_features, call.in_features
     seconds = cost_model.library_seconds(call, *algorithm, rates)
     loop_efficiency = rates.kernel_efficiency * _busy_share(T, N, rates)
-    if algorithm.H == "before":
+    if algorithm.low_rank == "before":
         if T > FEW_TOKENS:  # its parts are added
             seconds += rates.kernel_launch_seconds
         dots = 3 if call.mixed_lora else 1
         seconds += step_seconds(call, rates, 2 * T * K * call.r * dots, T * K + call.r * (T + K), 1.0)
-    if algorithm.S == "blocks":
+    if algorithm.sparse == "blocks":
         dots = 3 if call.mixed_values else 1
         elements = T * K + 2 * T * N + call.nnz
         seconds += step_seconds(call, rates, 2 * T * call.nnz * dots, elements, loop_efficiency)
-    if algorithm.S == "dense":
+    if algorithm.sparse == "dense":
         seconds += step_seconds(call, rates, 0, (3 if call.mixed_values else 1) * N * K, 1.0)
-    if algorithm.S == "gather_transposed":
+    if algorithm.sparse == "gather_transposed":
         seconds += step_seconds(call, rates, 0, 2 * T * K, 1.0)
     if algorithm.runs_the_kernel:
         seconds += step_seconds(call, rates, *_kernel_work(call, algorithm), loop_efficiency)
@@ -128,14 +133,14 @@ def _busy_share(rows: float, columns: float, rates: Rates) -> float:
 def _kernel_work(call: LinearCall, algorithm: LinearAlgorithm) -> tuple[float, float]:
     """(FLOPs, elements moved) of the linear kernel without its gathers."""
     T, N, K = call.T, call.out_features, call.in_features
-    reads_x = algorithm.base == "kernel" or algorithm.H == "inside" or algorithm.S
+    reads_x = algorithm.base == "kernel" or algorithm.low_rank == "inside" or algorithm.sparse
     elements = T * N * (2 if algorithm.base == "library" else 1) + (T * K if reads_x else 0)
     flops = 2.0 * T * N * call.r
     if algorithm.base == "kernel":
         flops, elements = flops + 2.0 * T * N * K, elements + N * K
-    if algorithm.H == "inside":  # for each tile of outputs anew
+    if algorithm.low_rank == "inside":  # for each tile of outputs anew
         flops += 2.0 * T * K * max(16, call.r) * -(-N // 128) * (3 if call.mixed_lora else 1)
-    if algorithm.S == "dense":
+    if algorithm.sparse == "dense":
         flops += 2.0 * T * N * K * (3 if call.mixed_values else 1)
         elements += N * K * (2 if call.mixed_values else 1)
     return flops, elements
@@ -149,12 +154,12 @@ def _l2_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -> f
     """
     T, N, K, size = call.T, call.out_features, call.in_features, call.element_size
     seconds = 0.0
-    if algorithm.H == "inside":
+    if algorithm.low_rank == "inside":
         A = call.r * K * (4 if call.mixed_lora else size)
         x = 0 if algorithm.base == "kernel" else T * K * size
         seconds += (A * N / 32 + x * N / 64) / rates.l2_bandwidth
-    if algorithm.S in ("gather", "gather_transposed"):
-        by_entry = SECTOR * T if algorithm.S == "gather" else max(SECTOR, T * size)
+    if algorithm.sparse in ("gather", "gather_transposed"):
+        by_entry = SECTOR * T if algorithm.sparse == "gather" else max(SECTOR, T * size)
         at_once = 8 if T <= 16 else 4 if T <= 32 else 1  # entries of a row, by the tiles of few tokens
         in_turn = _L2_LATENCY * call.nnz / (N * at_once)
         seconds += max(call.nnz * by_entry / rates.l2_bandwidth, in_turn)

@@ -224,9 +224,9 @@ def finish_linear(y: Tensor | None, problem: LinearProblem, algorithm: LinearAlg
         y = _run_kernel(y, problem, algorithm)
     if y is None:
         y = torch.zeros(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
-    if algorithm.S == "rows":
+    if algorithm.sparse == "rows":
         add_at_rows(y, few_rows_product(x, problem.library_operand(S.whole_rows())), S.crow, S.shape[1])
-    if algorithm.S == "blocks":
+    if algorithm.sparse == "blocks":
         _launch(y, x, S=S, sparse="blocks", accumulate=True, block_n=16)
     return y
 
@@ -237,23 +237,23 @@ def _run_kernel(y: Tensor | None, problem: LinearProblem, algorithm: LinearAlgor
         y = torch.empty(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
     in_loop = algorithm.base == "kernel"
     H = A = B = None
-    if algorithm.H in ("inside", "before", "known"):
+    if algorithm.low_rank in ("inside", "before", "known"):
         B = problem.B
-        A = problem.A if algorithm.H == "inside" else None
+        A = problem.A if algorithm.low_rank == "inside" else None
         H = problem.H
-        if algorithm.H == "before":
+        if algorithm.low_rank == "before":
             H = shrink(x, problem.A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
             H = summed_if_cheaper(H, problem.out_features)
     drop_at = problem.drop_at if B is not None and (A is not None or problem.drop_at == "out") else ""
-    in_csr_form = algorithm.S in ("gather", "gather_transposed")
+    in_csr_form = algorithm.sparse in ("gather", "gather_transposed")
     dense_dtype = x.dtype if S is None or S.values.dtype == x.dtype else torch.float32  # the kernel splits fp32
     _launch(
-        y, x, x_transposed=transpose(x) if algorithm.S == "gather_transposed" else None,
+        y, x, x_transposed=transpose(x) if algorithm.sparse == "gather_transposed" else None,
         weight=problem.weight if in_loop else None, bias=problem.bias if in_loop else None,
         H_parts=H, A=A, B=B, scaling=problem.scaling,
         dropout=problem.dropout if drop_at else NO_DROPOUT, drop_at=drop_at,
-        S=S if in_csr_form else None, sparse=algorithm.S if in_csr_form else "",
-        dense_S=dense(densify, S, dense_dtype) if algorithm.S == "dense" else None,
+        S=S if in_csr_form else None, sparse=algorithm.sparse if in_csr_form else "",
+        dense_S=dense(densify, S, dense_dtype) if algorithm.sparse == "dense" else None,
         accumulate=accumulate,
     )  # fmt: skip
     return y
