@@ -28,9 +28,9 @@ const KernelTable* const ROSA_TABLE = nullptr;
 #define ROSA_OTHERS (*kernels_avx512)
 #include ROSA_BF16_DOT
 //
-#include "cpu/common/isa_table_bf16.h"
+#include "cpu/isa_table_bf16.h"
 #else
-#include "cpu/common/isa_table.h"
+#include "cpu/isa_table.h"
 #endif
 
 namespace rosa {

@@ -7,7 +7,7 @@
 //
 #include "cpu/dense/bf16_dot_amx.h"
 //
-#include "cpu/common/isa_table_bf16.h"
+#include "cpu/isa_table_bf16.h"
 
 namespace rosa {
 extern const KernelTable emulated_amx_kernels;

@@ -5,7 +5,7 @@
 //
 #include "cpu/dense/bf16_dot_avx512.h"
 //
-#include "cpu/common/isa_table_bf16.h"
+#include "cpu/isa_table_bf16.h"
 
 namespace rosa {
 extern const KernelTable emulated_avx512bf16_kernels;

@@ -23,6 +23,9 @@ ROOMS = [
 ]
 """Lowest first: files, and folders with all in them that has no room of its own."""
 
+CPU_KERNELS = ["isa", "common", "dense", "sparse", "adapter", "cpu"]
+"""The folders of csrc/cpu, lowest first; "cpu" stands for csrc/cpu itself."""
+
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 """{(importing file, imported file): the reason}; at most five."""
 
@@ -112,6 +115,16 @@ def test_no_file_imports_from_a_higher_room(graph):
 
 def test_no_files_import_one_another_in_a_circle(graph):
     assert circle_in(graph) == []
+
+
+def test_no_kernel_of_the_cpu_includes_from_a_higher_folder():
+    csrc, includes = ROOT / "csrc", 0
+    for file in sorted((csrc / "cpu").rglob("*.[hc]*")):
+        for name in re.findall(r'^#include "(cpu/.+)"', file.read_text(encoding="utf-8"), re.MULTILINE):
+            higher, lower = (CPU_KERNELS.index(path.parent.name) for path in (file, csrc / name))
+            assert lower <= higher, f"{file.relative_to(csrc)} includes {name}"
+            includes += 1
+    assert includes > 30
 
 
 def test_the_architecture_page_lists_the_rooms_in_this_order():

@@ -1,6 +1,7 @@
 // The adapter's backward: one sweep over x and dy gives dA, dB, dS and the adapter's part of dx.
 #pragma once
 #include "cpu/adapter/forward.h"
+#include "cpu/adapter/grad_reduction.h"
 #include "cpu/sparse/sddmm.h"
 
 namespace rosa {
@@ -53,7 +54,7 @@ class BackwardSweep {
                      b.in_features),
         slots_(larger(1, slot_count(b.tokens))),
         sums_(b, slots_),
-        dS_(b, sums_) {
+        dS_(b) {
     if (b.dB) pack_groups(b.low_rank.A, b.in_features, 1, r_, b.in_features, shrink_x_);
     if (want_dH_) pack_groups(b.low_rank.B, 1, r_, r_, b.out_features, shrink_dy_);
   }
@@ -97,7 +98,7 @@ class BackwardSweep {
     if (s.bits) keep_bits(b_.dropout, first, b_.in_features, s.bits);
     const TokenBlock<T> x = {x_rows, b_.x.stride, tokens}, dy = {dy_rows, b_.dy.stride, tokens};
     const TokenBlock<T> x_dropped = s.bits ? TokenBlock<T>{nullptr, 0, BLOCK_TOKENS, s.x, s.bits} : x;
-    if (b_.dvalues) dS_.add(slot, x, dy, s.x, s.dy, s.gathered, more);
+    if (b_.dvalues) dS_.add(sums_.dS(slot), x, dy, s.x, s.dy, s.gathered, more);
     if (b_.dB) {
       multiply(shrink_x_, s.x, s.bits, r_, b_.in_features, 1.0f, s.H);
       token_major(s.H, r_, s.turned);

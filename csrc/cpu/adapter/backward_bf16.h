@@ -28,7 +28,7 @@ class BackwardBf16 {
                      b.out_features, b.in_features, {b.weight.data ? &weight_ : nullptr, nullptr}),
         slots_(larger(1, slot_count(b.tokens))),
         sums_(b, slots_, RANK_MULTIPLE),
-        dS_(b, sums_) {}
+        dS_(b) {}
 
   void run() const {
     for_slots(slots_, block_count(b_.tokens), [&](int64_t slot, int64_t begin, int64_t end) {
@@ -89,7 +89,7 @@ class BackwardBf16 {
                   sums_.dS(slot));
     } else if (b_.dvalues) {
       const TokenBlock<uint16_t> x_block = {x_data, b_.x.stride, tokens}, dy_block = {dy_data, b_.dy.stride, tokens};
-      dS_.add(slot, x_block, dy_block, s.x, s.dy, s.gathered, first + 2 * BLOCK_TOKENS <= b_.tokens);
+      dS_.add(sums_.dS(slot), x_block, dy_block, s.x, s.dy, s.gathered, first + 2 * BLOCK_TOKENS <= b_.tokens);
     }
     const TokenBits kept = block_bits(b_.dropout, first, b_.in_features, s.bits);
     const Rows kept_x = kept.bits && (b_.dA || b_.dB)

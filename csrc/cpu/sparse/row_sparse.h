@@ -21,6 +21,15 @@ inline void scatter_rows(const Csr& s, int64_t length, int64_t first, int64_t ro
   }
 }
 
+// How many whole rows or columns dS has; 0 for other structures, and where dS is not wanted.
+inline int64_t touched_count(const Backward& b) {
+  if (!b.dvalues) return 0;
+  const Structure s = b.sparse.structure;
+  return s == Structure::row      ? b.sparse.nnz / b.in_features
+         : s == Structure::column ? b.sparse.nnz / b.out_features
+                                  : 0;
+}
+
 // The features of one side that a row or column pattern touches: rows of dy, or columns of x.
 inline void touched_features(const Csr& s, int64_t out_features, int64_t count, int32_t* touched) {
   if (s.structure == Structure::column) {

@@ -1,7 +1,7 @@
 // dS of a block of tokens: by dense products for rows, columns and blocks of 16, and entry by entry for other patterns.
 #pragma once
-#include "cpu/common/grad_reduction.h"
 #include "cpu/sparse/block_sparse.h"
+#include "cpu/sparse/row_sparse.h"
 #include "cpu/sparse/spmm.h"
 
 namespace rosa {
@@ -31,15 +31,15 @@ inline void sample_blocks(const Csr& s, int64_t out_features, const float* dy, c
 template <class T>
 class SparseGradient {
  public:
-  SparseGradient(const Backward& b, const GradReduction& sums)
+  explicit SparseGradient(const Backward& b)
       : b_(b),
-        sums_(sums),
         blocks_(b.dvalues && b.sparse.structure == Structure::block16),
         rows_(b.sparse.structure == Structure::row),
         x_starts_(Starts::of_columns(b.sparse, blocks_ ? b.out_features : 0, b.in_features)),
         dy_starts_(Starts::of_rows(b.sparse, blocks_ ? b.out_features : 0, RUN)),
-        touched_(sums.touched_count) {
-    if (sums.touched_count) touched_features(b.sparse, b.out_features, sums.touched_count, touched_);
+        touched_count_(touched_count(b)),
+        touched_(touched_count_) {
+    if (touched_count_) touched_features(b.sparse, b.out_features, touched_count_, touched_);
   }
 
   // Whether add needs x and dy feature-major.
@@ -52,37 +52,37 @@ class SparseGradient {
 
   // Floats of scratch memory that add needs.
   int64_t scratch_size() const {
-    return BLOCK_TOKENS *
-           (blocks_ ? dy_runs() + rounded_up(b_.in_features, RUN) : rounded_up(sums_.touched_count, GROUP));
+    return BLOCK_TOKENS * (blocks_ ? dy_runs() + rounded_up(b_.in_features, RUN) : rounded_up(touched_count_, GROUP));
   }
 
-  // With `more`, as many tokens follow those of x and dy, and their first cache lines are prefetched.
-  void add(int64_t slot, const TokenBlock<T>& x, const TokenBlock<T>& dy, const float* packed_x, const float* packed_dy,
+  // Adds a block of tokens to dS, as GradReduction lays it out. With `more`, as many tokens follow those of x and dy,
+  // and their first cache lines are prefetched.
+  void add(float* dS, const TokenBlock<T>& x, const TokenBlock<T>& dy, const float* packed_x, const float* packed_dy,
            float* scratch, bool more) const {
-    if (reads_packed(b_)) return sample(b_.sparse, b_.out_features, packed_dy, packed_x, sums_.dS(slot));
+    if (reads_packed(b_)) return sample(b_.sparse, b_.out_features, packed_dy, packed_x, dS);
     if (!blocks_)
-      return rows_ ? add_outer(slot, dy, x, b_.in_features, scratch) : add_outer(slot, x, dy, b_.out_features, scratch);
+      return rows_ ? add_outer(dS, dy, x, b_.in_features, scratch) : add_outer(dS, x, dy, b_.out_features, scratch);
     float* x_runs = scratch + dy_runs() * run_tokens(x.tokens);
     copy_runs(dy.rows, dy.stride, dy.tokens, b_.out_features, dy_starts_.data(), dy_starts_.count, more, scratch);
     copy_runs(x.rows, x.stride, x.tokens, b_.in_features, x_starts_.data(), x_starts_.count, more, x_runs);
-    sample_blocks(b_.sparse, b_.out_features, scratch, x_runs, x.tokens, sums_.dS(slot));
+    sample_blocks(b_.sparse, b_.out_features, scratch, x_runs, x.tokens, dS);
   }
 
  private:
   int64_t dy_runs() const { return rounded_up(b_.out_features, RUN); }
 
   // S has a few features of one side, which are gathered, and all of the other side.
-  void add_outer(int64_t slot, const TokenBlock<T>& few, const TokenBlock<T>& whole, int64_t features,
+  void add_outer(float* dS, const TokenBlock<T>& few, const TokenBlock<T>& whole, int64_t features,
                  float* gathered) const {
-    const int64_t count = sums_.touched_count;
-    gather_columns(few.rows, few.stride, few.tokens, touched_, count, gathered, rounded_up(count, GROUP));
-    outer(gathered, count, whole, features, sums_.dS(slot));
+    gather_columns(few.rows, few.stride, few.tokens, touched_, touched_count_, gathered,
+                   rounded_up(touched_count_, GROUP));
+    outer(gathered, touched_count_, whole, features, dS);
   }
 
   const Backward& b_;
-  const GradReduction& sums_;
   const bool blocks_, rows_;
   const Starts x_starts_, dy_starts_;
+  const int64_t touched_count_;
   Buffer<int32_t> touched_;
 };
 

@@ -2,8 +2,8 @@
 #pragma once
 #include "cpu/adapter/backward.h"
 #include "cpu/adapter/decode.h"
+#include "cpu/adapter/gemm.h"
 #include "cpu/adapter/merge.h"
-#include "cpu/dense/gemm.h"
 
 namespace rosa {
 namespace ROSA_ISA {

@@ -9,19 +9,16 @@ namespace ROSA_ISA {
 // columns and as (nnz,) otherwise. r is rounded up to rank_multiple, count to GROUP, and in, out and length to LANES.
 class GradReduction {
  public:
-  GradReduction(const Backward& b, int64_t slots, int64_t rank_multiple = GROUP) : b_(b), slots_(slots) {
+  GradReduction(const Backward& b, int64_t slots, int64_t rank_multiple = GROUP)
+      : b_(b), slots_(slots), touched_count_(touched_count(b)) {
     const int64_t in = rounded_up(b.in_features, LANES), out = rounded_up(b.out_features, LANES);
     const int64_t padded_r = rounded_up(b.low_rank.r, rank_multiple);
-    const bool rows = b.sparse.structure == Structure::row, columns = b.sparse.structure == Structure::column;
-    if (b.dvalues && (rows || columns)) {
-      touched_count = b.sparse.nnz / (rows ? b.in_features : b.out_features);
-      dS_stride_ = rows ? in : out;
-    }
+    if (touched_count_) dS_stride_ = b.sparse.structure == Structure::row ? in : out;
     dA_size_ = b.dA ? padded_r * in : 0;
     dB_size_ = b.dB ? padded_r * out : 0;
-    const int64_t dS_size = touched_count ? rounded_up(touched_count, GROUP) * dS_stride_
-                            : b.dvalues   ? b.sparse.nnz
-                                          : 0;
+    const int64_t dS_size = touched_count_ ? rounded_up(touched_count_, GROUP) * dS_stride_
+                            : b.dvalues    ? b.sparse.nnz
+                                           : 0;
     slot_size_ = dA_size_ + dB_size_ + rounded_up(dS_size, 16);
     sums_ = Buffer<float>(slots * slot_size_);
     std::memset(sums_, 0, sizeof(float) * slots * slot_size_);
@@ -49,24 +46,22 @@ class GradReduction {
     if (b_.dvalues) write_dvalues();
   }
 
-  int64_t touched_count = 0;  // whole rows or columns of the pattern
-
  private:
   void write_dvalues() const {
     const float* sums = dS(0);
-    if (!touched_count) {
+    if (!touched_count_) {
       std::memcpy(b_.dvalues, sums, sizeof(float) * b_.sparse.nnz);
     } else if (b_.sparse.structure == Structure::row) {
-      for (int64_t n = 0; n < touched_count; ++n)
+      for (int64_t n = 0; n < touched_count_; ++n)
         std::memcpy(b_.dvalues + n * b_.in_features, sums + n * dS_stride_, sizeof(float) * b_.in_features);
     } else {
       for (int64_t i = 0; i < b_.out_features; ++i)
-        for (int64_t n = 0; n < touched_count; ++n) b_.dvalues[i * touched_count + n] = sums[n * dS_stride_ + i];
+        for (int64_t n = 0; n < touched_count_; ++n) b_.dvalues[i * touched_count_ + n] = sums[n * dS_stride_ + i];
     }
   }
 
   const Backward& b_;
-  int64_t slots_, dA_size_, dB_size_, dS_stride_ = 0, slot_size_;
+  int64_t slots_, touched_count_, dA_size_, dB_size_, dS_stride_ = 0, slot_size_;
   Buffer<float> sums_;
 };
 
