@@ -14,31 +14,31 @@ _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
 @triton.jit
 def densify_kernel(
-    out, weight, values, crow, col, N, stride_wm, stride_wn, stride_om, ZERO: tl.constexpr, BLOCK: tl.constexpr
+    out, weight, values, crow, col, K, stride_wn, stride_wk, stride_on, ZERO: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A row of out (M, N) = weight + S. weight None: zeros + S for ZERO, else out + S.
+    """A row of out (N, K) = weight + S. weight None: zeros + S for ZERO, else out + S.
 
-    A program writes a whole row, so that nothing races. M is out_features, N in_features.
+    A program writes a whole row, so that nothing races. N is out_features, K in_features.
     """
     row = tl.program_id(0)
-    out_row = out + row.to(tl.int64) * stride_om
-    n = tl.arange(0, BLOCK)
+    out_row = out + row.to(tl.int64) * stride_on
+    offset = tl.arange(0, BLOCK)
     if (weight is not None) or ZERO:
-        for first in range(0, N, BLOCK):
-            inside = first + n < N
+        for first in range(0, K, BLOCK):
+            inside = first + offset < K
             if weight is not None:
-                columns = (first + n).to(tl.int64)
-                tile = tl.load(weight + row.to(tl.int64) * stride_wm + columns * stride_wn, mask=inside, other=0.0)
+                columns = (first + offset).to(tl.int64)
+                tile = tl.load(weight + row.to(tl.int64) * stride_wn + columns * stride_wk, mask=inside, other=0.0)
             else:
                 tile = tl.zeros((BLOCK,), out.dtype.element_ty)
-            tl.store(out_row + first + n, tile, mask=inside)
+            tl.store(out_row + first + offset, tile, mask=inside)
         tl.debug_barrier()  # the row is whole before other threads of the program add to it
     start = tl.load(crow + row)
     end = tl.load(crow + row + 1)
     for first in range(start, end, BLOCK):
-        inside = first + n < end
-        column = tl.load(col + first + n, mask=inside, other=0)
-        total = tl.load(values + first + n, mask=inside, other=0.0).to(tl.float32)
+        inside = first + offset < end
+        column = tl.load(col + first + offset, mask=inside, other=0)
+        total = tl.load(values + first + offset, mask=inside, other=0.0).to(tl.float32)
         if not ZERO:
             total += tl.load(out_row + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(out_row + column, narrow(total, out.dtype.element_ty), mask=inside)

@@ -4,7 +4,8 @@
 that share their columns, with those columns alone. "entries" gathers by entry; each program takes the same number of
 entries, so that a long row holds nobody up. The kernels may split the tokens; the parts are added in order.
 
-In the kernels dy is (T, M) and x (T, N): M is out_features and N in_features.
+In the kernels dy is (T, N) and x (T, K): N is out_features and K in_features. A tile of dyᵀ x (N, K) has BLOCK_M rows
+and BLOCK_N columns.
 """
 
 import torch
@@ -27,10 +28,10 @@ _GROUP_M = 8
 
 @triton.jit
 def dyT_x(
-    dy_columns, x_columns, in_m, in_n, split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt,
+    dy_columns, x_columns, in_rows, in_columns, split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt,
     PRECISION: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N) Σ_t dy[t, m] x[t, n] over the split's tokens; *_columns point at token 0."""
+    """(BLOCK_M, BLOCK_N) Σ_t dy[t, row] x[t, column] over the split's tokens; *_columns point at token 0."""
     first_t = split * BLOCKS_PER_SPLIT * BLOCK_T
     last_t = min(first_t + BLOCKS_PER_SPLIT * BLOCK_T, T)
     acc = tl.zeros((dy_columns.shape[0], x_columns.shape[0]), tl.float32)
@@ -38,72 +39,74 @@ def dyT_x(
         t = t0 + tl.arange(0, BLOCK_T)
         t64 = t.to(tl.int64)
         in_t = t < last_t
-        g = tl.load(dy_columns[:, None] + t64[None, :] * stride_dyt, mask=in_m[:, None] & in_t[None, :], other=0.0)
-        x_tile = tl.load(x_columns[None, :] + t64[:, None] * stride_xt, mask=in_n[None, :] & in_t[:, None], other=0.0)
+        g = tl.load(dy_columns[:, None] + t64[None, :] * stride_dyt, mask=in_rows[:, None] & in_t[None, :], other=0.0)
+        x_tile = tl.load(
+            x_columns[None, :] + t64[:, None] * stride_xt, mask=in_columns[None, :] & in_t[:, None], other=0.0
+        )
         acc = dot(g, x_tile, acc, PRECISION)
     return acc
 
 
 @triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
 def sddmm_tiled_kernel(
-    out, dy, x, crow, col, T, M, N, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    out, dy, x, crow, col, T, N, K, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dyn, stride_xt, stride_xk,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out[split] (nnz,) from dy (T, M) and x (T, N); BLOCK_E entries of each row of the tile are stored at a time."""
-    m_tile, n_tile = tile_position(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    """out[split] (nnz,) from dy (T, N) and x (T, K); BLOCK_E entries of each row of the tile are stored at a time."""
+    row_tile, column_tile = tile_position(tl.program_id(0), N, K, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
-    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_n = n_tile * BLOCK_N
-    n = first_n + tl.arange(0, BLOCK_N)
-    in_m = m < M
-    row_start = tl.load(crow + m, mask=in_m, other=0)
-    row_end = tl.load(crow + m + 1, mask=in_m, other=0)
-    start = first_entry_at(col, row_start, row_end, first_n, STEPS)
-    end = first_entry_at(col, start, row_end, first_n + BLOCK_N, STEPS)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = column_tile * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    in_rows = row < N
+    row_start = tl.load(crow + row, mask=in_rows, other=0)
+    row_end = tl.load(crow + row + 1, mask=in_rows, other=0)
+    start = first_entry_at(col, row_start, row_end, first_column, STEPS)
+    end = first_entry_at(col, start, row_end, first_column + BLOCK_N, STEPS)
     longest = tl.max(end - start)
     if longest > 0:
         acc = dyT_x(
-            dy + m.to(tl.int64) * stride_dym, x + n.to(tl.int64) * stride_xn, in_m, n < N,
+            dy + row.to(tl.int64) * stride_dyn, x + column.to(tl.int64) * stride_xk, in_rows, column < K,
             split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt, PRECISION, BLOCK_T,
         )  # fmt: skip
         for j in tl.range(0, longest, BLOCK_E, num_stages=1):
             entry = start[:, None] + j + tl.arange(0, BLOCK_E)[None, :]
             inside = entry < end[:, None]
-            column = tl.load(col + entry, mask=inside, other=0) - first_n
-            value = tl.gather(acc, tl.where(inside, column, 0), axis=1)
+            at = tl.load(col + entry, mask=inside, other=0) - first_column
+            value = tl.gather(acc, tl.where(inside, at, 0), axis=1)
             out_at = out + split.to(tl.int64) * nnz + entry
             tl.store(out_at, narrow(value, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT"])
 def sddmm_blocks_kernel(
-    out, dy, x, crow, col, T, M, nnz, BLOCKS_PER_SPLIT, stride_dyt, stride_dym, stride_xt, stride_xn,
+    out, dy, x, crow, col, T, N, nnz, BLOCKS_PER_SPLIT, stride_dyt, stride_dyn, stride_xt, stride_xk,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """As sddmm_tiled_kernel, where each BLOCK_M of the M rows share their columns."""
+    """As sddmm_tiled_kernel, where each BLOCK_M of the N rows share their columns."""
     split = tl.program_id(2)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_m = m < M
-    row = tl.minimum(m, M - 1)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < N
+    row = tl.minimum(row, N - 1)
     row_start = tl.load(crow + row)
     start = tl.min(row_start)
     count = tl.min(tl.load(crow + row + 1) - row_start)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    entry = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(1) * BLOCK_N < count:
-        in_n = n < count
-        column = tl.load(col + start + n, mask=in_n, other=0)
+        in_columns = entry < count
+        column = tl.load(col + start + entry, mask=in_columns, other=0)
         acc = dyT_x(
-            dy + row.to(tl.int64) * stride_dym, x + column.to(tl.int64) * stride_xn, in_m, in_n,
+            dy + row.to(tl.int64) * stride_dyn, x + column.to(tl.int64) * stride_xk, in_rows, in_columns,
             split, BLOCKS_PER_SPLIT, T, stride_dyt, stride_xt, PRECISION, BLOCK_T,
         )  # fmt: skip
-        out_at = out + split.to(tl.int64) * nnz + row_start[:, None] + n[None, :]
-        tl.store(out_at, narrow(acc, out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+        out_at = out + split.to(tl.int64) * nnz + row_start[:, None] + entry[None, :]
+        tl.store(out_at, narrow(acc, out.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "nnz", "BLOCKS_PER_SPLIT", "STEPS"])
 def sddmm_entries_kernel(
-    out, dy, x, crow, col, T, M, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dym, stride_xt, stride_xn,
+    out, dy, x, crow, col, T, N, nnz, BLOCKS_PER_SPLIT, STEPS, stride_dyt, stride_dyn, stride_xt, stride_xk,
     TRANSPOSED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """out[split] (nnz,): a program takes BLOCK_E entries, BLOCK_T tokens at a time.
@@ -113,10 +116,10 @@ def sddmm_entries_kernel(
     entry = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     split = tl.program_id(1)
     inside = entry < nnz
-    row = row_of_entry(crow, M, tl.minimum(entry, nnz - 1), STEPS)
+    row = row_of_entry(crow, N, tl.minimum(entry, nnz - 1), STEPS)
     column = tl.load(col + entry, mask=inside, other=0)
-    dy_columns = dy + row.to(tl.int64) * stride_dym
-    x_columns = x + column.to(tl.int64) * stride_xn
+    dy_columns = dy + row.to(tl.int64) * stride_dyn
+    x_columns = x + column.to(tl.int64) * stride_xk
     acc = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     last_t = min((split + 1) * BLOCKS_PER_SPLIT * BLOCK_T, T)
     for t0 in range(split * BLOCKS_PER_SPLIT * BLOCK_T, last_t, BLOCK_T):
@@ -130,15 +133,15 @@ def sddmm_entries_kernel(
 
 
 @triton.jit
-def gather_entries_kernel(out, dW, crow, col, stride_m, stride_n, BLOCK: tl.constexpr):
-    """out (nnz,) = the pattern's entries of dW (M, N), a row a program."""
+def gather_entries_kernel(out, dW, crow, col, stride_wn, stride_wk, BLOCK: tl.constexpr):
+    """out (nnz,) = the pattern's entries of dW (N, K), a row a program."""
     row = tl.program_id(0)
     end = tl.load(crow + row + 1)
     for first in range(tl.load(crow + row), end, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         inside = entry < end
         column = tl.load(col + entry, mask=inside, other=0).to(tl.int64)
-        value = tl.load(dW + row.to(tl.int64) * stride_m + column * stride_n, mask=inside, other=0.0)
+        value = tl.load(dW + row.to(tl.int64) * stride_wn + column * stride_wk, mask=inside, other=0.0)
         tl.store(out + entry, value, mask=inside)
 
 
@@ -164,44 +167,44 @@ def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) ->
 
 
 def _tiled(out, dy, x, crow, col) -> None:
-    (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
+    (T, N), K, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_TILED, x.device, x.dtype, T)
-    if M % 8 or N % 8:  # no wide loads: a pointer an element
+    if N % 8 or K % 8:  # no wide loads: a pointer an element
         smaller = {name: min(64, config[name]) for name in ("BLOCK_M", "BLOCK_N")}
         config = Config(config.blocks | smaller, 4, 2)
-    tiles = cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"])
+    tiles = cdiv(N, config["BLOCK_M"]) * cdiv(K, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_tiled_kernel, (tiles, splits),
-        parts, dy, x, crow, col, T, M, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
+        parts, dy, x, crow, col, T, N, K, nnz, blocks, K.bit_length(), *dy.stride(), *x.stride(),
         PRECISION=hardware.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip
     add_parts(out, parts)
 
 
 def _blocks(out, dy, x, crow, col) -> None:
-    (T, M), N, nnz = dy.shape, x.shape[1], col.shape[0]
+    (T, N), K, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_BLOCKS, x.device, x.dtype, T)
-    tiles = cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
+    tiles = cdiv(N, config["BLOCK_M"]), cdiv(K, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_blocks_kernel, (*tiles, splits),
-        parts, dy, x, crow, col, T, M, nnz, blocks, *dy.stride(), *x.stride(),
+        parts, dy, x, crow, col, T, N, nnz, blocks, *dy.stride(), *x.stride(),
         PRECISION=hardware.precision(x), config=config,
     )  # fmt: skip
     add_parts(out, parts)
 
 
 def _entries(out, dy, x, crow, col, transposed: bool) -> None:
-    (T, M), nnz = dy.shape, col.shape[0]
+    (T, N), nnz = dy.shape, col.shape[0]
     tiles = cdiv(nnz, _ENTRIES["BLOCK_E"])
     splits, blocks = hardware.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_entries_kernel, (tiles, splits),
-        parts, dy, x, crow, col, T, M, nnz, blocks, M.bit_length(), *dy.stride(), *x.stride(),
+        parts, dy, x, crow, col, T, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
         TRANSPOSED=transposed, config=_ENTRIES,
     )  # fmt: skip
     add_parts(out, parts)
