@@ -34,8 +34,8 @@ def gradients_by_kernels(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_
     return dA, dB, dH
 
 
-def sddmm(algorithm: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
-    """By "entries_transposed", the only one that is a kernel's. It writes x's dtype or fp32."""
+def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
+    """dS (nnz,); the kernel writes x's dtype or fp32."""
     return bindings.sddmm(dy, x, crow, col, dtype if dtype == x.dtype else torch.float32).to(dtype)
 
 

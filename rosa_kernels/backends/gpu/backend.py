@@ -19,8 +19,8 @@ class GpuBackend(NamedTuple):
     """(T, r) in x's dtype -> the same H in the backend's form."""
     matrix_of_H: Callable
     """(H in the backend's form, r) -> (T, r). An algorithm with low_rank "library" asks for it."""
-    sddmm: Callable
-    """(algorithm, dy, x, crow, col, dtype) -> dS (nnz,) by kernels."""
+    sddmm_kernels: dict[str, Callable]
+    """By the name of the algorithm: (dy, x, crow, col, dtype) -> dS (nnz,) of dtype, nnz > 0."""
     gather_columns: Callable
     """(x (T, features), columns) -> (T, count), then columns of zeros up to a multiple of ALIGNMENT."""
     gather_whole_rows: Callable

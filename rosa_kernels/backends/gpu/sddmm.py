@@ -29,7 +29,7 @@ def sddmm(
         return _packed(backend, dy, x, crow, col, structure, dtype, rows).to(dtype)
     if algorithm == "library":
         return backend.gather_entries(matmul(dy.T, x, dtype), crow, col, dtype)
-    return backend.sddmm(algorithm, dy, x, crow, col, dtype)
+    return backend.sddmm_kernels[algorithm](dy, x, crow, col, dtype)
 
 
 def _packed(backend, dy, x, crow, col, structure, dtype, rows) -> Tensor:

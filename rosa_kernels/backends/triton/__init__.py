@@ -23,8 +23,9 @@ else:
 
     _ops = Ops(GpuBackend(
         heuristics=heuristics, finish_linear=finish_linear, gradients_by_kernels=lora.gradients_by_kernels,
-        H_of_matrix=lora.H_of_matrix, matrix_of_H=lora.matrix_of_H, sddmm=_sddmm.sddmm, gather_columns=gather_columns,
-        gather_whole_rows=gather_whole_rows, gather_entries=_sddmm.gather_entries, densify=densify,
+        H_of_matrix=lora.H_of_matrix, matrix_of_H=lora.matrix_of_H, sddmm_kernels=_sddmm.KERNELS,
+        gather_columns=gather_columns, gather_whole_rows=gather_whole_rows, gather_entries=_sddmm.gather_entries,
+        densify=densify,
     ))  # fmt: skip
     rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
     spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add

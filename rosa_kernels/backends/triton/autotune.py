@@ -16,7 +16,7 @@ from rosa_kernels.backends.triton import configs
 from rosa_kernels.backends.triton.heuristics import LinearAlgorithm
 from rosa_kernels.backends.triton.linear import finish_linear
 from rosa_kernels.backends.triton.lora import lora_grad, shrink
-from rosa_kernels.backends.triton.sddmm import sddmm
+from rosa_kernels.backends.triton.sddmm import sddmm_blocks, sddmm_tiled
 from rosa_kernels.pattern import CSRPattern
 
 FEATURES, RANK, DENSITY = 4096, 16, 0.01
@@ -89,8 +89,8 @@ class Measure:
             configs.LINEAR: lambda: finish_linear(None, in_kernel, LinearAlgorithm("kernel", "before")),
             configs.SHRINK: lambda: shrink(x, A),
             configs.LORA_GRAD: lambda: lora_grad(dy, H_parts, B, 2.0, features_first=True, B=B),
-            configs.SDDMM_TILED: lambda: sddmm("tiled", dy, x, crow, col, dtype),
-            configs.SDDMM_BLOCKS: lambda: sddmm("blocks", dy, x, blocks.crow_indices, blocks.col_indices, dtype),
+            configs.SDDMM_TILED: lambda: sddmm_tiled(dy, x, crow, col, dtype),
+            configs.SDDMM_BLOCKS: lambda: sddmm_blocks(dy, x, blocks.crow_indices, blocks.col_indices, dtype),
         }
 
     def configs(self) -> dict[str, str]:

@@ -145,20 +145,6 @@ def gather_entries_kernel(out, dW, crow, col, stride_wn, stride_wk, BLOCK: tl.co
         tl.store(out + entry, value, mask=inside)
 
 
-def sddmm(algorithm: str, dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
-    """(nnz,) of dtype by an algorithm of heuristics.sddmm_algorithms that is a kernel's; nnz > 0."""
-    out = torch.empty(col.shape, dtype=dtype, device=x.device)
-    if algorithm == "tiled":
-        _tiled(out, dy, x, crow, col)
-    elif algorithm == "blocks":
-        _blocks(out, dy, x, crow, col)
-    elif algorithm == "entries":
-        _entries(out, dy, x, crow, col, transposed=False)
-    else:
-        _entries(out, transpose(dy), transpose(x), crow, col, transposed=True)
-    return out
-
-
 def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     """(nnz,) the pattern's entries of dW."""
     out = torch.empty(col.shape, dtype=dtype, device=dW.device)
@@ -166,7 +152,8 @@ def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) ->
     return out
 
 
-def _tiled(out, dy, x, crow, col) -> None:
+def sddmm_tiled(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
+    """dS (nnz,) of dtype, where nnz > 0; the functions below do the same."""
     (T, N), K, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_TILED, x.device, x.dtype, T)
     if N % 8 or K % 8:  # no wide loads: a pointer an element
@@ -174,6 +161,7 @@ def _tiled(out, dy, x, crow, col) -> None:
         config = Config(config.blocks | smaller, 4, 2)
     tiles = cdiv(N, config["BLOCK_M"]) * cdiv(K, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
+    out = torch.empty(nnz, dtype=dtype, device=x.device)
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_tiled_kernel, (tiles, splits),
@@ -181,13 +169,15 @@ def _tiled(out, dy, x, crow, col) -> None:
         PRECISION=hardware.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
     )  # fmt: skip
     add_parts(out, parts)
+    return out
 
 
-def _blocks(out, dy, x, crow, col) -> None:
+def sddmm_blocks(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     (T, N), K, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_BLOCKS, x.device, x.dtype, T)
     tiles = cdiv(N, config["BLOCK_M"]), cdiv(K, config["BLOCK_N"])
     splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
+    out = torch.empty(nnz, dtype=dtype, device=x.device)
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_blocks_kernel, (*tiles, splits),
@@ -195,12 +185,16 @@ def _blocks(out, dy, x, crow, col) -> None:
         PRECISION=hardware.precision(x), config=config,
     )  # fmt: skip
     add_parts(out, parts)
+    return out
 
 
-def _entries(out, dy, x, crow, col, transposed: bool) -> None:
+def sddmm_entries(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype, transposed: bool = False
+) -> Tensor:
     (T, N), nnz = dy.shape, col.shape[0]
     tiles = cdiv(nnz, _ENTRIES["BLOCK_E"])
     splits, blocks = hardware.splits_of(T, _ENTRIES["BLOCK_T"], tiles, x.device, at_most=8)
+    out = torch.empty(nnz, dtype=dtype, device=x.device)
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_entries_kernel, (tiles, splits),
@@ -208,3 +202,17 @@ def _entries(out, dy, x, crow, col, transposed: bool) -> None:
         TRANSPOSED=transposed, config=_ENTRIES,
     )  # fmt: skip
     add_parts(out, parts)
+    return out
+
+
+def sddmm_entries_transposed(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
+    return sddmm_entries(transpose(dy), transpose(x), crow, col, dtype, transposed=True)
+
+
+KERNELS = {
+    "tiled": sddmm_tiled,
+    "blocks": sddmm_blocks,
+    "entries": sddmm_entries,
+    "entries_transposed": sddmm_entries_transposed,
+}
+"""By the name of the algorithm in heuristics.sddmm_algorithms."""
