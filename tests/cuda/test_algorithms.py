@@ -8,7 +8,13 @@ import torch
 
 import rosa_kernels as rk
 from cases import LinearCase, make_inputs
-from cost_model_cases import call_of, check_call, check_cheapest_is_chosen, check_merged_in_fp32_alone, force, name_of
+from cost_model_cases import (
+    by_algorithm,
+    check_by_algorithm,
+    check_call,
+    check_cheapest_is_chosen,
+    check_merged_in_fp32_alone,
+)
 from linear_checks import run_linear
 from oracle import check, dense, expected_linear
 from rosa_kernels.backends.cuda import bindings, heuristics
@@ -62,20 +68,12 @@ def with_and_without_shared_memory(call):
     return list(dict.fromkeys((*linear_algorithms(call), *without)))
 
 
-BY_ALGORITHM = [
-    pytest.param(case, dtype, algorithm, id=f"{case.id}-{str(dtype)[6:]}-{name_of(algorithm)}")
-    for case in CASES
-    for dtype in (FP32, BF16, FP16)
-    for algorithm in with_and_without_shared_memory(call_of(case, dtype))
-]
-
-
 @emulated
-@pytest.mark.parametrize("case,dtype,algorithm", BY_ALGORITHM)
+@pytest.mark.parametrize(
+    "case,dtype,algorithm", by_algorithm(CASES, (FP32, BF16, FP16), with_and_without_shared_memory)
+)
 def test_linear_by_algorithm(monkeypatch, case, dtype, algorithm):
-    chosen = force(monkeypatch, heuristics, with_and_without_shared_memory, algorithm)
-    check_call("cuda", case, make_inputs(case, dtype), delta_rounded=algorithm.sparse in ("delta", "rows", "columns"))
-    assert chosen[0] == algorithm and len(chosen) == 2
+    check_by_algorithm(monkeypatch, "cuda", heuristics, with_and_without_shared_memory, case, dtype, algorithm)
 
 
 @emulated

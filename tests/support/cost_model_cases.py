@@ -2,6 +2,7 @@
 
 import operator
 
+import pytest
 import torch
 
 import rosa_kernels as rk
@@ -44,8 +45,14 @@ def nearest(algorithms, wanted):
     return max(algorithms, key=lambda algorithm: sum(map(operator.eq, algorithm, wanted)))
 
 
-def name_of(algorithm) -> str:
-    return "-".join(filter(None, algorithm)) or "zeros"
+def by_algorithm(cases, dtypes, algorithms) -> list:
+    """Parameters (case, dtype, algorithm): each case in each dtype by all of algorithms(call)."""
+    return [
+        pytest.param(case, dtype, listed, id=f"{case.id}-{str(dtype)[6:]}-{'-'.join(filter(None, listed)) or 'zeros'}")
+        for case in cases
+        for dtype in dtypes
+        for listed in algorithms(call_of(case, dtype))
+    ]
 
 
 def force(monkeypatch, heuristics, algorithms, wanted) -> list:
@@ -67,6 +74,13 @@ def check_call(backend: str, case: LinearCase, inputs, delta_rounded: bool = Fal
     expected = expected_linear(case, inputs, mask_of(case, inputs.x.device), delta_rounded)
     for name, result in got.items():
         check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
+
+
+def check_by_algorithm(monkeypatch, backend: str, heuristics, algorithms, case: LinearCase, dtype, algorithm) -> None:
+    """y by this algorithm, and the gradients by the nearest to it."""
+    chosen = force(monkeypatch, heuristics, algorithms, algorithm)
+    check_call(backend, case, make_inputs(case, dtype), delta_rounded=algorithm.sparse in ("delta", "rows", "columns"))
+    assert chosen[0] == algorithm and len(chosen) == 2
 
 
 def check_cheapest_is_chosen(heuristics, algorithms, rates) -> None:

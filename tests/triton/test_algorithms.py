@@ -8,7 +8,14 @@ import torch
 
 import rosa_kernels as rk
 from cases import LinearCase, make_inputs
-from cost_model_cases import call_of, check_call, check_cheapest_is_chosen, check_merged_in_fp32_alone, force, name_of
+from cost_model_cases import (
+    by_algorithm,
+    check_by_algorithm,
+    check_call,
+    check_cheapest_is_chosen,
+    check_merged_in_fp32_alone,
+    force,
+)
 from oracle import check, expected_linear
 from rosa_kernels.backends.gpu import device_rates
 from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall
@@ -37,20 +44,10 @@ CASES = [
 ]
 
 
-BY_ALGORITHM = [
-    pytest.param(case, dtype, algorithm, id=f"{case.id}-{str(dtype)[6:]}-{name_of(algorithm)}")
-    for case in CASES
-    for dtype in (FP32, BF16)
-    for algorithm in linear_algorithms(call_of(case, dtype))
-]
-
-
 @interpreted
-@pytest.mark.parametrize("case,dtype,algorithm", BY_ALGORITHM)
+@pytest.mark.parametrize("case,dtype,algorithm", by_algorithm(CASES, (FP32, BF16), linear_algorithms))
 def test_linear_by_algorithm(monkeypatch, case, dtype, algorithm):
-    chosen = force(monkeypatch, heuristics, linear_algorithms, algorithm)
-    check_call("triton", case, make_inputs(case, dtype), delta_rounded=algorithm.sparse in ("delta", "rows", "columns"))
-    assert chosen[0] == algorithm and len(chosen) == 2
+    check_by_algorithm(monkeypatch, "triton", heuristics, linear_algorithms, case, dtype, algorithm)
 
 
 @interpreted
