@@ -89,7 +89,7 @@ def _layers_to_select(model: nn.Module) -> Layers:
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name}: is merged; unmerge_adapters first")
-        if not layer.base_is_plain or tuple(layer.weight.shape) != layer.weight_shape:
+        if not layer.has_standard_base or tuple(layer.weight.shape) != layer.weight_shape:
             raise ValueError(
                 f"{name}: expected a plain floating-point base weight to score, got {type(layer.base_layer).__name__} "
                 f"with {type(layer.weight).__name__} of {layer.weight.dtype}; give this layer a pattern by hand"

@@ -113,7 +113,7 @@ class RoSAEmbedding(AdapterLayer):
             bool(adapted)
             and not torch.compiler.is_compiling()
             and not transforms_active()
-            and self.base_is_plain
+            and self.has_standard_base
             and ids.numel() > self.num_embeddings
         )
 

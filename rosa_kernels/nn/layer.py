@@ -103,7 +103,7 @@ class AdapterLayer(nn.Module):
         self.has_sparse = pattern is not None or self.density > 0
         if not self.has_sparse:
             return
-        entries = self.unit_budget * self.entries_a_unit if pattern is None else pattern.nnz
+        entries = self.unit_budget * self.entries_per_unit if pattern is None else pattern.nnz
         device = self.base_layer.weight.device
         block_size = self.block_size if self.structure == "block" else None
         self.patterns[self.adapter_name] = PatternBuffers(self.weight_shape, block_size, device)
@@ -128,7 +128,7 @@ class AdapterLayer(nn.Module):
         return self.base_layer.weight
 
     @property
-    def base_is_plain(self) -> bool:
+    def has_standard_base(self) -> bool:
         """Whether the base layer is exactly an nn.Linear or nn.Embedding, without hooks and with an ordinary weight."""
         base = self.base_layer
         weight = base.weight
@@ -157,7 +157,7 @@ class AdapterLayer(nn.Module):
         return getattr(self._modules["values"], self.adapter_name)
 
     @property
-    def entries_a_unit(self) -> int:
+    def entries_per_unit(self) -> int:
         """How many entries a unit of S has: a row, a column, a block, or where unstructured an entry."""
         out_features, in_features = self.weight_shape
         return {"unstructured": 1, "row": in_features, "column": out_features, "block": self.block_size**2}[
@@ -202,7 +202,7 @@ class AdapterLayer(nn.Module):
     def clear_pattern(self) -> None:
         """Take the pattern of S away, as before select_masks; the values are zero."""
         self._pattern_buffers.clear()
-        self._reset_values(self.unit_budget * self.entries_a_unit)
+        self._reset_values(self.unit_budget * self.entries_per_unit)
 
     def _reset_values(self, entries: int) -> None:
         values = self.sparse_values

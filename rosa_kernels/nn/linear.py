@@ -61,7 +61,7 @@ class _AdaptedLinear(AdapterLayer):
         if not self.r and pattern is None:
             return base(input)
         dropout: dict[str, Any] = {"dropout_p": self.lora_dropout, "training": self.training}
-        if not self.base_is_plain:
+        if not self.has_standard_base:
             y = base(input)
             lora_A, lora_B = self.low_rank_factors() or (None, None)
             values = None if pattern is None else self.sparse_values
