@@ -198,16 +198,15 @@ STABLE_TORCH_LIBRARY(rosa_kernels_cuda, m) {
   m.def("pack_entries(Tensor(a!) packed_entries, Tensor col, Tensor? permutation, Tensor values) -> ()");
   m.def("shrink(Tensor(a!) H, Tensor x, Tensor A, Tensor? seed, int threshold, float scale, Tensor(b!)? parts) -> ()");
   m.def(
-      "lora_grad(Tensor(a!) out, Tensor z, Tensor H, float scaling, Tensor? seed, int threshold, float scale, "
-      "Tensor(b!)? parts) -> ()");
+      "lora_grad(Tensor(a!) out, Tensor z, Tensor H, float scaling, "
+      "Tensor? seed, int threshold, float scale, Tensor(b!)? parts) -> ()");
   m.def(
-      "epilogue(Tensor(a!) y, bool accumulate, Tensor? H, Tensor? B, float scaling, Tensor? seed, int threshold, "
-      "float scale, Tensor? crow, Tensor? packed_entries, Tensor? x, Tensor? x_transposed, Tensor? row_products, int "
-      "in_features, "
-      "int multiprocessors) -> ()");
+      "epilogue(Tensor(a!) y, bool accumulate, Tensor? H, Tensor? B, float scaling, "
+      "Tensor? seed, int threshold, float scale, Tensor? crow, Tensor? packed_entries, "
+      "Tensor? x, Tensor? x_transposed, Tensor? row_products, int in_features, int multiprocessors) -> ()");
   m.def(
-      "sddmm(Tensor(a!) out, Tensor dy_transposed, Tensor x_transposed, Tensor crow, Tensor col, Tensor(b!)? parts) "
-      "-> ()");
+      "sddmm(Tensor(a!) out, Tensor dy_transposed, Tensor x_transposed, "
+      "Tensor crow, Tensor col, Tensor(b!)? parts) -> ()");
   m.def("gather_entries(Tensor(a!) out, Tensor matrix, Tensor crow, Tensor col) -> ()");
   m.def("densify(Tensor(a!) out, Tensor? weight, Tensor values, Tensor crow, Tensor col) -> ()");
   m.def("build_info() -> str");
