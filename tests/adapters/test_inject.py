@@ -1,59 +1,17 @@
-"""add_adapters: which modules it finds, what it freezes, what it refuses, and taking adapters out again."""
+"""add_adapters: which modules it finds, what it freezes, and what it refuses."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import rosa_kernels as rk
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.query, self.value = nn.Linear(width, width), nn.Linear(width, width)
-        self.ff = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x):
-        x = x + self.query(x).sigmoid() * self.value(x)
-        return x + self.ff(x)
-
-
-class Classifier(nn.Module):
-    def __init__(self, width=16, vocabulary=20, classes=3):
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width, padding_idx=0)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, ids):
-        x = self.embedding(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x.mean(1)))
-
-
-IDS = torch.arange(40).view(4, 10) % 20
-ROSA = rk.RoSAConfig(r=2, density=0.1, mask="random", target_modules=["embedding", "ff.0"])
+from small_classifier import IDS, Classifier, adapted, train
 
 
 def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def adapted(model):
-    return [name for name, module in model.named_modules() if isinstance(module, rk.nn.AdapterLayer)]
-
-
-def train(model, steps=3):
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(IDS), torch.tensor([0, 1, 2, 0])).backward()
-        optimiser.step()
 
 
 ALL = ["blocks.0.query", "blocks.0.value", "blocks.0.ff.0", "blocks.0.ff.2"]
@@ -161,32 +119,6 @@ def test_an_embedding_can_be_row_sparse_beside_lora_on_the_rest():
     }
 
 
-@pytest.mark.parametrize(
-    "kind, fields, error, text",
-    [
-        (rk.LoRAConfig, {"r": 0}, ValueError, "r: expected at least 1"),
-        (rk.RoSAConfig, {"r": -1}, ValueError, "r: expected at least 0"),
-        (rk.LoRAConfig, {"r": "8"}, TypeError, "r: expected an integer"),
-        (rk.LoRAConfig, {"lora_dropout": 1.1}, ValueError, "lora_dropout"),
-        (rk.LoRAConfig, {"rank_pattern": {"a": 0}}, ValueError, "rank_pattern"),
-        (rk.LoRAConfig, {"target_modules": "("}, ValueError, "regular expression"),
-        (rk.LoRAConfig, {"target_modules": []}, ValueError, "at least one"),
-        (rk.LoRAConfig, {"modules_to_save": "head"}, TypeError, "list of names"),
-        (rk.LoRAConfig, {"use_rslora": 1}, TypeError, "use_rslora"),
-        (rk.RoSAConfig, {"density": -0.1}, ValueError, "density"),
-        (rk.RoSAConfig, {"structure": "tile"}, ValueError, "structure"),
-        (rk.RoSAConfig, {"mask": "best"}, ValueError, "mask"),
-        (rk.RoSAConfig, {"mask_scope": "model"}, ValueError, "mask_scope"),
-        (rk.RoSAConfig, {"mask_scope": "global", "structure": "row"}, ValueError, "mask_scope"),
-        (rk.RoSAConfig, {"mask_batches": 0}, ValueError, "mask_batches"),
-        (rk.RoSAConfig, {"block_size": 0}, ValueError, "block_size"),
-    ],
-)
-def test_configs_refuse(kind, fields, error, text):
-    with pytest.raises(error, match=text):
-        kind(**fields)
-
-
 # What cannot be adapted
 
 
@@ -216,13 +148,6 @@ def test_a_bare_layer_is_refused():
         rk.add_adapters(nn.Linear(2, 2), rk.LoRAConfig())
 
 
-@pytest.fixture
-def one_process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_sharded_and_wrapped_models_are_refused(one_process_group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -238,30 +163,6 @@ def test_sharded_and_wrapped_models_are_refused(one_process_group):
     with pytest.raises(ValueError, match="head: base_layer: expected a whole weight, got a DTensor"):
         rk.add_adapters(model, rk.LoRAConfig())
     assert model.blocks[0].query.weight.requires_grad, "a refused model is left as it was"
-
-
-@pytest.mark.parametrize("config", [rk.LoRAConfig(r=2), ROSA], ids=["lora", "rosa"])
-def test_fsdp2_trains_the_same(one_process_group, tmp_path, config):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.manual_seed(0)
-    model = rk.add_adapters(Classifier(), config)
-    if config is ROSA:
-        rk.select_masks(model)
-    sharded = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (1,))
-    for block in sharded.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    train(model, 10), train(sharded, 10)
-    found = {name: parameter.full_tensor() for name, parameter in sharded.named_parameters()}
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(found[name], parameter)
-    with pytest.raises(ValueError, match="sharded over ranks"):
-        rk.save_adapters(sharded, tmp_path / "saved")
-    with pytest.raises(RuntimeError, match="DTensor"):
-        rk.merge_adapters(sharded)
 
 
 # Shared modules and weights
@@ -307,101 +208,3 @@ def test_tied_weights_keep_one_owner_unadapted():
 def test_a_weight_that_trains_whole_elsewhere_is_no_target():
     with pytest.raises(ValueError, match="table shares its weight with modules_to_save"):
         rk.add_adapters(Shared(), rk.LoRAConfig(r=2, target_modules=["table"], modules_to_save=["out"]))
-
-
-# Counting, merging, disabling
-
-
-def test_counts(capsys):
-    model = rk.add_adapters(Classifier(), rk.LoRAConfig(r=2, target_modules=["query"]))
-    base = sum(p.numel() for p in Classifier().parameters())
-    expected = {"trainable": 128, "total": base + 128, "percent": 100 * 128 / (base + 128)}
-    assert rk.trainable_parameters(model) == expected
-    rk.merge_adapters(model)
-    assert rk.trainable_parameters(model) == expected
-    rk.print_trainable_parameters(model)
-    assert f"128 of {base + 128:,}" in capsys.readouterr().out
-
-
-@pytest.fixture(params=[rk.LoRAConfig(r=2), ROSA], ids=["lora", "rosa"])
-def trained(request):
-    model = rk.add_adapters(Classifier(), request.param)
-    if request.param is ROSA:
-        rk.select_masks(model)
-    train(model)
-    return model
-
-
-def test_merging_a_model(backend, trained):
-    y = trained(IDS)
-    state = copy.deepcopy(trained.state_dict())
-    rk.merge_adapters(trained)
-    torch.testing.assert_close(trained(IDS), y)
-    rk.merge_adapters(trained)
-    assert all(torch.equal(value, state[key]) for key, value in trained.state_dict().items())
-    rk.unmerge_adapters(trained)
-    assert torch.equal(trained(IDS), y)
-
-
-def test_merge_and_unload(trained):
-    y = trained(IDS)
-    plain = rk.merge_and_unload(copy.deepcopy(trained))
-    assert not adapted(plain) and set(plain.state_dict()) == set(Classifier().state_dict())
-    torch.testing.assert_close(plain(IDS), y)
-    rk.add_adapters(plain, rk.LoRAConfig(r=2))  # and again
-    with pytest.raises(ValueError, match="no adapters"):
-        rk.merge_adapters(Classifier())
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_disabling(trained, merged):
-    base = Classifier()
-    state = trained.state_dict()
-    base.load_state_dict({key.replace("base_layer.", ""): state[key] for key in state if "default" not in key})
-    if merged:
-        rk.merge_adapters(trained)
-    y = trained(IDS)
-    with pytest.raises(KeyError), rk.disable_adapters(trained):
-        assert torch.equal(trained(IDS), base(IDS))
-        raise KeyError("whatever happens inside")
-    assert torch.equal(trained(IDS), y) and not torch.equal(y, base(IDS))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_blocks_train(trained, reentrant):
-    def gradients(run):
-        trained.zero_grad()
-        x = trained.embedding(IDS)
-        x = x if x.requires_grad else x.detach().requires_grad_()  # enable_input_require_grads
-        for block in trained.blocks:
-            x = run(block, x)
-        x.square().sum().backward()
-        return {name: p.grad.clone() for name, p in trained.blocks.named_parameters() if p.requires_grad}
-
-    expected = gradients(lambda block, x: block(x))
-    found = gradients(lambda block, x: checkpoint(block, x, use_reentrant=reentrant))
-    assert expected and all(torch.equal(found[name], gradient) for name, gradient in expected.items())
-
-
-def test_a_compiled_model_equals_eager(trained):
-    compiled = torch.compile(trained, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(IDS), trained(IDS))
-
-
-def test_adapters_go_into_a_compiled_model():
-    model = Classifier()
-    compiled = torch.compile(model, backend="aot_eager")
-    rk.add_adapters(compiled, rk.LoRAConfig(r=2, target_modules=["blocks.0.query"]))
-    assert adapted(model) == ["blocks.0.query"]
-    with torch.no_grad():
-        model.blocks[0].query.lora_B["default"].normal_()
-    torch.testing.assert_close(compiled(IDS), model(IDS))
-
-
-def test_copies_and_dtypes(trained):
-    y = trained(IDS)
-    duplicate = copy.deepcopy(trained)
-    assert torch.equal(duplicate(IDS), y)
-    duplicate.to(torch.bfloat16)
-    torch.testing.assert_close(duplicate(IDS).float(), y, rtol=0.1, atol=0.1)
-    assert torch.equal(trained(IDS), y)

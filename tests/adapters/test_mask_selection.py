@@ -280,13 +280,6 @@ def test_a_base_without_a_plain_weight_is_refused():
     refused("pattern by hand", model=model, batches=[torch.randn(2, 4)], loss=lambda model, x: model(x).sum())
 
 
-@pytest.fixture
-def one_process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_values_are_not_resized_inside_ddp(one_process_group):
     model = nn.parallel.DistributedDataParallel(make(mask_scope="global"), find_unused_parameters=True)
     refused("choose masks before wrapping", model=model)
