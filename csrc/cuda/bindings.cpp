@@ -174,10 +174,9 @@ void sddmm_op(Tensor out, const Tensor dy_transposed, const Tensor x_transposed,
 }
 
 void gather_entries_op(Tensor out, const Tensor matrix, const Tensor crow, const Tensor col) {
+  STD_TORCH_CHECK(out.scalar_type() == matrix.scalar_type(), "out and the matrix of one dtype");
   run("gather_entries", gather_entries,
-      {matrix.size(0), out.numel(), contiguous_data(out), dtype_of(out), matrix_of(matrix), ints_of(crow),
-       ints_of(col)},
-      out);
+      {matrix.size(0), out.numel(), contiguous_data(out), matrix_of(matrix), ints_of(crow), ints_of(col)}, out);
 }
 
 void densify_op(Tensor out, const OptionalTensor weight, const Tensor values, const Tensor crow, const Tensor col) {

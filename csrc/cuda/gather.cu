@@ -67,9 +67,9 @@ struct GatherEntriesOperands {
 
 // A block gathers 1024 neighbouring entries. It first finds the rows of its first and last entry, between which each
 // thread then searches.
-template <typename T, typename O>
+template <typename T>
 __global__ void __launch_bounds__(GATHER_ENTRIES_THREADS)
-    gather_entries_kernel(O* out, const T* matrix, GatherEntriesOperands p) {
+    gather_entries_kernel(T* out, const T* matrix, GatherEntriesOperands p) {
   constexpr int ENTRIES = GATHER_ENTRIES_THREADS * GATHER_ENTRIES_A_THREAD;
   __shared__ int64_t rows_of_block[2];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * ENTRIES, end = min(first + ENTRIES, p.nnz);
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(GATHER_ENTRIES_THREADS)
     const int64_t e = first + i * GATHER_ENTRIES_THREADS + threadIdx.x;
     if (e >= end) break;
     const int64_t row = first_row + row_of_entry(p.crow + first_row, rows, e);
-    out[e] = rounded<O>(widened(matrix[row * p.stride + p.col[e]]));
+    out[e] = matrix[row * p.stride + p.col[e]];
   }
 }
 
@@ -91,11 +91,8 @@ cudaError_t gather_entries(const GatherEntries& p, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.nnz, GATHER_ENTRIES_THREADS * GATHER_ENTRIES_A_THREAD));
   dispatch_dtype(p.matrix.dtype, [&](auto number) {
     using T = decltype(number);
-    dispatch_dtype(p.out_dtype, [&](auto result) {
-      using O = decltype(result);
-      ROSA_LAUNCH((gather_entries_kernel<T, O>), grid, dim3(GATHER_ENTRIES_THREADS), 0, stream, static_cast<O*>(p.out),
-                  static_cast<const T*>(p.matrix.data), operands);
-    });
+    ROSA_LAUNCH((gather_entries_kernel<T>), grid, dim3(GATHER_ENTRIES_THREADS), 0, stream, static_cast<T*>(p.out),
+                static_cast<const T*>(p.matrix.data), operands);
   });
   return cudaGetLastError();
 }

@@ -145,11 +145,10 @@ struct Sddmm {
 };
 cudaError_t sddmm(const Sddmm&, cudaStream_t);
 
-// out[e] (nnz) = matrix[row of e, col[e]], rounded to out's dtype.
+// out[e] (nnz) = matrix[row of e, col[e]], of the same dtype.
 struct GatherEntries {
   int64_t rows, nnz;
   void* out;
-  Dtype out_dtype;
   Matrix matrix;
   const int32_t* crow;
   const int32_t* col;

@@ -15,8 +15,8 @@ from rosa_kernels.backends.gpu.ops import Ops
 _ops = Ops(GpuBackend(
     heuristics=heuristics, finish_linear=finish_linear, gradients_by_kernels=gradients.gradients_by_kernels,
     H_of_matrix=gradients.H_of_matrix, matrix_of_H=gradients.matrix_of_H,
-    sddmm_kernels={"entries_transposed": gradients.sddmm}, gather_columns=bindings.gather_columns,
-    gather_whole_rows=bindings.gather_whole_rows, gather_entries=gradients.gather_entries, densify=bindings.densify,
+    sddmm_kernels={"entries_transposed": bindings.sddmm}, gather_columns=bindings.gather_columns,
+    gather_whole_rows=bindings.gather_whole_rows, gather_entries=bindings.gather_entries, densify=bindings.densify,
 ))  # fmt: skip
 rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
 spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add

@@ -114,16 +114,16 @@ def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) 
     nnz, padded_tokens = col.shape[0], x.shape[1]
     tiles = cdiv(nnz, SDDMM_BLOCK_ENTRIES)
     splits, _ = hardware.splits_of(padded_tokens, _SDDMM_SPLIT_TOKENS, tiles, x.device, _MOST_SPLITS)
-    out = torch.empty(nnz, dtype=dtype, device=x.device)
+    out = torch.empty(nnz, dtype=dtype if dtype == x.dtype else torch.float32, device=x.device)
     _kernels.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
-    return out
+    return out.to(dtype)
 
 
 def gather_entries(matrix: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of a matrix at a pattern's places, (nnz,)."""
-    out = torch.empty(col.shape, dtype=dtype, device=matrix.device)
+    out = torch.empty(col.shape, dtype=matrix.dtype, device=matrix.device)
     _kernels.gather_entries(out, unit_stride(matrix), crow, col)
-    return out
+    return out.to(dtype)
 
 
 def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:

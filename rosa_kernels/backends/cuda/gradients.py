@@ -1,4 +1,4 @@
-"""dA, dB and dS by kernels, and H as they take it."""
+"""dA and dB by kernels, and H as they take it."""
 
 import torch
 from torch import Tensor
@@ -32,13 +32,3 @@ def gradients_by_kernels(dy, x, lora_A, lora_B, scaling, dropout, need_dx, need_
         bindings.lora_grad(x, dH, dA.T, scaling, dropout)
         dA = dA.to(lora_A.dtype)
     return dA, dB, dH
-
-
-def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
-    """dS (nnz,); the kernel writes x's dtype or fp32."""
-    return bindings.sddmm(dy, x, crow, col, dtype if dtype == x.dtype else torch.float32).to(dtype)
-
-
-def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
-    """(nnz,) the pattern's entries of dW."""
-    return bindings.gather_entries(dW, crow, col, dW.dtype).to(dtype)
