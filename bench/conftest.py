@@ -173,8 +173,8 @@ def race(request, run_and_judge):
     compared with all the others.
     """
 
-    def run(candidates, dtype, *, goal=None, allowance=0.0, seconds=1.5):
-        result = Race(request.node.name.removeprefix("test_"), candidates, goal=goal, allowance=allowance)
+    def run(candidates, dtype, *, allowance=0.0, seconds=1.5):
+        result = Race(request.node.name.removeprefix("test_"), candidates, allowance=allowance)
         run_and_judge(result, "cpu", dtype, seconds=seconds)
         request.config.stash[_CPU_RACES].append(result)
         _fail_if_judged(result, request.config)

@@ -68,7 +68,6 @@ class Race:
 
     name: str
     candidates: dict[str, Callable]
-    goal: float | None = None
     allowance: float = 0.0
     unjudged: Collection[str] = ()
     timer: Timer = field(default_factory=WallClock)
@@ -160,7 +159,6 @@ class Race:
         """What the --benchmark-json file holds of the race."""
         return {
             "ratio": self.ratio(),
-            "goal": self.goal,
             "verdict": self.verdict,
             "seconds": {
                 name: {
@@ -175,7 +173,7 @@ class Race:
 
 def table(races: list[Race]) -> str:
     """One line a race: the yardstick's time, every candidate's time over it, and ours over the best of the others."""
-    rows = [("race", "yardstick", "ours", "goal", "the others", "ours / best other", "verdict")]
+    rows = [("race", "yardstick", "ours", "the others", "ours / best other", "verdict")]
     for race in races:
         unit = race.lower_quartile(race.yardstick())
         others = "  ".join(
@@ -187,7 +185,6 @@ def table(races: list[Race]) -> str:
                 race.name,
                 f"{race.yardstick()} {_duration(unit)}",
                 f"{race.lower_quartile(_OURS) / unit:.2f}",
-                "" if race.goal is None else f"{race.goal:.2f}",
                 others,
                 f"{race.lower_quartile(_OURS) / race.lower_quartile(race.best_other()):.2f}",
                 race.verdict,

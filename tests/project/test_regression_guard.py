@@ -153,9 +153,9 @@ def test_an_earlier_json_file_is_read_back_by_the_names_of_its_tests(tmp_path):
 
 def test_the_table_has_every_ratio():
     race = made_up(ours=[1.5e-3] * 4, frozen=[1e-3] * 4, csr=[4e-3] * 4, dense=[3e-3] * 4)
-    race.goal, race.verdict = 1.1, race.judge()
+    race.verdict = race.judge()
     (line,) = table([race]).splitlines()[1:]
-    for text in ("made up", "frozen 1.0 ms", "1.50", "1.10", "csr 4.00", "dense 3.00", "0.50", "ok"):
+    for text in ("made up", "frozen 1.0 ms", "1.50", "csr 4.00", "dense 3.00", "0.50", "ok"):
         assert text in line
 
 
