@@ -106,7 +106,7 @@ def test_copies_and_dtypes(trained):
 
 
 @pytest.mark.parametrize("config", [rk.LoRAConfig(r=2), ROSA], ids=["lora", "rosa"])
-def test_fsdp2_trains_the_same(one_process_group, tmp_path, config):
+def test_fsdp2_trains_the_same(backend, one_process_group, tmp_path, config):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
