@@ -12,6 +12,7 @@ from torch import nn
 
 import rosa_kernels as rk
 from rosa_kernels.adapters import safetensors_io
+from small_layers import randomise
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 WIDTH = 32
@@ -61,11 +62,7 @@ def adapted(name="rosa", select=True, model=None):
     model = rk.add_adapters(model or base(), CONFIGS[name])
     if select and isinstance(CONFIGS[name], rk.RoSAConfig):
         rk.select_masks(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    return model.eval()
+    return randomise(model).eval()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -135,10 +132,7 @@ def test_resuming_fills_the_same_parameters(tmp_path):
     rk.save_adapters(model, tmp_path)
     other = adapted()
     held = dict(other.named_parameters())
-    with torch.no_grad():
-        for parameter in other.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
+    randomise(other)
     rk.load_adapters(other, tmp_path)
     assert torch.equal(other(IDS), model(IDS))
     assert all(parameter is held[name] for name, parameter in other.named_parameters())

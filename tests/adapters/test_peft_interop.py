@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import rosa_kernels as rk
+from small_layers import randomise
 
 peft = pytest.importorskip("peft", reason="needs the package peft")
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
@@ -60,15 +61,6 @@ CASES = {
 }
 
 
-def randomise(model):
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
-    return model
-
-
 def logits(model):
     return model(input_ids=IDS).logits
 
@@ -91,7 +83,7 @@ def case(request, tmp_path):
     """(model with PEFT's adapter, the folder it was saved to, a fresh base model)."""
     make, fields = CASES[request.param]
     theirs = peft.get_peft_model(make(), peft.LoraConfig(**({"r": 4, "lora_alpha": 6} | fields)))
-    randomise(theirs).eval().save_pretrained(tmp_path)
+    randomise(theirs, std=0.2).eval().save_pretrained(tmp_path)
     return theirs, tmp_path, make().eval()
 
 
@@ -135,7 +127,7 @@ def test_our_own_adapter_goes_to_peft_and_back(tmp_path):
         rank_pattern={"layer.1.*query": 6},
         alpha_pattern={"classifier": 2},
     )
-    ours = randomise(rk.add_adapters(bert(), config)).eval()
+    ours = randomise(rk.add_adapters(bert(), config), std=0.2).eval()
     rk.to_peft(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-5)
@@ -159,7 +151,9 @@ def test_training_agrees_with_peft(case):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_transformers(reentrant):
-    model = randomise(rk.add_adapters(llama(), rk.LoRAConfig(r=2, target_modules=["q_proj", "down_proj"]))).train()
+    model = randomise(
+        rk.add_adapters(llama(), rk.LoRAConfig(r=2, target_modules=["q_proj", "down_proj"])), std=0.2
+    ).train()
     expected = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()

@@ -32,13 +32,13 @@ def make_base(dtype=torch.float32, bias=True):
     return nn.Linear(IN, OUT, bias=bias, dtype=dtype)
 
 
-def randomise(layer):
-    """Give every adapter entry a value that training might have given it."""
+def randomise(model, std=0.1):
+    """Give every adapter entry, and whatever else trains, a value that training might have given it."""
     with torch.no_grad():
-        for parameter in layer.parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    return layer
+                parameter.normal_(std=std)
+    return model
 
 
 def trained_layer(kind="rosa", dtype=torch.float32, bias=True):
