@@ -260,22 +260,8 @@ def test_help_names_every_option_with_its_meaning(capsys, monkeypatch):
         run_script(train_classifier.__file__, "--help")
     shown = capsys.readouterr().out
     assert not stopped.value.code
-    for option in [
-        "adapter",
-        "train",
-        "test",
-        "base-train",
-        "classes",
-        "epochs",
-        "batch-size",
-        "lr",
-        "r",
-        "density",
-        "seed",
-        "dtype",
-        "backend",
-        "out",
-    ]:
+    options = "adapter train test base-train classes epochs batch-size lr r density seed dtype backend out"
+    for option in options.split():
         assert f"--{option} " in shown
     for name in (*ADAPTERS, *PRESETS):
         assert f"\n  {name} " in shown

@@ -5,15 +5,13 @@ The interpreter moves each element by a memcpy, and the sanitizer's library chec
 wrong by one show here even where the value read is thrown away.
 """
 
-import functools
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+import cuda_emulation
 from child_runs import count_passed
 from paths import REPOSITORY, TESTS
 
@@ -28,26 +26,13 @@ EVERY = 12
 """Takes every 12th test of the interpreted run's list, so some of each kind, in a minute."""
 
 
-@functools.cache
-def sanitizer_library() -> Path | None:
-    """libasan.so of the gcc at hand."""
-    if shutil.which("gcc") is None:
-        return None
-    named = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    library = Path(named.stdout.strip())
-    return library if library.is_absolute() else None  # gcc repeats the bare name of a file that it does not have
-
-
-needs_sanitizer = pytest.mark.skipif(sanitizer_library() is None, reason="no gcc with AddressSanitizer's libasan.so")
+UNAVAILABLE = cuda_emulation.unavailable_reason("address")
+needs_sanitizer = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
 
 
 def sanitized() -> dict[str, str]:
     """The environment of such a run."""
-    return {
-        "TRITON_INTERPRET": "1",
-        "LD_PRELOAD": str(sanitizer_library()),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has until it ends
-    }
+    return {"TRITON_INTERPRET": "1", **cuda_emulation.environment("address")}
 
 
 def run_kernel(access: str) -> subprocess.CompletedProcess:
