@@ -40,7 +40,7 @@ def main() -> None:
     if cuda.unavailable_reason() is None:
         print(f"  cuda kernels: {cuda.build_info()}")
     if direct_call.missing_names:
-        names = ", ".join(f"torch._C.{name}" for name in direct_call.missing_names)
+        names = ", ".join(f"torch.{name}" for name in direct_call.missing_names)
         print(f"  every call goes through PyTorch's dispatcher, 10 us more: this PyTorch has no {names}")
     print('\nwith backend "auto"')
     print(service_table())

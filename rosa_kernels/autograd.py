@@ -174,7 +174,7 @@ def _formula(name: str) -> Callable:
     return call
 
 
-def _have_a_tangent(args) -> bool:
+def _have_a_tangent(args):
     return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
 
 

@@ -1,6 +1,6 @@
 """Whether a call may go straight to its backend, past PyTorch's dispatcher, which takes 10 us.
 
-The answer needs names of torch._C that PyTorch does not promise to keep. Where one is gone, every call goes through the
+The answer needs names that PyTorch does not promise to keep. Where one is gone, every call goes through the
 dispatcher: the results are the same, only later, and ``python -m rosa_kernels`` says which name is missing.
 """
 
@@ -12,21 +12,22 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 PRIVATE_NAMES = (
-    "DispatchKey.BackendSelect",
-    "DispatchKey.ADInplaceOrView",
-    "DispatchKeySet.add",
-    "DispatchKeySet.raw_repr",
-    "_dispatch_tls_local_include_set",
-    "_len_torch_function_stack",
-    "_is_any_autocast_enabled",
-    "_autograd._profiler_enabled",
+    "_C.DispatchKey.BackendSelect",
+    "_C.DispatchKey.ADInplaceOrView",
+    "_C.DispatchKeySet.add",
+    "_C.DispatchKeySet.raw_repr",
+    "_C._dispatch_tls_local_include_set",
+    "_C._len_torch_function_stack",
+    "_C._is_any_autocast_enabled",
+    "_C._autograd._profiler_enabled",
+    "autograd.forward_ad._current_level",
 )
-"""What this file takes from torch._C."""
+"""What this file takes from torch."""
 
 
 def _exists(name: str) -> bool:
     try:
-        operator.attrgetter(name)(torch._C)
+        operator.attrgetter(name)(torch)
     except AttributeError:
         return False
     return True
@@ -77,5 +78,5 @@ else:
             or _len_torch_function_stack() > 0
             or _is_any_autocast_enabled()
             or _profiler_enabled()
-            or in_forward_mode()
+            or forward_ad._current_level >= 0
         )

@@ -105,10 +105,8 @@ def spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
     if type(x) is not Tensor and x.is_nested:
         return _jagged_spmm(x, values, pattern)
     checks.check_spmm(x, values, pattern)
-    wants_grad = _wants_grad(x, values)
-    by_columns = pattern.transpose() if wants_grad else ()
     args = (x, values, pattern.crow_indices, pattern.col_indices, pattern.structure)
-    return _call("spmm", SpMMFunction, args, wants_grad, by_columns)
+    return _call("spmm", SpMMFunction, args, _wants_grad(x, values), pattern)
 
 
 def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
@@ -132,10 +130,8 @@ def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
     checks.check_type("x", x, Tensor)
     checks.check_type("pattern", pattern, CSRPattern)
     checks.check_sddmm(dy, x, pattern)
-    wants_grad = _wants_grad(dy, x)
-    by_columns = pattern.transpose() if wants_grad else ()
     args = (dy, x, pattern.crow_indices, pattern.col_indices, pattern.structure)
-    return _call("sddmm", SDDMMFunction, args, wants_grad, by_columns)
+    return _call("sddmm", SDDMMFunction, args, _wants_grad(dy, x), pattern)
 
 
 def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
@@ -170,7 +166,11 @@ def _rosa_linear(
     if isinstance(pattern, CSRPattern):
         crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
     through_dispatcher = direct_call.needs_dispatcher((x, weight, bias, lora_A, lora_B, values, crow, col))
-    if through_dispatcher or not checks.linear_fits(x, weight, bias, lora_A, lora_B, values, pattern):
+    try:
+        fits = not through_dispatcher and checks.linear_fits(x, weight, bias, lora_A, lora_B, values, pattern)
+    except RuntimeError:  # nested tensors of layout torch.strided tell nobody their shape
+        fits = False
+    if not fits:
         checks.check_linear_types(x, weight, bias, lora_A, lora_B, values, pattern)
         if x.is_nested or _must_leave_autocast(x):
             return _in_plain_calls(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
@@ -184,7 +184,7 @@ def _rosa_linear(
     scaling, dropout_p = float(scaling), float(dropout_p)
     wants_grad = _wants_grad(x, weight, bias, lora_A, lora_B, values)
     if wants_grad or through_dispatcher:
-        by_columns = (None, None, None) if pattern is None or not wants_grad else pattern.transpose()
+        by_columns = (None, None, None) if pattern is None else pattern.transpose()
         args = (x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, *by_columns)
         if through_dispatcher:
             return torch.ops.rosa_kernels.rosa_linear(*args)
@@ -214,13 +214,17 @@ def _in_plain_calls(
 
 
 def _call(
-    name: str, function: type[Function], args: tuple, wants_grad: bool, by_columns: tuple[Tensor, ...] = ()
+    name: str, function: type[Function], args: tuple, wants_grad: bool, by_columns_of: CSRPattern | None = None
 ) -> Tensor:
     """An op by way of PyTorch's dispatcher where something looks for it, else past it."""
-    if direct_call.needs_dispatcher(args):
-        return getattr(torch.ops.rosa_kernels, name)(*args, *by_columns)
-    backend = dispatch.backend_for(args[0])
-    return function.apply(backend, *args, *by_columns) if wants_grad else getattr(backend, name)(*args)
+    through_dispatcher = direct_call.needs_dispatcher(args)
+    if not wants_grad and not through_dispatcher:
+        return getattr(dispatch.backend_for(args[0]), name)(*args)
+    if by_columns_of is not None:
+        args += by_columns_of.transpose()
+    if through_dispatcher:
+        return getattr(torch.ops.rosa_kernels, name)(*args)
+    return function.apply(dispatch.backend_for(args[0]), *args)
 
 
 def _jagged_spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:

@@ -18,6 +18,7 @@ from rosa_kernels.pattern import STRUCTURE_NUMBERS, UNSTRUCTURED, CSRPattern, ha
 def rosa_linear(
     x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol, row, permutation
 ):
+    checks.check_type("x", x, Tensor)
     pattern = _optional_pattern(x, crow, col, structure, ccol, row, permutation)
     if not checks.linear_fits(x, weight, bias, lora_A, lora_B, values, pattern):
         checks.check_linear_types(x, weight, bias, lora_A, lora_B, values, pattern)
@@ -29,6 +30,7 @@ def rosa_linear(
 def rosa_linear_backward(
     dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
 ):
+    checks.check_type("dy", dy, Tensor)
     rosa_linear(
         x, weight, None, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol, row, permutation
     )
@@ -41,14 +43,20 @@ def rosa_linear_backward(
 
 
 def spmm(x, values, crow, col, structure, ccol, row, permutation):
+    checks.check_type("x", x, Tensor)
+    checks.check_type("values", values, Tensor)
     checks.check_spmm(x, values, _pattern(x, crow, col, structure, ccol, row, permutation))
 
 
 def sddmm(dy, x, crow, col, structure, ccol, row, permutation):
+    checks.check_type("dy", dy, Tensor)
+    checks.check_type("x", x, Tensor)
     checks.check_sddmm(dy, x, _pattern(x, crow, col, structure, ccol, row, permutation))
 
 
 def csr_add(weight, values, crow, col):
+    checks.check_type("weight", weight, Tensor)
+    checks.check_type("values", values, Tensor)
     checks.check_csr_add(weight, values, _pattern(weight, crow, col, UNSTRUCTURED, None, None, None))
 
 
@@ -74,7 +82,7 @@ def _pattern(x, crow, col, structure, ccol, row, permutation):
     return CSRPattern._trusted(crow, col, (crow.shape[0] - 1, x.shape[-1]), structure, None)
 
 
-def _check_tensors(tensors, device: torch.device) -> None:
+def _check_tensors(tensors, device):
     for name, tensor in zip(("crow", "col", "ccol", "row", "permutation"), tensors):
         fits = (
             tensor is not None
@@ -90,7 +98,7 @@ def _check_tensors(tensors, device: torch.device) -> None:
         raise ValueError("crow: expected out_features + 1 indices, got none")
 
 
-def _check_indices(tensors, in_features: int, structure: int) -> None:
+def _check_indices(tensors, in_features, structure):
     """Raises ValueError unless crow and col are a pattern of this structure, and the others the same by columns."""
     crow, col, *by_columns = tensors
     pattern = CSRPattern(crow, col, (crow.shape[0] - 1, in_features))
@@ -113,7 +121,7 @@ class _Known(NamedTuple):
 _known = WeakTensorKeyDictionary()  # crow: _Known
 
 
-def _are_known(tensors, in_features: int, structure: int) -> bool:
+def _are_known(tensors, in_features, structure):
     if tensors[0] is None:
         return False
     known = _known.get(tensors[0])
@@ -127,7 +135,7 @@ def _are_known(tensors, in_features: int, structure: int) -> bool:
     )
 
 
-def _remember(tensors, in_features: int, structure: int) -> None:
+def _remember(tensors, in_features, structure):
     if any(tensor.is_inference() for tensor in tensors):  # nothing counts the writes to these
         return
     others = tuple(map(weakref.ref, tensors[1:]))

@@ -32,7 +32,6 @@ _SCHEMAS = {
     "sddmm": f"(Tensor dy, Tensor x, Tensor crow, Tensor col, int structure, {_BY_COLUMNS}) -> Tensor",
     "csr_add": "(Tensor weight, Tensor values, Tensor crow, Tensor col) -> Tensor",
 }
-OP_NAMES: tuple[str, ...] = tuple(_SCHEMAS)
 _ARGUMENTS = {name: schema.count(",") + 1 for name, schema in _SCHEMAS.items()}
 
 library = torch.library.Library("rosa_kernels", "DEF")

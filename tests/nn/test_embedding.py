@@ -110,6 +110,29 @@ def test_the_padding_row_gets_no_adapter_and_no_gradient():
         layer.place_pattern(rk.CSRPattern.from_rows(torch.tensor([0, 1]), (VOCABULARY, DIM)))
 
 
+@pytest.mark.parametrize("r", [0, 2])
+@pytest.mark.parametrize("times", [1, 20], ids=["few", "many"])
+def test_gradients_at_the_padding_row_are_those_of_the_formula(times, r):
+    """A factor there may be another than 0: it takes part in the output, and gets no gradient itself, as in PEFT."""
+    torch.manual_seed(0)
+    layer = make_layer(r)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    ids = IDS.repeat(times, 1)
+    S = torch.zeros(VOCABULARY, DIM).index_put((ROWS,), layer.sparse_values.view(-1, DIM))
+    plain = layer.base_layer(ids) + F.embedding(ids, S, PADDING)
+    if r:
+        A, B = layer.low_rank_factors()
+        plain = plain + layer.scaling * F.embedding(ids, A.T, PADDING) @ B.T
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    torch.testing.assert_close(layer(ids), plain)
+    got, right = (torch.autograd.grad(y.square().sum(), trainable) for y in (layer(ids), plain))
+    for a, b in zip(got, right, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging(dtype):
     layer = randomise(make_layer(dtype=dtype))
