@@ -21,7 +21,7 @@ def linear_fits(x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, values
 
     This is the common kind of call, and check_linear takes 10 us on a cold cache.
     """
-    return (
+    return bool(
         type(x) in _TENSORS
         and type(weight) in _TENSORS
         and type(lora_A) in _TENSORS
@@ -35,7 +35,7 @@ def linear_fits(x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, values
         and lora_B.dtype in FLOATING
         and x.layout is torch.strided
         and len(shape := weight.shape) == 2
-        and len(shape_x := x.shape) > 0
+        and (shape_x := x.shape)
         and shape_x[-1] == shape[1]
         and len(shape_A := lora_A.shape) == 2
         and shape_A[0] > 0
@@ -95,11 +95,19 @@ def check_linear(
 
 
 def check_spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> None:
+    """Raises ValueError or TypeError where the arguments of spmm do not fit each other."""
+    check_type("x", x, Tensor)
+    check_type("values", values, Tensor)
+    check_type("pattern", pattern, CSRPattern)
     _check_features("x", x, pattern.shape[1])
     _check_values(values, pattern, x.device)
 
 
 def check_sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> None:
+    """Raises ValueError or TypeError where the arguments of sddmm do not fit each other."""
+    check_type("dy", dy, Tensor)
+    check_type("x", x, Tensor)
+    check_type("pattern", pattern, CSRPattern)
     _check_features("x", x, pattern.shape[1])
     _check_device("pattern", pattern.device, x.device)
     check_output_gradient(dy, x, pattern.shape[0])
@@ -113,6 +121,10 @@ def check_output_gradient(dy: Tensor, x: Tensor, out_features: int) -> None:
 
 
 def check_csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> None:
+    """Raises ValueError or TypeError where the arguments of csr_add do not fit each other."""
+    check_type("weight", weight, Tensor)
+    check_type("values", values, Tensor)
+    check_type("pattern", pattern, CSRPattern)
     _check_floating("weight", weight)
     if tuple(weight.shape) != pattern.shape:
         raise ValueError(f"weight: expected shape {pattern.shape} as the pattern, got {tuple(weight.shape)}")

@@ -99,10 +99,7 @@ def spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         TypeError: an argument has the wrong Python type.
     """
-    checks.check_type("x", x, Tensor)
-    checks.check_type("values", values, Tensor)
-    checks.check_type("pattern", pattern, CSRPattern)
-    if type(x) is not Tensor and x.is_nested:
+    if type(x) is not Tensor and getattr(x, "is_nested", False):
         return _jagged_spmm(x, values, pattern)
     checks.check_spmm(x, values, pattern)
     args = (x, values, pattern.crow_indices, pattern.col_indices, pattern.structure)
@@ -126,9 +123,6 @@ def sddmm(dy: Tensor, x: Tensor, pattern: CSRPattern) -> Tensor:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         TypeError: an argument has the wrong Python type.
     """
-    checks.check_type("dy", dy, Tensor)
-    checks.check_type("x", x, Tensor)
-    checks.check_type("pattern", pattern, CSRPattern)
     checks.check_sddmm(dy, x, pattern)
     args = (dy, x, pattern.crow_indices, pattern.col_indices, pattern.structure)
     return _call("sddmm", SDDMMFunction, args, _wants_grad(dy, x), pattern)
@@ -149,9 +143,6 @@ def csr_add(weight: Tensor, values: Tensor, pattern: CSRPattern) -> Tensor:
         ValueError: a shape, dtype or device does not fit; the message names the argument.
         TypeError: an argument has the wrong Python type.
     """
-    checks.check_type("weight", weight, Tensor)
-    checks.check_type("values", values, Tensor)
-    checks.check_type("pattern", pattern, CSRPattern)
     checks.check_csr_add(weight, values, pattern)
     args = (weight, values, pattern.crow_indices, pattern.col_indices)
     return _call("csr_add", CSRAddFunction, args, _wants_grad(weight, values))
