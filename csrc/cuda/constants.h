@@ -5,6 +5,9 @@
 
 namespace rosa {
 
+// Tokens, features and entries of S are counted in int32, and the end of the last tile must not wrap: 2^31 - 2^20.
+constexpr int MOST_LENGTH = 2146435072;
+
 // H has a multiple of so many columns. Those beyond r are zeros.
 constexpr int RANK_STEP = 16;
 

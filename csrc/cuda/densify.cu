@@ -123,7 +123,7 @@ cudaError_t densify(const Densify& s, cudaStream_t stream) {
   dispatch_dtype(s.out.dtype, [&](auto number) {
     using T = decltype(number);
     const DensifyOperands operands = operands_of<T>(s);
-    const dim3 grid(ceil_div(s.rows, operands.tile_rows) * ceil_div(s.columns, operands.tile_columns));
+    const dim3 grid = grid_of(ceil_div(s.rows, operands.tile_rows) * ceil_div(s.columns, operands.tile_columns));
     dispatch_dtype(s.values_dtype, [&](auto value) {
       using V = decltype(value);
       ROSA_LAUNCH((densify_kernel<T, V>), grid, dim3(DENSIFY_THREADS), 0, stream, static_cast<T*>(s.out.data),

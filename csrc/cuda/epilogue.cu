@@ -82,7 +82,7 @@ cudaError_t launch_epilogue(const Epilogue& e, cudaStream_t stream) {
   EpilogueOperands operands = operands_of(e);
   operands.row_by_row = e.packed_entries && each < WARPS / 2;
   const Matrix& x = GATHER == Gather::global ? e.x_transposed : e.x;
-  ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), dim3(tiles, ceil_div(groups, each)), dim3(WARPS * WARP), shared,
+  ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), grid_of(tiles, ceil_div(groups, each)), dim3(WARPS * WARP), shared,
               stream, static_cast<T*>(e.y.data), static_cast<const B_t*>(e.H), static_cast<const B_t*>(e.B),
               static_cast<const T*>(x.data), operands, static_cast<int>(each * EPILOGUE_FEATURES));
   return cudaGetLastError();

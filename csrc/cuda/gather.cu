@@ -46,7 +46,7 @@ cudaError_t gather_columns(const GatherColumns& g, cudaStream_t stream) {
   if (g.tokens == 0 || g.count == 0) return cudaSuccess;
   const GatherColumnsOperands operands{g.tokens, g.count, g.out.stride, g.x.stride,
                                        g.col,    g.crow,  g.rows,       g.row_length};
-  const dim3 grid(ceil_div(g.count, GATHER_COLUMNS) * ceil_div(g.tokens, GATHER_WARPS * GATHER_TOKENS));
+  const dim3 grid = grid_of(ceil_div(g.count, GATHER_COLUMNS) * ceil_div(g.tokens, GATHER_WARPS * GATHER_TOKENS));
   dispatch_dtype(g.x.dtype, [&](auto number) {
     using T = decltype(number);
     ROSA_LAUNCH(gather_columns_kernel<T>, grid, dim3(GATHER_WARPS * WARP), 0, stream, static_cast<T*>(g.out.data),
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(GATHER_ENTRIES_THREADS)
 cudaError_t gather_entries(const GatherEntries& p, cudaStream_t stream) {
   if (p.nnz == 0) return cudaSuccess;
   const GatherEntriesOperands operands{p.rows, p.nnz, p.matrix.stride, p.crow, p.col};
-  const dim3 grid(ceil_div(p.nnz, GATHER_ENTRIES_THREADS * GATHER_ENTRIES_A_THREAD));
+  const dim3 grid = grid_of(ceil_div(p.nnz, GATHER_ENTRIES_THREADS * GATHER_ENTRIES_A_THREAD));
   dispatch_dtype(p.matrix.dtype, [&](auto number) {
     using T = decltype(number);
     ROSA_LAUNCH((gather_entries_kernel<T>), grid, dim3(GATHER_ENTRIES_THREADS), 0, stream, static_cast<T*>(p.out),

@@ -27,6 +27,12 @@ struct Matrix {
   Dtype dtype = Dtype::float32;
 };
 
+// Whether every row begins at a multiple of 16 bytes, so that one access may read or write 16 bytes of it.
+inline bool is_aligned(const Matrix& m) {
+  const int64_t size = m.dtype == Dtype::float32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * size % 16 == 0;
+}
+
 // Dropout by Philox, as rosa_kernels/dropout.py says. The seed lies on the device; where it is null nothing is dropped.
 struct Dropout {
   const int64_t* seed = nullptr;

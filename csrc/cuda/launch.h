@@ -1,5 +1,7 @@
 // What the functions that launch kernels share.
 #pragma once
+#include <algorithm>
+
 #include "cuda/kernels.h"
 #include "cuda/platform.h"
 
@@ -20,10 +22,10 @@ auto dispatch_dtype(Dtype dtype, F f) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Whether every row begins at a multiple of 16 bytes, so that one access may read or write 16 bytes of it.
-inline bool is_aligned(const Matrix& m) {
-  const int64_t size = m.dtype == Dtype::float32 ? 4 : 2;
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * size % 16 == 0;
+// A grid of so many blocks. CUDA refuses one that is too large; a number cut to 32 bits might pass for a smaller one.
+inline dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+  const auto saturated = [](int64_t n) { return static_cast<unsigned>(std::min<int64_t>(n, UINT32_MAX)); };
+  return dim3(saturated(x), saturated(y), saturated(z));
 }
 
 }  // namespace rosa

@@ -173,7 +173,7 @@ cudaError_t launch_lora_grad(const LoraGrad& o, cudaStream_t stream) {
   const SumOutput out{o.out, o.H_dtype, o.stride_f, o.stride_k, o.r, o.scaling * o.dropout.scale};
   const LoraGradOperands operands{o.tokens, o.features, R, o.z.stride, is_aligned(o.z), o.dropout};
   float* parts = o.splits > 1 ? o.parts : nullptr;
-  const dim3 grid(ceil_div(o.features, LORA_GRAD_FEATURES), ceil_div(R, RANK_STEP * RANK_TILES), o.splits);
+  const dim3 grid = grid_of(ceil_div(o.features, LORA_GRAD_FEATURES), ceil_div(R, RANK_STEP * RANK_TILES), o.splits);
   ROSA_LAUNCH((lora_grad_kernel<T, H_t, RANK_TILES>), grid, dim3(LORA_GRAD_WARPS * WARP), 0, stream, out, parts,
               static_cast<const T*>(o.z.data), static_cast<const H_t*>(o.H), operands);
   const cudaError_t error = cudaGetLastError();

@@ -20,7 +20,7 @@ cudaError_t pack_entries(const PackEntries& p, cudaStream_t stream) {
   if (p.nnz == 0) return cudaSuccess;
   dispatch_dtype(p.values_dtype, [&](auto number) {
     using V = decltype(number);
-    ROSA_LAUNCH(pack_entries_kernel<V>, dim3(ceil_div(p.nnz, PACK_THREADS)), dim3(PACK_THREADS), 0, stream, p.packed,
+    ROSA_LAUNCH(pack_entries_kernel<V>, grid_of(ceil_div(p.nnz, PACK_THREADS)), dim3(PACK_THREADS), 0, stream, p.packed,
                 p.col, p.permutation, static_cast<const V*>(p.values), p.nnz);
   });
   return cudaGetLastError();

@@ -105,7 +105,7 @@ template <typename T, typename O>
 void launch_sddmm(O* out, const Sddmm& s, cudaStream_t stream) {
   const int64_t tokens = ceil_div(ceil_div(s.padded_tokens, s.splits), SDDMM_STEP<T>) * SDDMM_STEP<T>;
   const SddmmOperands operands{s.padded_tokens, s.out_features, s.nnz, tokens, s.dy.stride, s.x.stride, s.crow, s.col};
-  const dim3 grid(ceil_div(s.nnz, SDDMM_BLOCK_ENTRIES), s.splits);
+  const dim3 grid = grid_of(ceil_div(s.nnz, SDDMM_BLOCK_ENTRIES), s.splits);
   ROSA_LAUNCH((sddmm_kernel<T, O>), grid, dim3(SDDMM_WARPS * WARP), 0, stream, out, static_cast<const T*>(s.dy.data),
               static_cast<const T*>(s.x.data), operands);
 }

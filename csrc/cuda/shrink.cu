@@ -168,7 +168,7 @@ cudaError_t launch_shrink(const Shrink& s, cudaStream_t stream) {
   const ShrinkOperands operands{s.tokens,        s.features,      s.r,      s.x.stride, s.A.stride,
                                 is_aligned(s.x), is_aligned(s.A), s.dropout};
   float* parts = s.splits > 1 ? s.parts : nullptr;
-  const dim3 grid(ceil_div(s.tokens, SHRINK_TOKENS), ceil_div(R, 8 * RANK_TILES), s.splits);
+  const dim3 grid = grid_of(ceil_div(s.tokens, SHRINK_TOKENS), ceil_div(R, 8 * RANK_TILES), s.splits);
   ROSA_LAUNCH((shrink_kernel<T, A_t, RANK_TILES>), grid, dim3(SHRINK_WARPS * WARP), 0, stream, out, parts,
               static_cast<const T*>(s.x.data), static_cast<const A_t*>(s.A.data), operands, R);
   const cudaError_t error = cudaGetLastError();

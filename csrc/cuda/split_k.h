@@ -30,7 +30,7 @@ __global__ void add_parts_kernel(SumOutput out, const float* parts, int64_t rows
 inline cudaError_t add_parts(const SumOutput& out, const float* parts, int64_t rows, int64_t width, int splits,
                              cudaStream_t stream) {
   constexpr int THREADS = 256;
-  const dim3 grid(ceil_div(rows * width, THREADS));
+  const dim3 grid = grid_of(ceil_div(rows * width, THREADS));
   dispatch_dtype(out.dtype, [&](auto number) {
     using T = decltype(number);
     ROSA_LAUNCH(add_parts_kernel<T>, grid, dim3(THREADS), 0, stream, out, parts, rows, width, splits);

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(TRANSPOSE_THREADS) transpose_kernel(T* out, co
 cudaError_t transpose(const Transpose& c, cudaStream_t stream) {
   if (c.features == 0 || c.padded_tokens == 0) return cudaSuccess;
   const TransposeOperands operands{c.tokens, c.features, c.out.stride, c.x.stride, is_aligned(c.out), is_aligned(c.x)};
-  const dim3 grid(c.padded_tokens / TRANSPOSE_TILE * ceil_div(c.features, TRANSPOSE_TILE));
+  const dim3 grid = grid_of(c.padded_tokens / TRANSPOSE_TILE * ceil_div(c.features, TRANSPOSE_TILE));
   dispatch_dtype(c.x.dtype, [&](auto number) {
     using T = decltype(number);
     ROSA_LAUNCH(transpose_kernel<T>, grid, dim3(TRANSPOSE_THREADS), 0, stream, static_cast<T*>(c.out.data),

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -328,20 +329,31 @@ inline void run_block(Block& block) {
   throw std::runtime_error(std::exchange(failure, ""));
 }
 
+// All of a grid's blocks; under ROSA_EMULATION_BLOCKS=last only the one that is the last along each axis, so that tests
+// reach the end of a grid of billions.
+inline std::vector<uint64_t> blocks_to_run(const Index& grid) {
+  const uint64_t count = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  const char* wanted = std::getenv("ROSA_EMULATION_BLOCKS");
+  if (wanted && std::strcmp(wanted, "last") == 0) return {count - 1};
+  std::vector<uint64_t> blocks(count);
+  std::iota(blocks.begin(), blocks.end(), 0);
+  if (backwards) std::reverse(blocks.begin(), blocks.end());
+  return blocks;
+}
+
 inline void run_blocks(Block& block) {
   const char* order = std::getenv("ROSA_EMULATION_ORDER");
   backwards = order && std::strcmp(order, "reversed") == 0;
-  const uint64_t blocks = static_cast<uint64_t>(block.grid.x) * block.grid.y * block.grid.z;
 #ifdef EMULATION_FILLS_STATIC_SHARED
   const Range arrays = static_shared();
 #endif
-  for (uint64_t i = 0; i < blocks; ++i) {
+  for (const uint64_t i : blocks_to_run(block.grid)) {
 #ifdef EMULATION_FILLS_STATIC_SHARED
     Thread* const kept = current;
     std::memset(arrays.begin, 0xff, arrays.size);
     current = kept;
 #endif
-    prepare(block, backwards ? blocks - 1 - i : i);
+    prepare(block, i);
     run_block(block);
   }
 }

@@ -21,6 +21,8 @@ OPS = (
     "ops/test_dispatch.py",
     "cuda/test_algorithms.py",
 )
+CALLS = ("cuda/test_large_sizes.py", "cuda/test_refusals.py")
+"""Of single kernels, in a second."""
 
 
 def needs(variant):
@@ -41,6 +43,11 @@ def test_the_kernels_pass_the_ops_tests(exhaustive):
     run("plain", OPS, every, fewest)
 
 
+@needs("plain")
+def test_they_reach_large_sizes_and_refuse_what_does_not_fit():
+    run("plain", CALLS, every=1, fewest=350)
+
+
 @pytest.mark.exhaustive
 @needs("plain")
 def test_they_do_so_whatever_order_threads_and_blocks_take():
@@ -51,6 +58,7 @@ def test_they_do_so_whatever_order_threads_and_blocks_take():
 @needs("address")
 def test_no_access_is_out_of_bounds_or_misaligned():
     run("address", OPS, every=31, fewest=60)
+    run("address", CALLS, every=1, fewest=350)
 
 
 @pytest.mark.exhaustive

@@ -26,9 +26,14 @@ FILES = (
     "triton/test_autotune.py",
     "triton/test_interpreter_guard.py",
 )
+LARGE_SIZES = ("triton/test_large_sizes.py",)
 
 
 def test_the_interpreted_kernels_pass_the_ops_tests(exhaustive):
     """Fewer than these numbers mean that a selection or a parameter went wrong, and little was tested."""
     every, fewest = (1, 900) if exhaustive else (23, 38)
     assert count_passed(FILES, {"TRITON_INTERPRET": "1"}, every=every) >= fewest
+
+
+def test_the_interpreted_kernels_reach_large_sizes():
+    assert count_passed(LARGE_SIZES, {"TRITON_INTERPRET": "1"}) >= 35

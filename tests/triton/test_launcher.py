@@ -60,7 +60,7 @@ def launches(monkeypatch):
 def launch_transpose(x, features=None, config=BLOCKS):
     T, features = x.shape[0], features or x.shape[1]
     out = torch.empty(features, 128, dtype=x.dtype)
-    grid = (2, -(-features // 64))
+    grid = (2 * -(-features // 64),)
     launcher.launch(transpose.transpose_kernel, grid, out, x, T, 128, features, *x.stride(), config=config)
 
 

@@ -8,12 +8,13 @@ epilogue computes.
 import torch
 from torch import Tensor
 
-from rosa_kernels.backends.gpu import hardware
+from rosa_kernels.backends.gpu import hardware, sizes
 from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Dropout, Sparse
 from rosa_kernels.backends.gpu.split_bf16_gemm import ALIGNMENT
 from rosa_kernels.backends.shapes import cdiv
 
 # csrc/cuda/constants.h says what these are; tests/cuda/test_constants.py fails where the two differ.
+MOST_LENGTH = sizes.MOST_LENGTH
 RANK_STEP = 16
 TOKEN_PADDING = 64
 ENTRY_PADDING, PACKED_ENTRY_BYTES = 32, 8
@@ -27,6 +28,8 @@ EPILOGUE_TOKENS = 16
 _SDDMM_SPLIT_TOKENS = 512
 """A split of sddmm takes at least so many tokens, the kernel's longest step twice."""
 _MOST_SPLITS = 16
+_CHECKED = True
+"""indices_checked of the ops that go by a pattern's indices: they were checked when the pattern was made."""
 _kernels = torch.ops.rosa_kernels_cuda
 
 
@@ -56,14 +59,14 @@ def _gather(x: Tensor, count: int, columns: Tensor | None, crow: Tensor | None, 
     padded = cdiv(count, ALIGNMENT) * ALIGNMENT
     allocate = torch.empty if padded == count else torch.zeros
     gathered = allocate(x.shape[0], padded, dtype=x.dtype, device=x.device)
-    _kernels.gather_columns(gathered[:, :count], unit_stride(x), columns, crow, row_length)
+    _kernels.gather_columns(gathered[:, :count], unit_stride(x), columns, crow, row_length, _CHECKED)
     return gathered
 
 
 def pack_entries(S: Sparse) -> Tensor:
     """S's entries as the epilogue reads them: 8 bytes each, the column and the fp32 value; then room for padding."""
     packed_entries = torch.empty(S.nnz + ENTRY_PADDING, dtype=torch.int64, device=S.values.device)
-    _kernels.pack_entries(packed_entries, S.col, S.permutation, kernel_dtype(S.values))
+    _kernels.pack_entries(packed_entries, S.col, S.permutation, kernel_dtype(S.values), _CHECKED)
     return packed_entries
 
 
@@ -104,7 +107,7 @@ def epilogue(
     """
     _kernels.epilogue(
         y, accumulate, H, B, scaling, *_dropout_arguments(dropout), crow, packed_entries, x, x_transposed,
-        row_products, in_features, hardware.multiprocessors(y.device),
+        row_products, in_features, hardware.multiprocessors(y.device), _CHECKED,
     )  # fmt: skip
 
 
@@ -115,20 +118,21 @@ def sddmm(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) 
     tiles = cdiv(nnz, SDDMM_BLOCK_ENTRIES)
     splits, _ = hardware.splits_of(padded_tokens, _SDDMM_SPLIT_TOKENS, tiles, x.device, _MOST_SPLITS)
     out = torch.empty(nnz, dtype=dtype if dtype == x.dtype else torch.float32, device=x.device)
-    _kernels.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device))
+    _kernels.sddmm(out, dy, x, crow, col, _parts(splits, (nnz,), x.device), _CHECKED)
     return out.to(dtype)
 
 
 def gather_entries(matrix: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers of a matrix at a pattern's places, (nnz,)."""
     out = torch.empty(col.shape, dtype=matrix.dtype, device=matrix.device)
-    _kernels.gather_entries(out, unit_stride(matrix), crow, col)
+    _kernels.gather_entries(out, unit_stride(matrix), crow, col, _CHECKED)
     return out.to(dtype)
 
 
 def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:
     """out = weight + S, or S alone where weight is None; weight may be out itself. Returns out."""
-    _kernels.densify(out, None if weight is None else unit_stride(weight), kernel_dtype(S.values), S.crow, S.col)
+    weight = None if weight is None else unit_stride(weight)
+    _kernels.densify(out, weight, kernel_dtype(S.values), S.crow, S.col, _CHECKED)
     return out
 
 

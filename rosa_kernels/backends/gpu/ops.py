@@ -8,6 +8,7 @@ from rosa_kernels.backends.gpu.linear import linear
 from rosa_kernels.backends.gpu.lora import low_rank_gradients
 from rosa_kernels.backends.gpu.operands import Dropout, LinearProblem, sparse_of
 from rosa_kernels.backends.gpu.sddmm import sddmm
+from rosa_kernels.backends.gpu.sizes import check_sizes
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.pattern import ROW
 
@@ -21,6 +22,7 @@ class Ops:
     def rosa_linear(self, x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
         x2 = as_matrix(x)
         out_features = lora_B.shape[0] if lora_B is not None else crow.shape[0] - 1
+        check_sizes(*x2.shape, out_features, 0 if lora_A is None else lora_A.shape[0])
         S = sparse_of(values, crow, col, structure, x2.shape[1])
         problem = LinearProblem(  # by position: this runs in every call
             x2, out_features, weight, bias, lora_A, lora_B, scaling, S, None, Dropout.of(dropout_p, seed),
@@ -34,6 +36,7 @@ class Ops:
     ):  # fmt: skip
         need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
         dy2, x2 = as_matrix(dy), as_matrix(x)
+        check_sizes(*x2.shape, dy2.shape[1], 0 if lora_A is None else lora_A.shape[0])
         dropout = Dropout.of(dropout_p, seed)
         dA = dB = dH = dx = dvalues = None
         if need_dA or need_dB:
@@ -57,13 +60,17 @@ class Ops:
     def spmm(self, x, values, crow, col, structure):
         x2 = as_matrix(x)
         out_features = crow.shape[0] - 1
+        check_sizes(*x2.shape, out_features)
         problem = LinearProblem(x2, out_features, S=sparse_of(values, crow, col, structure, x2.shape[1]))
         return linear(self._backend, problem).view(*x.shape[:-1], out_features)
 
     def sddmm(self, dy, x, crow, col, structure):
-        return sddmm(self._backend, as_matrix(dy), as_matrix(x), crow, col, structure, x.dtype)
+        dy2, x2 = as_matrix(dy), as_matrix(x)
+        check_sizes(*x2.shape, dy2.shape[1])
+        return sddmm(self._backend, dy2, x2, crow, col, structure, x.dtype)
 
     def csr_add(self, weight, values, crow, col):
+        check_sizes(0, weight.shape[1], weight.shape[0])
         S = sparse_of(values, crow, col, 0, weight.shape[1])
         if S is None:
             return weight.clone(memory_format=torch.contiguous_format)

@@ -126,6 +126,16 @@ def first_entry_at(col, start, end, column, STEPS):
 
 
 @triton.jit
+def first_axis_fastest(program, length, BLOCK: tl.constexpr):
+    """(tile along the first axis, of that length; tile along the second) of a program of a flat grid.
+
+    A grid's second axis has 65,535 programs at most, its first 2**31 - 1.
+    """
+    tiles = tl.cdiv(length, BLOCK)
+    return program % tiles, program // tiles
+
+
+@triton.jit
 def tile_position(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(m, n) of a program's tile: GROUP_M tiles down, then across, so that neighbours in time share L2 lines."""
     tiles_m = tl.cdiv(M, BLOCK_M)

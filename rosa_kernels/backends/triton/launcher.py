@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
+MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
+"""Along each axis of a grid, on a CUDA GPU."""
 _MOST_KINDS = 4096
 _compiled: dict[tuple, tuple] = {}
 """Kind of a launch -> (compiled kernel, its compile-time arguments in order)."""
@@ -37,6 +39,8 @@ def _launch(kernel, grid, args, config, constants, index) -> None:
         compiled, compile_time = known
         compiled[(*grid, 1, 1)[:3]](*args, *compile_time)
         return
+    if any(size > most for size, most in zip(grid, MOST_PROGRAMS)):
+        raise ValueError(f"{kernel.__name__}: expected a grid of at most {MOST_PROGRAMS} programs, got {grid}")
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     compile_time = constants | config.blocks
     compiled = kernel[grid](*args, **compile_time, **({} if EMULATED else options))

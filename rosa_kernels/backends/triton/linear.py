@@ -119,7 +119,8 @@ def add_gathered(
     end = tl.load(crow + n + 1, mask=in_n, other=0)
     for j in tl.range(0, tl.max(end - start), BLOCK_E, num_stages=1):
         entry = start[:, None] + j + tl.arange(0, BLOCK_E)[None, :]
-        inside = entry < end[:, None]
+        # beside a longer row an entry may pass 2**31, where as an int32 it would be below every end
+        inside = entry.to(tl.uint32, bitcast=True) < end[:, None].to(tl.uint32, bitcast=True)
         column = tl.load(col + entry, mask=inside, other=0).to(tl.int64)
         if permutation is not None:
             entry = tl.load(permutation + entry, mask=inside, other=0)

@@ -17,7 +17,14 @@ from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, launcher
 from rosa_kernels.backends.triton.configs import Config
-from rosa_kernels.backends.triton.device_functions import dot, first_entry_at, narrow, row_of_entry, tile_position
+from rosa_kernels.backends.triton.device_functions import (
+    dot,
+    first_axis_fastest,
+    first_entry_at,
+    narrow,
+    row_of_entry,
+    tile_position,
+)
 from rosa_kernels.backends.triton.split_k import add_parts, parts_for
 from rosa_kernels.backends.triton.transpose import transpose
 
@@ -85,15 +92,16 @@ def sddmm_blocks_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """As sddmm_tiled_kernel, where each BLOCK_M of the N rows share their columns."""
-    split = tl.program_id(2)
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_tile, entry_tile = first_axis_fastest(tl.program_id(0), N, BLOCK_M)
+    split = tl.program_id(1)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < N
     row = tl.minimum(row, N - 1)
     row_start = tl.load(crow + row)
     start = tl.min(row_start)
     count = tl.min(tl.load(crow + row + 1) - row_start)
-    entry = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if tl.program_id(1) * BLOCK_N < count:
+    entry = entry_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if entry_tile * BLOCK_N < count:
         in_columns = entry < count
         column = tl.load(col + start + entry, mask=in_columns, other=0)
         acc = dyT_x(
@@ -175,12 +183,12 @@ def sddmm_tiled(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.d
 def sddmm_blocks(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     (T, N), K, nnz = dy.shape, x.shape[1], col.shape[0]
     config = configs.choose(configs.SDDMM_BLOCKS, x.device, x.dtype, T)
-    tiles = cdiv(N, config["BLOCK_M"]), cdiv(K, config["BLOCK_N"])
-    splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles[0] * tiles[1], x.device, at_most=8)
+    tiles = cdiv(N, config["BLOCK_M"]) * cdiv(K, config["BLOCK_N"])
+    splits, blocks = hardware.splits_of(T, config["BLOCK_T"], tiles, x.device, at_most=8)
     out = torch.empty(nnz, dtype=dtype, device=x.device)
     parts = parts_for(out, splits)
     launcher.launch(
-        sddmm_blocks_kernel, (*tiles, splits),
+        sddmm_blocks_kernel, (tiles, splits),
         parts, dy, x, crow, col, T, N, nnz, blocks, *dy.stride(), *x.stride(),
         PRECISION=hardware.precision(x), config=config,
     )  # fmt: skip

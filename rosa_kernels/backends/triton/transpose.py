@@ -9,7 +9,7 @@ from rosa_kernels.backends.gpu.split_bf16_gemm import ALIGNMENT
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import launcher
 from rosa_kernels.backends.triton.configs import Config
-from rosa_kernels.backends.triton.device_functions import narrow, row_of_entry
+from rosa_kernels.backends.triton.device_functions import first_axis_fastest, narrow, row_of_entry
 
 TOKEN_PADDING = 128
 """A multiple of every BLOCK_M and BLOCK_T of the kernels that read a transposed copy."""
@@ -22,8 +22,9 @@ def transpose_kernel(
     transposed, x, T, padded, features, stride_xt, stride_xf, BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr
 ):
     """transposed (features, padded) = xᵀ, zeros beyond T; padded a multiple of BLOCK_T."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    t_tile, f_tile = first_axis_fastest(tl.program_id(0), padded, BLOCK_T)
+    t = t_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    f = f_tile * BLOCK_F + tl.arange(0, BLOCK_F)
     t64, f64 = t.to(tl.int64), f.to(tl.int64)
     in_f = f < features
     at = x + t64[:, None] * stride_xt + f64[None, :] * stride_xf
@@ -36,8 +37,9 @@ def gather_columns_kernel(
     gathered, x, columns, T, count, width, stride_xt, stride_xf, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """gathered (T, width) = x[:, columns], zeros beyond the count of columns."""
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    t_tile, p_tile = first_axis_fastest(tl.program_id(0), T, BLOCK_T)
+    t = (t_tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     in_t = (t < T)[:, None]
     column = tl.load(columns + p, mask=p < count, other=0).to(tl.int64)
     at = x + t[:, None] * stride_xt + column[None, :] * stride_xf
@@ -54,8 +56,9 @@ def add_at_rows_kernel(
 
     Such a row has row_length entries.
     """
-    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    t_tile, p_tile = first_axis_fastest(tl.program_id(0), T, BLOCK_T)
+    t = (t_tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    p = p_tile * BLOCK_P + tl.arange(0, BLOCK_P)
     row = row_of_entry(crow, rows, tl.minimum(p, count - 1) * row_length, STEPS).to(tl.int64)
     mask = (t < T)[:, None] & (p < count)[None, :]
     at = out + t[:, None] * stride_ot + row[None, :]
@@ -70,7 +73,7 @@ def transpose(x: Tensor) -> Tensor:
     T, features = x.shape
     padded = cdiv(T, TOKEN_PADDING) * TOKEN_PADDING
     transposed = torch.empty(features, padded, dtype=x.dtype, device=x.device)
-    grid = (padded // _TRANSPOSE["BLOCK_T"], cdiv(features, _TRANSPOSE["BLOCK_F"]))
+    grid = (padded // _TRANSPOSE["BLOCK_T"] * cdiv(features, _TRANSPOSE["BLOCK_F"]),)
     launcher.launch(transpose_kernel, grid, transposed, x, T, padded, features, *x.stride(), config=_TRANSPOSE)
     return transposed.T[:T]
 
@@ -80,7 +83,7 @@ def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
     T, count = x.shape[0], columns.shape[0]
     width = cdiv(count, ALIGNMENT) * ALIGNMENT
     gathered = torch.empty(T, width, dtype=x.dtype, device=x.device)
-    grid = (cdiv(T, _FEW["BLOCK_T"]), cdiv(width, _FEW["BLOCK_P"]))
+    grid = (cdiv(T, _FEW["BLOCK_T"]) * cdiv(width, _FEW["BLOCK_P"]),)
     launcher.launch(gather_columns_kernel, grid, gathered, x, columns, T, count, width, *x.stride(), config=_FEW)
     return gathered
 
@@ -94,7 +97,7 @@ def gather_whole_rows(x: Tensor, crow: Tensor, count: int, row_length: int) -> T
 def add_at_rows(out: Tensor, product: Tensor, crow: Tensor, row_length: int) -> None:
     """out[:, rows of crow that are not empty] += product (T, count), in fp32; each such row has row_length entries."""
     (T, rows), count = out.shape, product.shape[1]
-    grid = (cdiv(T, _FEW["BLOCK_T"]), cdiv(count, _FEW["BLOCK_P"]))
+    grid = (cdiv(T, _FEW["BLOCK_T"]) * cdiv(count, _FEW["BLOCK_P"]),)
     launcher.launch(
         add_at_rows_kernel, grid, out, product, crow, T, count, rows, row_length, rows.bit_length(), out.stride(0),
         product.stride(0), config=_FEW,
