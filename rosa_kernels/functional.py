@@ -35,7 +35,8 @@ def lora_linear(
         training: False switches dropout off.
 
     Returns:
-        (..., out_features), in x's dtype. Sums are accumulated in float32, of float64 in float64.
+        (..., out_features), in x's dtype. Sums are accumulated in float32, of float64 in float64. A library GEMM on a
+        GPU may add parts of 16-bit sums in 16 bits, where PyTorch's switches in torch.backends.cuda.matmul allow it.
 
     Raises:
         ValueError: an argument's shape, dtype, device or range is another one; the message names the argument.
