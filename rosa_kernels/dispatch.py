@@ -37,7 +37,8 @@ def use_backend(name: str) -> Iterator[None]:
     "auto", the default, takes the first of cpu, triton, cuda and reference that serves x's device and dtype. A backend
     asked for by name never hands a call on: where it cannot serve one, that call raises RuntimeError with the reason.
     The choice holds for this thread, or this asyncio task, and for the backward of what runs here. Outside any ``with``
-    it is that of the environment variable ROSA_KERNELS_BACKEND.
+    it is that of the environment variable ROSA_KERNELS_BACKEND. torch.compile ends its graph at a ``with`` that is
+    inside the function; around the function it ends nothing.
 
     Raises:
         ValueError: the name is unknown.

@@ -74,8 +74,9 @@ def _pattern(x, crow, col, structure, ccol, row, permutation):
     tensors = (crow, col) if ccol is row is permutation is None else (crow, col, ccol, row, permutation)
     if not _are_known(tensors, x.shape[-1], structure):
         _check_tensors(tensors, x.device)
-        _check_indices(tensors, x.shape[-1], structure)
-        _remember(tensors, x.shape[-1], structure)
+        if not _captures_a_graph(x.device):
+            _check_indices(tensors, x.shape[-1], structure)
+            _remember(tensors, x.shape[-1], structure)
     return CSRPattern._trusted(crow, col, (crow.shape[0] - 1, x.shape[-1]), structure, None)
 
 
@@ -104,6 +105,15 @@ def _check_indices(tensors, in_features, structure):
     for name, tensor, right in zip(("ccol", "row", "permutation"), by_columns, pattern.transpose()):
         if not torch.equal(tensor, right):
             raise ValueError(f"{name}: expected what CSRPattern.transpose makes of crow and col")
+
+
+def _captures_a_graph(device):
+    """Whether a CUDA graph records this call, so that no host may read the indices.
+
+    PyTorch runs a function once before it records it, and the indices were read then. It may record with copies of
+    them, which nothing here knows.
+    """
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _Known(NamedTuple):

@@ -193,6 +193,18 @@ class TestIndicesAreReadOnce:
             with pytest.raises(ValueError, match="col_indices"):
                 OPS.spmm(*call.values())
 
+    def test_never_while_a_cuda_graph_is_captured(self, readings, monkeypatch):
+        """A host that reads them would end the capture. Sizes and dtypes are checked all the same."""
+        monkeypatch.setattr(op_checks, "_captures_a_graph", lambda device: True)
+        call = self.fresh()
+        OPS.spmm(*call.values())
+        with pytest.raises(ValueError, match="col"):
+            OPS.spmm(*(call | {"col": call["col"].long()}).values())
+        monkeypatch.undo()
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert op_checks._captures_a_graph(torch.device("cuda", 0)) and not readings
+        assert not op_checks._captures_a_graph(torch.device("cpu"))
+
     def test_and_their_memory_is_let_go(self):
         call = self.fresh()
         OPS.spmm(*call.values())
