@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -121,6 +123,26 @@ def test_compiled_equals_eager(backend, compiler, dropout_p):
     compiled = torch.compile(function, backend=compiler, fullgraph=True)
     assert_equal_to_eager(function, compiled, inputs)
     assert_equal_to_eager(function, compiled, inputs, needing=("x", "lora_A", "lora_B", "values"))
+
+
+def test_compiled_graphs_hold_the_kernels_ops(backend):
+    """Neither the forward nor the backward is taken apart into plain PyTorch."""
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    inputs = make_inputs(LinearCase((12,), 18, 13, 4), torch.float32)
+    compiled = torch.compile(two_layers, backend=aot_autograd(fw_compiler=record, bw_compiler=record), fullgraph=True)
+    compiled(inputs.leaves(), inputs.pattern).sum().backward()
+    ops = torch.ops.rosa_kernels
+    forward, backward = graphs
+    called = {ops.rosa_linear.default, ops.spmm.default, ops.sddmm.default, ops.csr_add.default}
+    assert called <= {*forward} and {ops.rosa_linear_backward.default, ops.spmm.default, ops.sddmm.default} <= {
+        *backward
+    }
+    assert not {torch.ops.aten.mm.default, torch.ops.aten.addmm.default} & {*forward, *backward}
 
 
 def test_compiled_frozen_layer_in_bf16_under_autocast(backend):

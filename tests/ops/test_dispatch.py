@@ -18,6 +18,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PATTERN = rk.CSRPattern.random((5, 6), 0.4, seed=0)
 
 
+NEEDS_CPU_KERNELS = pytest.mark.skipif(
+    rk.available_backends()["cpu"] is not None, reason=f"two backends are needed: {rk.available_backends()['cpu']}"
+)
+
+
 def spmm(dtype=torch.float32):
     return rk.spmm(torch.randn(3, 6, dtype=dtype), torch.randn(PATTERN.nnz, dtype=dtype), PATTERN)
 
@@ -221,6 +226,7 @@ def test_use_backend_nests_and_is_undone_by_an_error(served_by):
     assert served_by == ["reference"]
 
 
+@NEEDS_CPU_KERNELS
 def test_the_choice_holds_for_its_thread_alone(served_by):
     thread = threading.Thread(target=spmm)
     with rk.use_backend("reference"):
@@ -229,6 +235,7 @@ def test_the_choice_holds_for_its_thread_alone(served_by):
     assert served_by == ["cpu"]
 
 
+@NEEDS_CPU_KERNELS
 def test_two_threads_with_blocks_that_overlap(served_by):
     """The first block closes while the second is open: each thread keeps its own choice, and nothing is left behind."""
     opened, closed = threading.Event(), threading.Event()
@@ -249,6 +256,7 @@ def test_two_threads_with_blocks_that_overlap(served_by):
     assert served_by == ["cpu", "reference"] and dispatch.chosen() == "auto"
 
 
+@NEEDS_CPU_KERNELS
 def test_the_choice_holds_for_its_asyncio_task_alone(served_by):
     async def chooses(name, before, after):
         with rk.use_backend(name):
@@ -265,6 +273,7 @@ def test_the_choice_holds_for_its_asyncio_task_alone(served_by):
     assert served_by == ["reference", "cpu"] and dispatch.chosen() == "auto"
 
 
+@NEEDS_CPU_KERNELS
 @pytest.mark.parametrize("through_dispatcher", [False, True])
 def test_a_backward_runs_where_its_forward_ran(backend, served_by, through_dispatcher):
     """The block is closed when the backward runs, in another thread besides: neither changes its backend."""
@@ -280,6 +289,7 @@ def test_a_backward_runs_where_its_forward_ran(backend, served_by, through_dispa
     assert len(served_by) == 3 and len(set(served_by)) == 1 and served_by[0] != backend
 
 
+@NEEDS_CPU_KERNELS
 def test_a_thread_that_python_did_not_start_takes_the_open_block(served_by):
     """Such are PyTorch's threads for the backward of GPU tensors."""
     with rk.use_backend("reference"):
