@@ -14,6 +14,7 @@ import torch
 import rosa_kernels as rk
 from layers import DENSITY, RANK, SCALING, Shape
 from rosa_kernels.backends import cpu
+from rosa_kernels.backends.cpu.binary import INDICES_CHECKED
 
 _ops = torch.ops.rosa_kernels_cpu
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -120,7 +121,7 @@ NO_S = (None, None, None)
 
 def forward(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None, weight=None):
     indices = (*(s.csr if s else NO_S), s.structure if s else 0)
-    _ops.forward(t.y, t.x, weight, None, *low_rank, *indices, *NO_DROPOUT, False)
+    _ops.forward(t.y, t.x, weight, None, *low_rank, *indices, *NO_DROPOUT, False, False, INDICES_CHECKED)
 
 
 def backward(t: Tensors, wanted: str, low_rank=(None, None, 0.0), s: Sparse | None = None, weight=None):
@@ -128,11 +129,11 @@ def backward(t: Tensors, wanted: str, low_rank=(None, None, 0.0), s: Sparse | No
     outputs = {"dx": t.dx, "dA": t.dA, "dB": t.dB, "dS": s.dvalues if s else None}
     outputs = [tensor if name in wanted.split() else None for name, tensor in outputs.items()]
     indices = (*s.csr, *s.csc, s.structure) if s else (*NO_S, *NO_S, 0)
-    _ops.backward(*outputs, t.dy, t.x, weight, *low_rank, *indices, *NO_DROPOUT, False)
+    _ops.backward(*outputs, t.dy, t.x, weight, *low_rank, *indices, *NO_DROPOUT, False, INDICES_CHECKED)
 
 
 def merge(t: Tensors, low_rank=(None, None, 0.0), s: Sparse | None = None):
-    _ops.merge(t.merged, t.weight, *low_rank, *(s.csr if s else NO_S), 0, 0)
+    _ops.merge(t.merged, t.weight, *low_rank, *(s.csr if s else NO_S), 0, 0, INDICES_CHECKED)
 
 
 def low_rank_kernels(t: Tensors) -> Iterator[Kernel]:
@@ -220,8 +221,8 @@ def whole_kernels(t: Tensors, s: Sparse) -> Iterator[Kernel]:
         adapter, gathered = 2 * RANK * t.O * t.I + s.n, 0
         delta = (*t.low_rank, *s.csr)
         runs = (
-            ("y", lambda: _ops.gemm(t.y, t.x, t.weight, None, *delta, 0, False)),
-            ("dx", lambda: _ops.gemm(t.dx, t.dy, t.weight, None, *delta, 0, True)),
+            ("y", lambda: _ops.gemm(t.y, t.x, t.weight, None, *delta, 0, False, INDICES_CHECKED)),
+            ("dx", lambda: _ops.gemm(t.dx, t.dy, t.weight, None, *delta, 0, True, INDICES_CHECKED)),
         )
     else:
         adapter, gathered = with_A + with_B + s.flops, s.gathered

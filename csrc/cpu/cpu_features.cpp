@@ -79,11 +79,11 @@ bool intel_processor() {
 #endif
 }
 
-bool fast_bfloat16() {
+bool x86_bfloat16() {
 #if defined(__x86_64__)
   return has_avx512bf16();  // every processor with AMX-BF16 has it too
 #else
-  return true;
+  return false;
 #endif
 }
 

@@ -10,6 +10,6 @@ const Supported& supported_kernels() {
   return supported;
 }
 
-bool fast_bfloat16() { return true; }
+bool x86_bfloat16() { return true; }
 bool intel_processor() { return false; }
 }  // namespace rosa

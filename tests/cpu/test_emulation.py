@@ -34,7 +34,7 @@ def run(instruction_set: str, variant: str, every: int, fewest: int) -> None:
     if reason is not None:
         pytest.skip(f"no emulation: {reason}")
     environment = cuda_emulation.environment(variant)
-    environment |= {"CPU_EMULATED": str(cpu_emulation.build(variant)), "ROSA_KERNELS_CPU": instruction_set}
+    environment |= {"CPU_EMULATED": str(cpu_emulation.build(variant)), cpu_emulation.INSTRUCTION_SET: instruction_set}
     assert count_passed(FILES, environment, every=every, processes=1) >= fewest
 
 

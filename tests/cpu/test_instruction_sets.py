@@ -16,10 +16,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def chosen(instruction_set: str) -> subprocess.CompletedProcess:
-    """A process that prints the instruction set of its kernels."""
-    command = [sys.executable, "-c", "from rosa_kernels.backends import cpu; print(cpu.instruction_set())"]
-    environment = os.environ | {"ROSA_KERNELS_CPU": instruction_set}
+def chosen(instruction_set: str, **environment: str) -> subprocess.CompletedProcess:
+    """A process that prints the instruction set of its kernels, or why they do not serve."""
+    report = "from rosa_kernels.backends import cpu; print(cpu.unavailable_reason() or cpu.instruction_set())"
+    command = [sys.executable, "-c", report]
+    environment = os.environ | {"ROSA_KERNELS_CPU": instruction_set} | environment
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
 
 
@@ -37,6 +38,22 @@ def test_ops_on(instruction_set, exhaustive):
     assert count_passed(("ops/test_ops.py",), environment, "-k", "cpu-", every=every, processes=1) >= fewest
 
 
-def test_unknown_instruction_set_is_an_error():
+def test_an_unknown_instruction_set_is_an_error_at_import():
+    """The error lists what this processor has; whoever asks for another backend goes on without these kernels."""
     run = chosen("sse9")
-    assert run.returncode != 0 and "ROSA_KERNELS_CPU" in run.stderr
+    error = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 1 and error.startswith("ImportError: ROSA_KERNELS_CPU=sse9: expected one of")
+    for name in cpu.build_info().split(" for ")[1].split(";")[0].split():
+        assert name in error.split("expected")[1]
+    assert "ROSA_KERNELS_BACKEND=reference" in error
+    without = chosen("sse9", ROSA_KERNELS_BACKEND="reference")
+    assert without.returncode == 0, without.stderr
+    assert "expected one of the instruction sets" in without.stdout
+
+
+def test_the_set_is_chosen_at_import():
+    """A variable that changes later changes nothing; a wrong name in it would be met by no check."""
+    command = "import os; from rosa_kernels.backends import cpu; os.environ['ROSA_KERNELS_CPU'] = 'sse9';"
+    command += "print(cpu.instruction_set())"
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=REPOSITORY)
+    assert run.stdout.strip() == cpu.instruction_set(), run.stderr

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import rosa_kernels as rk
 from rosa_kernels.backends.cpu import ops as cpu_ops
+from rosa_kernels.backends.cpu.binary import INDICES_CHECKED
 
 pytestmark = pytest.mark.skipif(
     rk.available_backends()["cpu"] is not None, reason=f"backend cpu: {rk.available_backends()['cpu']}"
@@ -69,8 +70,9 @@ class Layer:
     def kernels_forward(self) -> None:
         indices = self.pattern.crow_indices, self.pattern.col_indices, self.pattern.structure
         cpu_ops._kernels.forward(
-            self.y, self.x, None, None, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0, False
-        )
+            self.y, self.x, None, None, self.A, self.B, SCALING, self.values, *indices, None, 0, 1.0, False, False,
+            INDICES_CHECKED,
+        )  # fmt: skip
 
     def kernels_backward(self) -> None:
         indices = (
@@ -81,7 +83,7 @@ class Layer:
         )
         cpu_ops._kernels.backward(
             self.dx, *self.gradients, self.dy, self.x, None, self.A, self.B, SCALING, self.values, *indices, None, 0,
-            1.0, False,
+            1.0, False, INDICES_CHECKED,
         )  # fmt: skip
 
     def step(self, base: bool = True, dropout_p: float = 0.0) -> list[torch.Tensor]:

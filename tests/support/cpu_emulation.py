@@ -1,6 +1,8 @@
 """The CPU's kernels for AVX512-BF16 and AMX on a processor without them: the instructions are emulated."""
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -18,6 +20,10 @@ SETS = tuple(
 NAMESPACE = "rosa_kernels_cpu_emulated"  # of the operators, beside those of the processor's own kernels
 
 
+INSTRUCTION_SET = "CPU_EMULATED_SET"
+"""The variable that names the set in an emulated run."""
+
+
 def build(variant: str) -> Path:
     return cuda_emulation.build(variant, KERNELS, (f"-Drosa_kernels_cpu={NAMESPACE}",))
 
@@ -29,7 +35,11 @@ def install(library: str) -> None:
     from rosa_kernels.backends.cpu import ops as cpu_ops
 
     torch.ops.load_library(library)
-    cpu_binary.kernels = cpu_ops._kernels = base_gemm._kernels = getattr(torch.ops, NAMESPACE)
+    kernels = getattr(torch.ops, NAMESPACE)
+    cpu_binary.kernels = cpu_ops._kernels = base_gemm._kernels = kernels
+    # The first call chooses the set. The package's own kernels, which have chosen theirs, know no such name.
+    with mock.patch.dict(os.environ, ROSA_KERNELS_CPU=os.environ[INSTRUCTION_SET]):
+        assert kernels.instruction_set() == os.environ[INSTRUCTION_SET]
     heuristics._library_serves = lambda *call: False
 
 

@@ -135,8 +135,8 @@ const Supported& supported_kernels();
 // Whether Intel made the processor: MKL's GEMMs use AVX-512 on no other.
 bool intel_processor();
 
-// Whether PyTorch's bfloat16 GEMMs meet instructions for it; without them they run far below fp32's.
-bool fast_bfloat16();
+// Whether an x86 processor has instructions for products of bfloat16.
+bool x86_bfloat16();
 
 // Runs body(context, slot) for every slot in [0, slots), on PyTorch's intra-op threads.
 void run_slots(int64_t slots, void (*body)(void*, int64_t), void* context);

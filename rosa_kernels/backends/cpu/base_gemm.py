@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.backends.cpu import heuristics
+from rosa_kernels.backends.cpu.binary import INDICES_CHECKED
 from rosa_kernels.backends.cpu.binary import kernels as _kernels
 
 CHUNK_TOKENS = 2048
@@ -35,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta | None, 
     for begin, end in _strips(out_features, in_features):
         strip_bias, out = None if bias is None else bias[begin:end], y[:, begin:end]
         if our_gemm:
-            _kernels.gemm(out, x, weight, strip_bias, *(delta or Delta()), begin, False)
+            _kernels.gemm(out, x, weight, strip_bias, *(delta or Delta()), begin, False, INDICES_CHECKED)
         else:
             _multiply(x, merged(weight, delta, torch.float32, rows=(begin, end)).T, strip_bias, out)
     return y
@@ -49,7 +50,7 @@ def linear_dx(dy: Tensor, weight: Tensor, delta: Delta | None, our_gemm: bool) -
     for begin, end in _strips(in_features, out_features):
         out = dx[:, begin:end]
         if our_gemm:
-            _kernels.gemm(out, dy, weight, None, *(delta or Delta()), begin, True)
+            _kernels.gemm(out, dy, weight, None, *(delta or Delta()), begin, True, INDICES_CHECKED)
         else:
             _multiply(dy, merged(weight, delta, torch.float32, columns=(begin, end)), None, out)
     return dx
@@ -69,7 +70,7 @@ def merged(weight: Tensor, delta: Delta | None, dtype: torch.dtype, rows=None, c
     """weight + delta, or those (begin, end) rows or columns of it, in float32, or in weight's dtype where r = 0."""
     (first_row, end_row), (first_column, end_column) = rows or (0, weight.shape[0]), columns or (0, weight.shape[1])
     out = torch.empty(end_row - first_row, end_column - first_column, dtype=dtype)
-    _kernels.merge(out, weight, *(delta or Delta()), first_row, first_column)
+    _kernels.merge(out, weight, *(delta or Delta()), first_row, first_column, INDICES_CHECKED)
     return out
 
 

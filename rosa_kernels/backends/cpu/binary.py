@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -11,8 +12,12 @@ from rosa_kernels.backends import native_binary
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _BINARY = native_binary.file_name("_C")
-_OPS = ("backward", "constants", "decode", "forward", "gemm", "merge")
+_OPS = ("backward", "constants", "decode", "forward", "gemm", "instruction_sets", "merge", "x86_bfloat16")
 kernels = torch.ops.rosa_kernels_cpu
+
+INDICES_CHECKED = True
+"""The last argument of the kernels' operators. Whoever else calls them leaves it out, and they read all indices first.
+The package's are right: CSRPattern or checks of the call have read them, and reading them again takes as long as S."""
 
 
 def _load(package: Path, search_path: list[str]) -> str | None:
@@ -58,7 +63,16 @@ def _load_fault(binary: Path) -> str | None:
             f"the C++ kernels of {binary} were built from other sources than this package's: they lack {missing}; "
             "run pip install again"
         )
-    return None
+    return _unknown_instruction_set()
+
+
+def _unknown_instruction_set() -> str | None:
+    """ROSA_KERNELS_CPU where this processor has no such set. The kernels choose theirs now and take the best then."""
+    wish = os.environ.get("ROSA_KERNELS_CPU")
+    if not wish or kernels.instruction_set() == wish:
+        return None
+    names = ", ".join(kernels.instruction_sets().split())
+    return f"ROSA_KERNELS_CPU={wish}: expected one of the instruction sets that this processor has: {names}"
 
 
 def _misplaced(package: Path, search_path: list[str]) -> str | None:
@@ -107,8 +121,16 @@ def constants() -> dict[str, int]:
 
 @functools.cache
 def fast_bfloat16() -> bool:
-    """Whether PyTorch's bf16 GEMMs use instructions for bf16; without them they run far below fp32's rate."""
-    return torch.backends.mkldnn.is_available() and kernels.fast_bfloat16()
+    """Whether PyTorch's bf16 GEMMs use instructions for bf16; without them they run far below fp32's rate.
+
+    PyTorch's own probe asks the right question on ARM alone: whether the processor has BF16 instructions. It is false
+    on every other processor but x86, where any AVX-512 makes it true.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine() in ("x86_64", "AMD64"):
+        return kernels.x86_bfloat16()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from rosa_kernels.backends.cpu import base_gemm, heuristics
 from rosa_kernels.backends.cpu.base_gemm import Delta
-from rosa_kernels.backends.cpu.binary import fast_bfloat16, instruction_set, uses_our_gemm
+from rosa_kernels.backends.cpu.binary import INDICES_CHECKED, fast_bfloat16, instruction_set, uses_our_gemm
 from rosa_kernels.backends.cpu.binary import kernels as _kernels
 from rosa_kernels.backends.cpu.heuristics import Algorithm
 from rosa_kernels.backends.lora_gemm import gradients_by_library
@@ -39,8 +39,9 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     if _decodes(x, weight):
         out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
         return _kernels.decode(
-            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed)
-        )
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, out_features, *_dropout(dropout_p, seed),
+            INDICES_CHECKED,
+        )  # fmt: skip
     widened = heuristics.widens(x, fast_bfloat16())
     our_gemm = uses_our_gemm(x.dtype) and _by_rows(weight)
     our_fp32_gemm = our_gemm and x.dtype == torch.float32
@@ -99,7 +100,7 @@ def rosa_linear_backward(
             fused = _matrix(weight) if need_dx and algorithm is Algorithm.FUSED else None
             _kernels.backward(
                 dx_to_add, dA, dB, dvalues, dy2, x2, fused, *delta, ccol, row, permutation, structure,
-                *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B),
+                *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B), INDICES_CHECKED,
             )  # fmt: skip
     return [
         dx2.view(x.shape) if need_dx else None,
@@ -113,7 +114,9 @@ def rosa_linear_backward(
 
 def spmm(x, values, crow, col, structure):
     if _decodes(x, None):
-        return _kernels.decode(x, None, None, None, None, 0.0, values, crow, col, crow.shape[0] - 1, None, 0, 1.0)
+        return _kernels.decode(
+            x, None, None, None, None, 0.0, values, crow, col, crow.shape[0] - 1, None, 0, 1.0, INDICES_CHECKED
+        )
     y = x.new_empty(*x.shape[:-1], crow.shape[0] - 1)
     _forward(y, x, None, None, None, None, 0.0, _floats(values), crow, col, structure, 0.0, None, fresh_y=True)
     return y
@@ -124,7 +127,7 @@ def sddmm(dy, x, crow, col, structure):
     # The kernel takes S whole, and dvalues stands for its values, which dS does not read.
     _kernels.backward(
         None, None, None, dvalues, _matrix(dy), _matrix(x), None, None, None, 0.0, dvalues, crow, col, None, None, None,
-        structure, None, 0, 0.0, False,
+        structure, None, 0, 0.0, False, INDICES_CHECKED,
     )  # fmt: skip
     return dvalues.to(x.dtype)
 
@@ -138,7 +141,7 @@ def _forward(
 ) -> None:
     _kernels.forward(
         as_matrix(y), _matrix(x), weight, bias, _floats(lora_A), _floats(lora_B), scaling, values, crow, col, structure,
-        *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B), fresh_y,
+        *_dropout(dropout_p, seed), _are_bfloat16(lora_A, lora_B), fresh_y, INDICES_CHECKED,
     )  # fmt: skip
 
 

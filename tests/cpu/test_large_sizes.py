@@ -1,0 +1,80 @@
+"""Offsets past 2**31: rows that far apart, entries of S that far along, and whole tensors that large.
+
+The first two cost no memory: the tensors are views of sparse files, of which few pages are ever touched.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import rosa_kernels as rk
+from cpu_kernel_calls import BF16, FP32, NAMES, Call
+from hostile_calls import fault
+from rosa_kernels.backends.cpu import binary
+from rosa_kernels.pattern import MOST_ENTRIES, ROW
+
+pytestmark = pytest.mark.skipif(
+    rk.available_backends()["cpu"] is not None, reason=f"backend cpu: {rk.available_backends()['cpu']}"
+)
+
+MATRICES = ("x", "y", "dx", "dy", "weight", "out")
+ROOM = 2**20  # elements of a file beyond 2**31, for all that lies in it
+PLACE = 4096  # elements from one argument's first row to the next one's
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """dtype -> that many zeros in a sparse file."""
+    folder = tmp_path_factory.mktemp("sparse_files")
+    return {
+        dtype: torch.from_file(str(folder / str(dtype)), shared=True, size=2**31 + ROOM, dtype=dtype)
+        for dtype in (FP32, BF16, torch.int32)
+    }
+
+
+def far_apart(matrix: Tensor, file: Tensor, place: int) -> Tensor:
+    """The same matrix with its last row behind 2**31 elements."""
+    rows = max(2, matrix.shape[0])
+    stride = math.ceil(2**31 / (rows - 1))
+    return file.as_strided(matrix.shape, (stride, 1), place * PLACE).copy_(matrix)
+
+
+def far_along(numbers: Tensor, file: Tensor) -> Tensor:
+    """MOST_ENTRIES numbers that end with these."""
+    every = file[:MOST_ENTRIES]
+    every[MOST_ENTRIES - numbers.numel() :] = numbers
+    return every
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_rows_far_apart(files, op):
+    calls = [call for call in map(Call, range(400)) if call.op == op][:25]
+    assert len(calls) == 25
+    for call in calls:
+        for place, name in enumerate(MATRICES):
+            matrix = call.arguments.get(name)
+            if isinstance(matrix, Tensor):
+                call.arguments[name] = far_apart(matrix, files[matrix.dtype], place)
+        assert fault(op, call.arguments, checked=True) == (None, None), call.arguments
+
+
+@pytest.mark.parametrize("op", [op for op in NAMES if op != "backward"])
+def test_entries_far_along(files, op):
+    """The entries before them are no row's, which only callers that checked the indices can say. Whole rows are left
+    out, as their values are all packed; dvalues and the transpose would take 8 GiB."""
+    calls = [
+        call for call in map(Call, range(2000)) if call.op == op and call.nnz and call.arguments["values"] is not None
+    ]
+    calls = [call for call in calls if call.arguments.get("structure") != ROW][:25]
+    assert len(calls) == 25
+    for call in calls:
+        near = dict(call.arguments)
+        results = {name: near[name].clone() for name in ("y", "out") if name in near}
+        far = near | {"crow": near["crow"] + (MOST_ENTRIES - call.nnz)}
+        far |= {name: far_along(near[name], files[near[name].dtype]) for name in ("values", "col")}
+        kernel = getattr(binary.kernels, op)
+        returned = [kernel(*arguments.values(), True) for arguments in (near | results, far)]
+        got = [returned] if op == "decode" else [(results[name], far[name]) for name in results]
+        assert all(torch.equal(a, b) for a, b in got), call.arguments
