@@ -65,7 +65,7 @@ def huge(t: Tensor, draw: random.Random) -> Tensor:
     t = t if t.numel() else t.new_ones(1)
     if draw.random() < 0.5:
         return t.new_empty((size, 0) if draw.random() < 0.5 else (0, size))
-    return t.reshape(-1)[:1].expand(size) if draw.random() < 0.5 else t[:1].expand(size, *t.shape[1:])
+    return t.reshape(-1)[:1].expand(size) if draw.random() < 0.5 else t[:1].expand(min(size, 2**40), *t.shape[1:])
 
 
 CHANGES = {
@@ -147,7 +147,7 @@ def fault(op: str, arguments: dict, checked: bool = False) -> tuple[str | None, 
 
 def _plain(t: Tensor) -> bool:
     """Whether PyTorch itself may copy the tensor, in little time."""
-    if t.layout is not torch.strided or t.device.type != "cpu" or t.numel() > 2**20:
+    if t.layout is not torch.strided or t.device.type != "cpu" or max(t.numel(), *t.shape, 0) > 2**20:
         return False
     last = t.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
     return t.numel() == 0 or last * t.itemsize <= t.untyped_storage().nbytes()
