@@ -124,3 +124,45 @@ def test_a_result_may_not_lie_over_the_indices(op, result):
         arguments[result] = ints.view(torch.float32)[: arguments[result].numel()].view(arguments[result].shape)
     with pytest.raises(RuntimeError, match=f"{result}: expected no memory of col"):
         getattr(binary.kernels, op)(*arguments.values())
+
+
+WRONG = [
+    ("decode", "x", lambda t: t[:1].expand(65, -1), "at most 64 tokens"),
+    ("decode", "x", lambda t: t[0, 0], "got a number"),
+    ("decode", "x", lambda t: t.double(), "float32 or bfloat16"),
+    ("decode", "out_features", lambda n: -1, "0 to 2"),
+    ("decode", "threshold", lambda n: -1, "from 0 to 2"),
+    ("forward", "threshold", lambda n: 2**32 + 1, "from 0 to 2"),
+    ("forward", "structure", lambda n: 5, "from 0 to 4"),
+    ("forward", "x", lambda t: t.to_sparse(), "dense"),
+    ("forward", "y", lambda t: t.to("meta"), "on the CPU"),
+    ("forward", "y", lambda t: t[:1].expand(t.shape), "overlap"),
+    ("backward", "structure", lambda n: -(2**40), "from 0 to 4"),
+    ("backward", "permutation", lambda t: torch.cat([t[:-1], t[-1:] * 0 + 2**31 - 1]), "the place by rows"),
+    ("backward", "permutation", lambda t: torch.cat([t[:-1], t[-1:] * 0 - 1]), "the place by rows"),
+    ("backward", "row", lambda t: torch.cat([t[:-1], t[-1:] * 0 + 2**31 - 1]), "below"),
+    ("backward", "row", lambda t: None, "a tensor as for ccol"),
+    ("backward", "dvalues", lambda t: torch.zeros(1), "expected size"),
+    ("merge", "first_row", lambda n: 2**63 - 1, "within the weight"),
+    ("merge", "first_column", lambda n: -1, "within the weight"),
+    ("gemm", "first", lambda n: 2**62, "within the weight"),
+    ("gemm", "bias", lambda t: torch.zeros(1000), "expected size"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op,name,change,words", WRONG)
+def test_an_error_names_the_argument(op, name, change, words):
+    arguments = valid(op, structure="unstructured", outputs=33, inputs=66, tokens=7)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(RuntimeError, match=f"{name.replace('first', 'first.*')}: .*{words}"):
+        getattr(binary.kernels, op)(*arguments.values())
+
+
+@pytest.mark.parametrize("op", cpu_kernel_calls.NAMES)
+def test_a_required_tensor_is_not_none(op):
+    """PyTorch lets None through."""
+    for name in {"x", "y", "dy", "out"} & set(cpu_kernel_calls.NAMES[op]):
+        arguments = valid(op, structure="unstructured", outputs=33, inputs=66)
+        arguments[name] = None
+        with pytest.raises(RuntimeError, match=f"{name}: expected a tensor, got None"):
+            getattr(binary.kernels, op)(*arguments.values())

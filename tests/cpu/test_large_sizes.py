@@ -4,6 +4,7 @@ The first two cost no memory: the tensors are views of sparse files, of which fe
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +75,38 @@ def test_entries_far_along(files, op):
         returned = [kernel(*arguments.values(), True) for arguments in (near | results, far)]
         got = [returned] if op == "decode" else [(results[name], far[name]) for name in results]
         assert all(torch.equal(a, b) for a, b in got), call.arguments
+
+
+def available_bytes() -> int:
+    """What Linux would give without swapping; 0 where another system does not say."""
+    memory = Path("/proc/meminfo")
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("with_weight", [True, False], ids=["layer", "adapter"])
+def test_more_than_2_31_elements(with_weight):
+    """x and dx take 4 GiB each. Tokens on both sides of the boundary have the results that they have alone."""
+    tokens, features, outputs = 2**25 + 70, 64, 8
+    if available_bytes() < 18 * 2**30:
+        pytest.skip(f"18 GiB of memory are needed, and {available_bytes() / 2**30:.1f} GiB are available")
+    pattern = rk.CSRPattern.random((outputs, features), 0.1, seed=0)
+    weight = torch.randn(outputs, features).to(BF16) if with_weight else None
+    A, B, values = torch.randn(4, features), torch.randn(outputs, 4), torch.randn(pattern.nnz)
+    x, dy = torch.zeros(tokens, features, dtype=BF16), torch.zeros(tokens, outputs, dtype=BF16)
+    some = torch.cat([torch.arange(70), torch.arange(2**25 - 70, tokens)])
+    x[some], dy[some] = torch.randn(len(some), features).to(BF16), torch.randn(len(some), outputs).to(BF16)
+
+    def results(x, dy):
+        leaves = [t.detach().requires_grad_() for t in (x, A, B, values)]
+        if with_weight:
+            y = rk.rosa_linear(leaves[0], weight, None, *leaves[1:3], 0.5, leaves[3], pattern)
+        else:
+            y = rk.rosa_delta(*leaves[:3], 0.5, leaves[3], pattern)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    large, small = results(x, dy), results(x[some], dy[some])
+    for name, got, right in zip(("y", "dx", "dA", "dB", "dvalues"), large, small, strict=True):
+        got = got[some] if name in ("y", "dx") else got
+        torch.testing.assert_close(got, right, rtol=3e-2, atol=3e-2 * float(right.abs().max()), msg=name)
