@@ -104,35 +104,43 @@ Tensor decode(const Tensor& x_, const OptionalTensor& weight_, const OptionalTen
   if (!indices_checked)
     expect_memory({}, {&given_x, &given_weight, &given_bias, &given_A, &given_B, &given_values, &crow, &col, &seed});
   if (given_x.dim() == 0) refuse("x", "expected sizes (..., in_features), got a number");
-  OptionalTensor copies[6];  // what the struct points into
+  if (!given_weight && !given_A && !given_values) refuse("weight", "expected a weight, lora_A or values");
+  if (out_features < 0 || out_features > MOST_FEATURES)
+    refuse("out_features", "expected 0 to 2^31 - 1, got " + std::to_string(out_features));
+  // Sizes come first: a copy of a wrong argument could take all memory.
   Decode f{};
   f.dtype = given_x.dtype();
+  f.in_features = given_x.size(given_x.dim() - 1);
+  f.out_features = out_features;
+  f.tokens = tokens_of_a_block(given_x);
+  expect_features(given_x, f.in_features);
+  if (given_weight) given_weight.dtype_as(given_x), given_weight.expect_sizes(out_features, f.in_features);
+  if (given_bias) given_bias.dtype_as(given_x), given_bias.expect_sizes(out_features);
+  expect_together({&given_A, &given_B});
+  if (given_A) {
+    f.r = rank_of(given_A);
+    given_A.expect_sizes(f.r, f.in_features);
+    given_B.expect_sizes(out_features, f.r);
+  }
+  expect_together({&given_values, &crow, &col});
+  if (given_values) given_values.expect_dim(1), col.ints(given_values.size(0));
+
+  OptionalTensor copies[6];  // what the struct points into
   const ScalarType dtype = f.dtype == Dtype::float32 ? ScalarType::Float : ScalarType::BFloat16;
   const Argument x = laid_out(given_x, dtype, copies[0]);
-  const bool readable = !given_weight || given_weight.dim() != 2 ||
-                        (given_weight.stride(1) == 1 && given_weight.stride(0) >= given_weight.size(1));
+  const bool readable = !given_weight || (given_weight.stride(1) == 1 && given_weight.stride(0) >= f.in_features);
   const Argument weight = readable ? given_weight : laid_out(given_weight, dtype, copies[1]);
   const Argument bias = laid_out(given_bias, dtype, copies[2]);
-  const bool bfloat16 = given_A && given_B && given_A.is(ScalarType::BFloat16) && given_B.is(ScalarType::BFloat16);
+  const bool bfloat16 = given_A && given_A.is(ScalarType::BFloat16) && given_B.is(ScalarType::BFloat16);
   const ScalarType adapter_dtype = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
   const Argument A = laid_out(given_A, adapter_dtype, copies[3]), B = laid_out(given_B, adapter_dtype, copies[4]);
   const Argument values = laid_out(given_values, ScalarType::Float, copies[5]);
-  if (!weight && !A && !values) refuse("weight", "expected a weight, lora_A or values");
-
-  f.in_features = x.size(x.dim() - 1);
-  f.out_features = out_features;
-  f.tokens = tokens_of_a_block(x);
-  expect_features(x, f.in_features);
-  if (out_features < 0 || out_features > MOST_FEATURES)
-    refuse("out_features", "expected 0 to 2^31 - 1, got " + std::to_string(out_features));
   f.x = {x.data(), f.in_features};
-  if (weight) weight.dtype_as(x), f.weight = weight.matrix(out_features, f.in_features);
-  if (bias) f.bias = bias.numbers_as(x, out_features);
-  expect_together({&A, &B});
+  if (weight) f.weight = weight.matrix(out_features, f.in_features);
+  if (bias) f.bias = bias.data();
   if (A) {
-    f.r = rank_of(A);
-    f.A = A.numbers_as(B, f.r, f.in_features);
-    f.B = B.numbers_as(A, out_features, f.r);
+    f.A = A.data();
+    f.B = B.data();
     f.adapter_dtype = A.dtype();
     f.scaling = static_cast<float>(scaling);
   }
