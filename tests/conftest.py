@@ -64,6 +64,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run"
     )
+    parser.addoption("--fuzz", metavar="N", type=int, help="ops/test_fuzz.py: N cases of the differential fuzzer")
+    parser.addoption(
+        "--fuzz-seed",
+        metavar="S",
+        type=int,
+        help="ops/test_fuzz.py: the case of seed S alone; with --fuzz, N from it on",
+    )
     parser.addoption(
         "--all-kernels", action="store_true", help="triton/test_aot.py: all 10,000 kernels, not a sample (hours)"
     )
