@@ -84,7 +84,7 @@ class BackwardSweep {
          dx_epilogue_.scratch_size(), b_.dropout.on ? 2 * (padded_in_ + GROUP) : 0},
         piece);
     uint64_t* bits = b_.dropout.on ? reinterpret_cast<uint64_t*>(piece[6]) : nullptr;
-    if (bits) std::memset(bits, 0, sizeof(uint64_t) * (padded_in_ + GROUP));
+    if (bits) clear_elements(bits, padded_in_ + GROUP);
     return {piece[0], piece[1], piece[2], piece[3], piece[4], piece[5], bits};
   }
 

@@ -138,7 +138,7 @@ class DecodePass {
   // H = scaling · dropout(x) Aᵀ.
   void shrink() {
     if (f_.dropout.on) drop();
-    std::memset(H_, 0, sizeof(float) * f_.tokens * rank_stride_);
+    clear_elements(H_, f_.tokens * rank_stride_);
     const Factor<P> A{(const P*)f_.A, f_.in_features, kept_x_, x_stride_, f_.in_features};
     for_slots(decode_slots(f_.r, f_.r * f_.in_features, 0, f_.tokens), f_.r, [&](int64_t, int64_t begin, int64_t end) {
       multiply_rows_of(H_, rank_stride_, true, f_.tokens, begin, end, A);
@@ -148,7 +148,7 @@ class DecodePass {
   }
 
   void drop() {
-    std::memcpy(kept_x_, x_, sizeof(float) * f_.tokens * x_stride_);
+    copy_elements(kept_x_, x_, f_.tokens * x_stride_);
     keep_bits(f_.dropout, 0, f_.in_features, bits_);  // a bit of each for every token of a block
     for (int64_t t = 0; t < f_.tokens; ++t)
       for (int64_t i = 0; i < f_.in_features; ++i)

@@ -30,7 +30,7 @@ void clear_rows(const Forward& f, int64_t first, int64_t tokens) {
     char* const row = (char*)((T*)f.y.data + t * f.y.stride);
     int64_t b = 0;
     for (; b + VECTOR <= bytes; b += VECTOR) store((float*)(row + b), zero());
-    std::memset(row + b, 0, bytes - b);
+    clear_elements(row + b, bytes - b);
   }
 }
 

@@ -24,7 +24,7 @@ struct RoundedH {
         r(r),
         padded_r(rounded_up(r, LANES)),
         rounded_stride(rounded_up(r, ROW_MULTIPLE)) {
-    std::memset(rounded, 0, sizeof(float) * rounded_size(r));
+    clear_elements(rounded, rounded_size(r));
   }
   Rows round() const { return round_H(values, r, padded_r, rounded, rounded_stride); }
 };

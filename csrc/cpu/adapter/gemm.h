@@ -110,7 +110,7 @@ inline void multiply_block(const Gemm& f, const MergedPanels& w, const float* bi
   // A tile reads as many rows as it has: those of the last tokens are copied.
   const int64_t whole = tokens / TILE_TOKENS * TILE_TOKENS;
   for (int64_t t = whole; t < tokens; ++t)
-    std::memcpy(last_rows + (t - whole) * w.length, x + t * f.x.stride, sizeof(float) * w.length);
+    copy_elements(last_rows + (t - whole) * w.length, x + t * f.x.stride, w.length);
   const int64_t chunks = larger(1, (w.length + CHUNK - 1) / CHUNK);
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t k = w.length * c / chunks, length = w.length * (c + 1) / chunks - k;
@@ -135,8 +135,8 @@ inline void multiply_block(const Gemm& f, const MergedPanels& w, const float* bi
 inline void gemm(const Gemm& f) {
   const MergedPanels w(f.weight, f.transposed);
   Buffer<float> bias(w.panels * LANES);
-  std::memset(bias, 0, sizeof(float) * w.panels * LANES);
-  if (f.bias) std::memcpy(bias, f.bias, sizeof(float) * w.features);
+  clear_elements((float*)bias, w.panels * LANES);
+  if (f.bias) copy_elements((float*)bias, f.bias, w.features);
   // Few blocks are cut into parts by panels, so that every thread has one.
   const int64_t blocks = (f.tokens + MOST_TOKENS - 1) / MOST_TOKENS;
   const int64_t groups = (w.panels + TILE_PANELS - 1) / TILE_PANELS;
@@ -146,7 +146,7 @@ inline void gemm(const Gemm& f) {
     static thread_local Arena arena;
     float* last_rows[1];
     arena.cut({TILE_TOKENS * w.length}, last_rows);
-    std::memset(last_rows[0], 0, sizeof(float) * TILE_TOKENS * w.length);
+    clear_elements(last_rows[0], TILE_TOKENS * w.length);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item / parts * block, part = item % parts;
       multiply_block(f, w, bias, first, larger(0, smaller(block, f.tokens - first)),

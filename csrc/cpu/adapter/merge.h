@@ -106,7 +106,7 @@ inline void add_sparse_row(const Merge& m, int64_t i, T* out) {
 template <class T>
 inline void copy_rows(const T* weight, int64_t weight_stride, int64_t rows, int64_t columns, T* out, int64_t stride) {
   if (weight_stride == columns && stride == columns) columns *= rows, rows = 1;  // a long copy is a faster one
-  for (int64_t j = 0; j < rows; ++j) std::memcpy(out + j * stride, weight + j * weight_stride, sizeof(T) * columns);
+  for (int64_t j = 0; j < rows; ++j) copy_elements(out + j * stride, weight + j * weight_stride, columns);
 }
 inline void copy_rows(const uint16_t* weight, int64_t weight_stride, int64_t rows, int64_t columns, float* out,
                       int64_t stride) {

@@ -1,12 +1,23 @@
 // Memory of the kernels: for one call, and kept by a thread between calls.
 #pragma once
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "cpu/common/arithmetic.h"
 
 namespace rosa {
 namespace ROSA_ISA {
+
+// memcpy and memset for any count: those want pointers that are not null, and a tensor without elements has a null one.
+template <class T>
+inline void copy_elements(T* to, const T* from, int64_t count) {
+  if (count > 0) std::memcpy(to, from, sizeof(T) * count);
+}
+template <class T>
+inline void clear_elements(T* to, int64_t count) {
+  if (count > 0) std::memset(to, 0, sizeof(T) * count);
+}
 
 // Cache-line aligned memory for one call.
 template <class T>

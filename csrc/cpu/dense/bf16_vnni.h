@@ -129,7 +129,7 @@ inline int64_t bit_words(int64_t features) { return 2 * rounded_up(features, 64)
 inline TokenBits block_bits(const Dropout& dropout, int64_t first_token, int64_t features, uint64_t* bits) {
   if (!dropout.on) return {nullptr};
   const int64_t padded = rounded_up(features, 64);
-  std::memset(bits, 0, sizeof(uint64_t) * padded);
+  clear_elements(bits, padded);
   keep_bits(dropout, first_token, features, bits);
   for (int64_t f = 0; f < padded; f += 64) transpose_bits(bits + f, bits + padded + f);
   return {bits + padded};
@@ -141,10 +141,10 @@ inline Rows block_rows(const uint16_t* rows, int64_t stride, int64_t tokens, int
                        uint16_t* copy) {
   if (!kept.bits && tokens == BLOCK_TOKENS && features % ROW_MULTIPLE == 0) return {rows, stride};
   const int64_t width = rounded_up(features, ROW_MULTIPLE);
-  std::memset(copy, 0, sizeof(uint16_t) * BLOCK_TOKENS * width);
+  clear_elements(copy, BLOCK_TOKENS * width);
   for (int64_t t = 0; t < tokens; ++t) {
     uint16_t* to = copy + t * width;
-    std::memcpy(to, rows + t * stride, sizeof(uint16_t) * features);
+    copy_elements(to, rows + t * stride, features);
     for (int64_t f = 0; kept.bits && f < width; f += LANES) store(to + f, keep(kept.at(t, f), load(to + f)));
   }
   return {copy, width};

@@ -17,7 +17,7 @@ template <class T>
 inline Vec load_some(const T* from, int64_t count) {
   if (count >= LANES) return load(from);
   T padded[LANES] = {};
-  if (count > 0) std::memcpy(padded, from, sizeof(T) * count);
+  copy_elements(padded, from, count);
   return load(padded);
 }
 template <class T>
@@ -25,7 +25,7 @@ inline void store_some(T* to, int64_t count, Vec a) {
   if (count >= LANES) return store(to, a);
   T padded[LANES];
   store(padded, a);
-  if (count > 0) std::memcpy(to, padded, sizeof(T) * count);
+  copy_elements(to, padded, count);
 }
 
 // Calls write(i, column i) for the LANES columns of the square whose row i is read(i).
