@@ -6,6 +6,7 @@ ROSA_KERNELS_BUILD=cuda: build them and the CUDA kernels or fail.
 ROSA_KERNELS_BUILD=none: do not build.
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX": compile the CUDA kernels for these, not for the GPUs that are here.
 CXX="clang++": the C++ compiler, for the CUDA kernels too.
+ROSA_KERNELS_SANITIZE=address,undefined (or one of these, or thread): compile the C++ kernels with these sanitizers.
 """
 
 import itertools
@@ -34,6 +35,8 @@ CPU_SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/cpu_features.cpp"]
 CPU_KERNELS = "csrc/cpu/kernels.cpp"  # compiled once for each instruction set
 # Python's flags may have -Wall, under which GCC 12 fills screens with false warnings about its own AVX-512 headers.
 CPU_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-Wno-uninitialized"]
+# They come last. Python's own flags have -fwrapv, under which no signed overflow would be reported.
+SANITIZE_FLAGS = ["-O1", "-g1", "-fno-wrapv", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
@@ -65,6 +68,15 @@ def requested_build() -> str:
     if value not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"ROSA_KERNELS_BUILD: expected auto, cpu, cuda or none, got {value!r}")
     return value
+
+
+def sanitizer_flags() -> list[str]:
+    value = os.environ.get("ROSA_KERNELS_SANITIZE", "")
+    if not value:
+        return []
+    if value != "thread" and not {"address", "undefined"}.issuperset(value.split(",")):
+        sys.exit(f"ROSA_KERNELS_SANITIZE: expected address, undefined, both with a comma, or thread, got {value!r}")
+    return [*SANITIZE_FLAGS, f"-fsanitize={value}"]
 
 
 def torch_directory() -> Path | None:
@@ -200,7 +212,7 @@ class BuildKernels(build_ext):
             raise Unavailable(f"the kernels build on Linux and macOS, not on {platform.system()}")
         # A Python for one architecture of macOS takes another one from ARCHFLAGS, as setuptools' own commands do.
         architecture = os.environ.get("ARCHFLAGS", "").split() if platform.system() == "Darwin" else []
-        compiler = [*self.compiler.compiler_so_cxx, *architecture, *CPU_FLAGS]
+        compiler = [*self.compiler.compiler_so_cxx, *architecture, *CPU_FLAGS, *sanitizer_flags()]
         compiler += [f"-I{path}" for path in extension.include_dirs]
         run_compiler([*compiler, "-x", "c++", "-fsyntax-only", os.devnull])
         commands = [([*compiler, "-c", source], Path(self.build_temp, f"{source}.o")) for source in CPU_SOURCES]
@@ -211,7 +223,7 @@ class BuildKernels(build_ext):
             )
         # Python's own command for linking may name another compiler, whose options alone are of use.
         link_options = itertools.dropwhile(lambda word: not word.startswith("-"), self.compiler.linker_so_cxx)
-        return [*self.compiler.compiler_so_cxx, *architecture, *link_options], commands
+        return [*self.compiler.compiler_so_cxx, *architecture, *link_options, *sanitizer_flags()], commands
 
     def cuda_commands(self, extension: Extension) -> tuple[list[str], list[tuple[list[str], Path]]]:
         """Returns the same for nvcc, which hands .cpp files on to the C++ compiler, with CUDA's headers."""

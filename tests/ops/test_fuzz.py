@@ -55,6 +55,7 @@ def test_cases_on(number, name):
     assert count_passed(("ops/test_fuzz.py",), {"ROSA_KERNELS_CPU": name}, *options, processes=CORES) == CASES
 
 
+@pytest.mark.exhaustive
 def test_a_seed_draws_one_case():
     """A seed that a report names must mean the same case in another process."""
     command = [sys.executable, "-c", "import fuzz_cases; print(*map(fuzz_cases.draw, range(20)), sep='\\n')"]
