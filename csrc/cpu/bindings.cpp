@@ -10,14 +10,20 @@
 #include <vector>
 
 #include "cpu/arguments.h"
+#include "cpu/common/loop_order.h"
 #include "cpu/index_checks.h"
 
 namespace rosa {
 
 void run_slots(int64_t slots, void (*body)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    LoopOrder::before_slots();
     for (int64_t slot = begin; slot < end; ++slot) body(context, slot);
-  });
+    LoopOrder::after_slots();
+  };
+  LoopOrder::before_loop();
+  torch::stable::parallel_for(0, slots, 1, run);
+  LoopOrder::after_loop();
 }
 
 int64_t thread_count() { return torch::stable::get_num_threads(); }
