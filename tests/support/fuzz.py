@@ -6,6 +6,7 @@ under pytest. This file is quick to start, for processes that run under a saniti
 
 import contextlib
 import sys
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -25,6 +26,9 @@ def check_case(seed: int) -> FuzzCase:
     """Runs the case of this seed with each of its numbers of threads, and twice with the first of them."""
     case = draw(seed)
     inputs = make_inputs(case)
+    if case.call == "RoSAEmbedding" and "values" in case.needs and not inputs.values.numel():
+        # An S without rows leaves the values, of which there are none, out of the graph.
+        case = replace(case, needs=tuple(name for name in case.needs if name != "values"))
     threads_before = torch.get_num_threads()
     with rk.use_backend(case.backend), forced(case):
         try:
@@ -95,13 +99,11 @@ class Call:
         """The result and the gradients that are needed."""
         leaves, y = self.forward(inputs, self.case.needs)
         assert y.is_contiguous(), f"y: strides {y.stride()}, as the fake promises contiguous"
-        # An embedding whose S has no rows leaves the values, of which there are none, out of the graph.
-        needs = [n for n in self.case.needs if self.ids is None or leaves[n].numel()]
-        if not needs:
+        if not self.case.needs:
             return {"y": y}
         upstream = inputs.tensors["values" if self.case.call == "sddmm" else "dy"]
-        gradients = torch.autograd.grad(y, [leaves[n] for n in needs], upstream)
-        return {"y": y, **dict(zip(needs, gradients))}
+        gradients = torch.autograd.grad(y, [leaves[n] for n in self.case.needs], upstream)
+        return {"y": y, **dict(zip(self.case.needs, gradients))}
 
     def forward(self, inputs: FuzzInputs, needs: tuple[str, ...]) -> tuple[dict[str, Tensor], Tensor]:
         """The leaves, of which those named need a gradient, and the result; the same dropout at every call."""
