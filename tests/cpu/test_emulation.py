@@ -22,6 +22,7 @@ FILES = (
     "ops/test_gradients.py",
     "ops/test_dropout.py",
     "ops/test_bfloat16_terms.py",
+    "ops/test_fuzz.py",
     "cpu/test_algorithms.py",
 )
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512", "-mavx512bf16")

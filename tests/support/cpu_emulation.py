@@ -44,6 +44,6 @@ def install(library: str) -> None:
 
 
 def takes(item) -> bool:
-    """Whether an emulated run takes a test: those of bf16, and those of our GEMM and of the fused algorithm."""
-    names = "cpu-bf16", "test_bfloat16_terms.py", "FUSED", "by_our_gemm"
+    """Whether an emulated run takes a test: those of bf16, of our GEMM and of the fused algorithm, and the fuzzer's."""
+    names = "cpu-bf16", "test_bfloat16_terms.py", "FUSED", "by_our_gemm", "test_fuzz.py::test_case["
     return any(name in item.nodeid for name in names)

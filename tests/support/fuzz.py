@@ -190,6 +190,8 @@ def forced(case: FuzzCase):
             set_(base_gemm, "CHUNK_TOKENS", 8)
         if case.slow_bfloat16:
             set_(cpu_ops, "fast_bfloat16", lambda: False)
+        if case.library_gemm:
+            set_(cpu_ops, "uses_our_gemm", lambda dtype: False)
         if case.algorithm:
             set_(cpu_ops, "_decode_tokens", lambda *_: heuristics.BLOCK_TOKENS if case.algorithm == "DECODE" else -1)
         if case.algorithm not in ("", "DECODE"):

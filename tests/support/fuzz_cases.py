@@ -77,7 +77,8 @@ class FuzzCase:
     backend: str = "auto"
     algorithm: str = ""  # of the CPU's, forced where it is legal
     small_pieces: bool = False
-    slow_bfloat16: bool = False
+    slow_bfloat16: bool = False  # as if the library had no instructions for it
+    library_gemm: bool = False  # as if the library's dense products were the faster ones
     special: float | None = None  # what one element of x is
     twice: bool = False  # compare second derivatives
     padding_idx: int | None = None
@@ -142,6 +143,7 @@ def draw(seed: int) -> FuzzCase:
         special=d.choice((nan, math.inf, -math.inf)) if special else None,
         twice=twice,
         padding_idx=d.randrange(sides[1]) if call == "RoSAEmbedding" and d.random() < 0.4 else None,
+        library_gemm=d.random() < 0.3,
     )
 
 
