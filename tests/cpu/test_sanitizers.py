@@ -74,3 +74,8 @@ def test_a_planted_fault_is_reported(name, tmp_path):
     output = process.communicate()[0]
     assert process.returncode != 0
     assert re.search(report, output), output[-6000:]
+
+
+def test_another_sanitizer_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="ROSA_KERNELS_SANITIZE: expected address, undefined, .* got 'memory'"):
+        build(tmp_path, "memory")
