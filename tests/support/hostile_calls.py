@@ -146,8 +146,13 @@ def fault(op: str, arguments: dict, checked: bool = False) -> tuple[str | None, 
 
 
 def _plain(t: Tensor) -> bool:
-    """Whether PyTorch itself may copy the tensor, in little time."""
-    if t.layout is not torch.strided or t.device.type != "cpu" or max(t.numel(), *t.shape, 0) > 2**20:
+    """Whether PyTorch itself may copy and change the tensor, in little time."""
+    if (
+        t.dtype == torch.float8_e4m3fn
+        or t.layout is not torch.strided
+        or t.device.type != "cpu"
+        or max(t.numel(), *t.shape, 0) > 2**20
+    ):
         return False
     last = t.storage_offset() + 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
     return t.numel() == 0 or last * t.itemsize <= t.untyped_storage().nbytes()
