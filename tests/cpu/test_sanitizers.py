@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
-CASES = 300  # on each instruction set
+CASES = 200  # on each instruction set
 FAULTS = {
     "a read past a buffer": (
         "address",

@@ -44,6 +44,7 @@ def test_the_kernels_pass_the_ops_tests(exhaustive):
 
 
 @needs("plain")
+@pytest.mark.exhaustive
 def test_they_reach_large_sizes_and_refuse_what_does_not_fit():
     run("plain", CALLS, every=1, fewest=350)
 

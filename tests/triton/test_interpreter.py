@@ -35,5 +35,6 @@ def test_the_interpreted_kernels_pass_the_ops_tests(exhaustive):
     assert count_passed(FILES, {"TRITON_INTERPRET": "1"}, every=every) >= fewest
 
 
+@pytest.mark.exhaustive
 def test_the_interpreted_kernels_reach_large_sizes():
     assert count_passed(LARGE_SIZES, {"TRITON_INTERPRET": "1"}) >= 35
