@@ -35,7 +35,9 @@ def _backward(name, backend, *args):
     """
     token = dispatch.choice.set(backend)
     try:
-        return getattr(torch.ops.rosa_kernels if torch.is_grad_enabled() else ops, name)(*args)
+        if torch.is_grad_enabled() or direct_call.needs_dispatcher(args):
+            return getattr(torch.ops.rosa_kernels, name)(*args)
+        return getattr(dispatch.backend_for(args[0]), name)(*args)
     finally:
         dispatch.choice.reset(token)
 

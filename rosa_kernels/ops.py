@@ -2,16 +2,15 @@
 
 An op takes tensors and numbers alone. A pattern arrives as its index tensors and its structure, an int of pattern.py;
 a seed is there just when dropout is on. autograd.py differentiates the ops. Anybody may call them, so that op_checks.py
-checks what comes through PyTorch's dispatcher. The package itself, which has checked its arguments, calls the functions
-of this module. They have the ops' names, skip the dispatcher where direct_call.py allows it, and may return None for
-a gradient that is not needed.
+checks what comes through PyTorch's dispatcher. The package itself, which has checked its arguments, calls a backend's
+functions of the same names where direct_call.py allows it. Those may return None for a gradient that is not needed.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from rosa_kernels import direct_call, dispatch, op_checks
+from rosa_kernels import dispatch, op_checks
 
 _BY_COLUMNS = "Tensor? ccol=None, Tensor? row=None, Tensor? permutation=None"
 """The pattern by columns, which the backward reads. Where a call has none, the backward makes it."""
@@ -79,20 +78,6 @@ def as_op_returns(results, like):
 for _name, _schema in _SCHEMAS.items():
     library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     library.impl(_name, implementation(_name), "CompositeExplicitAutograd")
-
-
-def _entry(name: str) -> Callable:
-    op = getattr(torch.ops.rosa_kernels, name)
-
-    def call(*args):
-        if direct_call.needs_dispatcher(args):
-            return op(*args)
-        return getattr(dispatch.backend_for(args[0]), name)(*args)
-
-    return call
-
-
-rosa_linear, rosa_linear_backward, spmm, sddmm, csr_add = map(_entry, _SCHEMAS)
 
 
 @torch.library.register_fake("rosa_kernels::rosa_linear", lib=library)
