@@ -5,38 +5,41 @@ nothing that was computed from a trainable tensor outlives a call.
 
 An op that is called through PyTorch's dispatcher comes here by its Autograd key, the package's own calls by ``apply``,
 whose first argument is the backend that serves them.
-First derivatives in reverse mode are kernels. All others are those of the plain PyTorch formulas of
-backends/reference.py: second derivatives, forward mode, and the transforms of torch.func.
+First derivatives in reverse mode are kernels. The others are those of the plain PyTorch formulas of
+backends/reference.py: derivatives of rosa_linear_backward, forward mode, and the transforms of torch.func.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from rosa_kernels import direct_call, dispatch, flop_counts, ops  # noqa: F401 (flop_counts registers what it has)
+from rosa_kernels import direct_call, dispatch, flop_counts, op_checks, ops, transforms  # noqa: F401 (flop_counts)
 from rosa_kernels.backends import reference
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern, transposed_structure
 
 
-def _forward(name, backend, *args):
+def _forward(ctx, name, backend, *args):
     """The op by this backend, or where that is None through PyTorch's dispatcher, below autograd."""
+    ctx.choice, ctx.through_dispatcher = dispatch.chosen(), backend is None
     if backend is not None:
         return getattr(backend, name)(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.rosa_kernels, name)(*args)
 
 
-def _backward(name, backend, *args):
+def _backward(ctx, name, *args):
     """The op on the backend that use_backend chose for the forward, in whichever thread the backward runs.
 
-    It is differentiable itself where a graph of the backward is asked for (create_graph=True).
+    It is differentiable itself where a graph of the backward is asked for (create_graph=True). After a forward that
+    came through the dispatcher the op checks its indices again, because nobody else may have.
     """
-    token = dispatch.choice.set(backend)
+    token = dispatch.choice.set(ctx.choice)
     try:
-        if torch.is_grad_enabled() or direct_call.needs_dispatcher(args):
-            return getattr(torch.ops.rosa_kernels, name)(*args)
+        if ctx.through_dispatcher or torch.is_grad_enabled() or direct_call.needs_dispatcher(args):
+            with ops.without_autocast(args[0].device.type):
+                return getattr(torch.ops.rosa_kernels, name)(*args)
         return getattr(dispatch.backend_for(args[0]), name)(*args)
     finally:
         dispatch.choice.reset(token)
@@ -72,7 +75,6 @@ class RoSALinearFunction(Function):
         row,
         permutation,
     ):
-        ctx.choice = dispatch.chosen()
         ctx.numbers = scaling, structure, dropout_p
         _, need_x, need_weight, need_bias, need_A, need_B, _, need_values = ctx.needs_input_grad[:8]
         ctx.needs = [need_x, need_weight, need_bias, need_A, need_B, need_values]
@@ -80,7 +82,7 @@ class RoSALinearFunction(Function):
             x, weight if need_x else None, lora_A, lora_B, values, crow, col, seed, ccol, row, permutation
         )
         return _forward(
-            "rosa_linear", backend,
+            ctx, "rosa_linear", backend,
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed,
         )  # fmt: skip
 
@@ -91,7 +93,7 @@ class RoSALinearFunction(Function):
         if values is not None:
             by_columns = _by_columns(by_columns, crow, col, x.shape[-1])
         gradients = _backward(
-            "rosa_linear_backward", ctx.choice,
+            ctx, "rosa_linear_backward",
             dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed,
             ctx.needs,
         )  # fmt: skip
@@ -102,25 +104,25 @@ class RoSALinearFunction(Function):
 
 
 class SpMMFunction(Function):
-    """y = x Sᵀ; dx = dy S; dvalues = sddmm(dy, x)."""
+    """y = x Sᵀ, with the backward of rosa_linear without W, A and B: dx = dy S, dvalues = sddmm(dy, x)."""
 
     @staticmethod
     def forward(ctx, backend, x, values, crow, col, structure, ccol, row, permutation):
-        ctx.choice = dispatch.chosen()
         ctx.structure = structure
         ctx.save_for_backward(x, values, crow, col, ccol, row, permutation)
-        return _forward("spmm", backend, x, values, crow, col, structure)
+        return _forward(ctx, "spmm", backend, x, values, crow, col, structure)
 
     @staticmethod
     def backward(ctx, dy):
         x, values, crow, col, *by_columns = ctx.saved_tensors
-        dx = dvalues = None
-        if ctx.needs_input_grad[1]:
-            ccol, row, permutation = _by_columns(by_columns, crow, col, x.shape[-1])
-            dx = _backward("spmm", ctx.choice, dy, values[permutation], ccol, row, transposed_structure(ctx.structure))
-        if ctx.needs_input_grad[2]:
-            dvalues = _backward("sddmm", ctx.choice, dy, x, crow, col, ctx.structure).to(values.dtype)
-        return None, dx, dvalues, None, None, None, None, None, None
+        by_columns = _by_columns(by_columns, crow, col, x.shape[-1])
+        _, need_x, need_values = ctx.needs_input_grad[:3]
+        needs = [need_x, False, False, False, False, need_values]
+        dx, *_, dvalues = _backward(
+            ctx, "rosa_linear_backward",
+            dy, x, None, None, None, 1.0, values, crow, col, *by_columns, ctx.structure, 0.0, None, needs,
+        )  # fmt: skip
+        return None, dx if need_x else None, dvalues if need_values else None, None, None, None, None, None, None
 
 
 class SDDMMFunction(Function):
@@ -128,20 +130,19 @@ class SDDMMFunction(Function):
 
     @staticmethod
     def forward(ctx, backend, dy, x, crow, col, structure, ccol, row, permutation):
-        ctx.choice = dispatch.chosen()
         ctx.structure = structure
         ctx.save_for_backward(dy, x, crow, col, ccol, row, permutation)
-        return _forward("sddmm", backend, dy, x, crow, col, structure)
+        return _forward(ctx, "sddmm", backend, dy, x, crow, col, structure)
 
     @staticmethod
     def backward(ctx, g):
         dy, x, crow, col, *by_columns = ctx.saved_tensors
         ddy = dx = None
         if ctx.needs_input_grad[1]:
-            ddy = _backward("spmm", ctx.choice, x, g, crow, col, ctx.structure)
+            ddy = _backward(ctx, "spmm", x, g, crow, col, ctx.structure)
         if ctx.needs_input_grad[2]:
             ccol, row, permutation = _by_columns(by_columns, crow, col, x.shape[-1])
-            dx = _backward("spmm", ctx.choice, dy, g[permutation], ccol, row, transposed_structure(ctx.structure))
+            dx = _backward(ctx, "spmm", dy, g[permutation], ccol, row, transposed_structure(ctx.structure))
         return None, ddy, dx, None, None, None, None, None, None
 
 
@@ -153,7 +154,7 @@ class CSRAddFunction(Function):
         ctx.values_dtype = values.dtype
         ctx.shape = tuple(weight.shape)
         ctx.save_for_backward(crow, col)
-        return _forward("csr_add", backend, weight, values, crow, col)
+        return _forward(ctx, "csr_add", backend, weight, values, crow, col)
 
     @staticmethod
     def backward(ctx, g):
@@ -167,28 +168,36 @@ class CSRAddFunction(Function):
 
 def _formula(name: str) -> Callable:
     """The op in plain PyTorch, which PyTorch differentiates and batches in any way."""
-    compute = getattr(reference, name)
+    compute, check = getattr(reference, name), getattr(op_checks, name)
 
     def call(*args):
-        args = ops.without_by_columns(name, ops.with_by_columns(name, args))
-        return ops.as_op_returns(compute(*args), args[0])
+        check(*ops.with_by_columns(name, args))
+        with ops.without_autocast(args[0].device.type):
+            return ops.as_op_returns(compute(*ops.backend_arguments(name, args)), args[0])
 
     return call
 
 
-def _have_a_tangent(args):
-    return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+def _nothing_looks_for(args):
+    """Whether a call that has come to autograd may go on to its backend at once."""
+    return args[0] is not None and not args[0].is_meta and not direct_call.needs_dispatcher(args)
 
 
 def _autograd_kernel(name: str, function: type[Function] | None) -> Callable:
     op, formula, implementation = getattr(torch.ops.rosa_kernels, name), _formula(name), ops.implementation(name)
+    check = getattr(op_checks, name)
 
     def call(*args):
-        if reference.transforms_active() or (direct_call.in_forward_mode() and _have_a_tangent(args)):
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if transforms.active() or (transforms.in_forward_mode() and any(map(transforms.has_tangent, tensors))):
             return formula(*args)
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return formula(*args) if function is None else function.apply(None, *ops.with_by_columns(name, args))
-        if not direct_call.needs_dispatcher(args):  # nothing below autograd looks for the op: this saves 10 us
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            if function is None:
+                return formula(*args)
+            args = ops.with_by_columns(name, args)
+            check(*args)
+            return function.apply(dispatch.backend_for(args[0]) if _nothing_looks_for(args) else None, *args)
+        if _nothing_looks_for(args):  # this saves 10 us
             return implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

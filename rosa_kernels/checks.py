@@ -1,6 +1,6 @@
 """What the arguments of an op must be, so that a backend can trust them. A ValueError or TypeError names the argument.
 
-functional.py checks what a user passes, with a CSRPattern whose indices are checked already. ops.py checks what
+functional.py checks what a user passes, with a CSRPattern whose indices are checked already. op_checks.py checks what
 reaches an op through PyTorch's dispatcher, where the indices are tensors that anybody may have made.
 """
 
@@ -33,7 +33,7 @@ def linear_fits(x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, values
         and weight.dtype is dtype
         and lora_A.dtype in FLOATING
         and lora_B.dtype in FLOATING
-        and x.layout is torch.strided
+        and x.layout is weight.layout is torch.strided
         and len(shape := weight.shape) == 2
         and (shape_x := x.shape)
         and shape_x[-1] == shape[1]
@@ -159,6 +159,7 @@ def _check_base(
         raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
     _check_features("x", x, in_features)
+    _check_layout("weight", weight)
     _check_like("weight", weight, x)
     if bias is not None:
         if tuple(bias.shape) != (out_features,):
@@ -197,8 +198,12 @@ def _check_features(name: str, x: Tensor, features: int) -> None:
 
 def _check_dense(name: str, x: Tensor) -> None:
     _check_floating(name, x)
-    if x.layout is not torch.strided:
-        raise ValueError(f"{name}: expected a dense tensor (layout torch.strided), got {x.layout}")
+    _check_layout(name, x)
+
+
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor (layout torch.strided), got {tensor.layout}")
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:

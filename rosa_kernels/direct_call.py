@@ -33,11 +33,6 @@ def _exists(name: str) -> bool:
     return True
 
 
-def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open; true where this PyTorch does not say so."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
-
-
 missing_names = tuple(name for name in PRIVATE_NAMES if not _exists(name))
 
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, list, type(None)))

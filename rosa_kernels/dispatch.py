@@ -26,8 +26,8 @@ def _checked_name(name: str, source: str) -> str:
 _default = _checked_name(os.environ.get(_ENVIRONMENT, "auto"), _ENVIRONMENT)
 choice: contextvars.ContextVar[str | None] = contextvars.ContextVar("rosa_kernels_backend", default=None)
 """The name that the innermost use_backend of this thread or task gave, None outside any."""
-_open_blocks: list[str] = []
-"""The names of all use_backend blocks that are open in this process, the latest last."""
+_open_blocks: list[tuple[object, str]] = []
+"""All use_backend blocks that are open in this process, the latest last: each with the name that it gave."""
 
 
 @contextlib.contextmanager
@@ -38,17 +38,19 @@ def use_backend(name: str) -> Iterator[None]:
     asked for by name never hands a call on: where it cannot serve one, that call raises RuntimeError with the reason.
     The choice holds for this thread, or this asyncio task, and for the backward of what runs here. Outside any ``with``
     it is that of the environment variable ROSA_KERNELS_BACKEND. torch.compile ends its graph at a ``with`` that is
-    inside the function; around the function it ends nothing.
+    inside the function; around the function it ends nothing. A ``with`` around the ``yield`` of a generator holds for
+    whoever runs the generator, as every context variable.
 
     Raises:
         ValueError: the name is unknown.
     """
     token = choice.set(_checked_name(name, "use_backend"))
-    _open_blocks.append(name)
+    block = object(), name
+    _open_blocks.append(block)
     try:
         yield
     finally:
-        _open_blocks.remove(name)
+        _open_blocks.remove(block)
         choice.reset(token)
 
 
@@ -65,7 +67,7 @@ def _chosen_in_this_thread() -> str:
     """
     latest = _open_blocks[-1:]
     foreign = isinstance(threading.current_thread(), threading._DummyThread)
-    return latest[0] if latest and foreign else _default
+    return latest[0][1] if latest and foreign else _default
 
 
 def available_backends() -> dict[str, str | None]:

@@ -9,6 +9,8 @@ from math import prod
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from rosa_kernels import ops  # noqa: F401 (it defines the ops)
+
 _ops = torch.ops.rosa_kernels
 
 

@@ -20,8 +20,8 @@ def lora_linear(
     y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ.
 
     All tensors are on one device. Each that requires a gradient gets one, in its own dtype. The gradients can be
-    differentiated again, and so can everything by forward mode and by torch.func's transforms; these derivatives are
-    computed by the formula in plain PyTorch.
+    differentiated again, and so can everything by forward mode and by torch.func's transforms. For these PyTorch
+    computes the formula itself, without the kernels.
 
     Args:
         x: (..., in_features), float32, bfloat16, float16 or float64. A nested tensor of layout torch.jagged gives one.
@@ -164,8 +164,12 @@ def _rosa_linear(
         fits = False
     if not fits:
         checks.check_linear_types(x, weight, bias, lora_A, lora_B, values, pattern)
-        if x.is_nested or _must_leave_autocast(x):
-            return _in_plain_calls(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
+        if x.is_nested:
+            return _jagged_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
+        if _must_leave_autocast(x):
+            x, weight, bias = _autocast(x, weight, bias)
+            with torch.autocast(x.device.type, enabled=False):
+                return _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, pattern, dropout_p, training)
         x, weight, bias = _autocast(x, weight, bias)
         checks.check_linear(x, weight, bias, lora_A, lora_B, values, pattern)
     if not 0 <= dropout_p <= 1:
@@ -194,15 +198,8 @@ def _must_leave_autocast(x: Tensor) -> bool:
     return ops.autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
 
 
-def _in_plain_calls(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, *rest: Any
-) -> Tensor:
-    """_rosa_linear of a nested x, by one call for all its tokens, or under autocast, by a call outside it."""
-    if x.is_nested:
-        return jagged.on_values(lambda tokens: _rosa_linear(tokens, weight, bias, lora_A, lora_B, *rest), x)
-    x, weight, bias = _autocast(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return _rosa_linear(x, weight, bias, lora_A, lora_B, *rest)
+def _jagged_linear(x: Tensor, *rest: Any) -> Tensor:
+    return jagged.on_values(lambda tokens: _rosa_linear(tokens, *rest), x)
 
 
 def _call(
@@ -215,6 +212,9 @@ def _call(
     if by_columns_of is not None:
         args += by_columns_of.transpose()
     if through_dispatcher:
+        if _must_leave_autocast(args[0]):  # under vmap the op could not leave it any more
+            with torch.autocast(args[0].device.type, enabled=False):
+                return getattr(torch.ops.rosa_kernels, name)(*args)
         return getattr(torch.ops.rosa_kernels, name)(*args)
     return function.apply(dispatch.backend_for(args[0]), *args)
 

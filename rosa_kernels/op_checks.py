@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from rosa_kernels import checks
+from rosa_kernels import checks, transforms
 from rosa_kernels.pattern import STRUCTURE_NUMBERS, UNSTRUCTURED, CSRPattern, has_structure
 
 
@@ -23,8 +23,9 @@ def rosa_linear(
     if not checks.linear_fits(x, weight, bias, lora_A, lora_B, values, pattern):
         checks.check_linear_types(x, weight, bias, lora_A, lora_B, values, pattern)
         checks.check_linear(x, weight, bias, lora_A, lora_B, values, pattern)
-    if seed is not None:
-        _check_dropout(dropout_p, seed, x)
+    checks.check_dropout_p(dropout_p)
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise ValueError(f"seed: expected one int64 on {x.device}, got {_describe(seed)}")
 
 
 def rosa_linear_backward(
@@ -57,12 +58,6 @@ def csr_add(weight, values, crow, col):
     checks.check_csr_add(weight, values, _pattern(weight, crow, col, UNSTRUCTURED, None, None, None))
 
 
-def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
-    checks.check_dropout_p(dropout_p)
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device):
-        raise ValueError(f"seed: expected one int64 on {x.device}, got {_describe(seed)}")
-
-
 def _optional_pattern(x, crow, col, structure, ccol, row, permutation):
     return None if crow is None and col is None else _pattern(x, crow, col, structure, ccol, row, permutation)
 
@@ -71,10 +66,12 @@ def _pattern(x, crow, col, structure, ccol, row, permutation):
     """The pattern of S, whose rows have x's last size."""
     if x.dim() < 1:
         raise ValueError("x: expected at least one dimension, got a 0-D tensor")
-    tensors = (crow, col) if ccol is row is permutation is None else (crow, col, ccol, row, permutation)
+    tensors: tuple = (crow, col) if ccol is row is permutation is None else (crow, col, ccol, row, permutation)
+    if transforms.active():
+        tensors = tuple(None if tensor is None else transforms.unwrapped(tensor) for tensor in tensors)
     if not _are_known(tensors, x.shape[-1], structure):
         _check_tensors(tensors, x.device)
-        if not _captures_a_graph(x.device):
+        if all(map(transforms.holds_numbers, tensors)) and not _captures_a_graph(x.device):
             _check_indices(tensors, x.shape[-1], structure)
             _remember(tensors, x.shape[-1], structure)
     return CSRPattern._trusted(crow, col, (crow.shape[0] - 1, x.shape[-1]), structure, None)
@@ -117,12 +114,16 @@ def _captures_a_graph(device):
 
 
 class _Known(NamedTuple):
-    """A set of index tensors that passed. Reading indices waits for a GPU, so that it is done once."""
+    """A set of index tensors that passed. Reading indices waits for a GPU, so that it is done once.
+
+    PyTorch counts who writes to a tensor, and the tensor is read again then. It does not count writes to ``.data`` and
+    to the memory that NumPy or DLPack shares, which nobody notices here.
+    """
 
     in_features: int
     structure: int
     others: tuple[weakref.ref, ...]  # all but crow
-    versions: list[int]  # PyTorch counts how often a tensor was written to
+    states: list[tuple[int, int, int]]
 
 
 _known = WeakTensorKeyDictionary()  # crow: _Known
@@ -136,9 +137,9 @@ def _are_known(tensors, in_features, structure):
         known is not None
         and known.in_features == in_features
         and known.structure == structure
-        and len(known.versions) >= len(tensors)
+        and len(known.states) >= len(tensors)
         and all(other() is tensor for other, tensor in zip(known.others, tensors[1:]))
-        and known.versions[: len(tensors)] == [tensor._version for tensor in tensors]
+        and known.states[: len(tensors)] == [_state(tensor) for tensor in tensors]
     )
 
 
@@ -146,7 +147,12 @@ def _remember(tensors, in_features, structure):
     if any(tensor.is_inference() for tensor in tensors):  # nothing counts the writes to these
         return
     others = tuple(map(weakref.ref, tensors[1:]))
-    _known[tensors[0]] = _Known(in_features, structure, others, [tensor._version for tensor in tensors])
+    _known[tensors[0]] = _Known(in_features, structure, others, [_state(tensor) for tensor in tensors])
+
+
+def _state(tensor):
+    """What changes when a tensor is written to, or gets other memory or another size."""
+    return tensor._version, tensor.data_ptr(), tensor.shape[0]
 
 
 def _describe(tensor: Tensor | None) -> str:

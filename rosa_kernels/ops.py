@@ -6,6 +6,7 @@ checks what comes through PyTorch's dispatcher. The package itself, which has ch
 functions of the same names where direct_call.py allows it. Those may return None for a gradient that is not needed.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,7 @@ _SCHEMAS = {
     "csr_add": "(Tensor weight, Tensor values, Tensor crow, Tensor col) -> Tensor",
 }
 _ARGUMENTS = {name: schema.count(",") + 1 for name, schema in _SCHEMAS.items()}
+_BACKEND_ARGUMENTS = {name: count - 3 * (_BY_COLUMNS in _SCHEMAS[name]) for name, count in _ARGUMENTS.items()}
 
 library = torch.library.Library("rosa_kernels", "DEF")
 
@@ -42,18 +44,20 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Switches torch.autocast off where it is on."""
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else contextlib.nullcontext()
+
+
 def implementation(name: str) -> Callable:
     """The op itself, for tensors of a real device: it checks its arguments and calls a backend."""
     check = getattr(op_checks, name)
 
     def call(*args):
-        args = with_by_columns(name, args)
-        check(*args)
-        serve, args = getattr(dispatch.backend_for(args[0]), name), without_by_columns(name, args)
-        if autocast_enabled(args[0].device.type):  # functional.py has cast x and weight; an op keeps what it is given
-            with torch.autocast(args[0].device.type, enabled=False):
-                return as_op_returns(serve(*args), args[0])
-        return as_op_returns(serve(*args), args[0])
+        check(*with_by_columns(name, args))
+        serve, args = getattr(dispatch.backend_for(args[0]), name), backend_arguments(name, args)
+        with without_autocast(args[0].device.type):  # functional.py has cast x and weight; an op keeps what it is given
+            return as_op_returns(serve(*args), args[0])
 
     return call
 
@@ -63,9 +67,9 @@ def with_by_columns(name: str, args: tuple) -> tuple:
     return args + (None,) * (_ARGUMENTS[name] - len(args))
 
 
-def without_by_columns(name: str, args: tuple) -> tuple:
-    """The arguments of a call that a backend takes."""
-    return args[:-3] if _BY_COLUMNS in _SCHEMAS[name] else args
+def backend_arguments(name: str, args: tuple) -> tuple:
+    """The arguments of a call that a backend takes: without those by columns, which the backward alone reads."""
+    return args[: _BACKEND_ARGUMENTS[name]]
 
 
 def as_op_returns(results, like):

@@ -7,6 +7,8 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from rosa_kernels import transforms
+
 UNSTRUCTURED, ROW, COLUMN, BLOCK, BLOCK16 = range(5)
 """What S consists of. BLOCK16 has blocks whose size is a multiple of 16, the smallest side of a tensor core's tile."""
 STRUCTURE_NUMBERS = range(BLOCK16 + 1)
@@ -147,14 +149,21 @@ class CSRPattern:
         return rows.repeat_interleave(self.crow_indices.diff(), output_size=self.nnz)
 
     def transpose(self) -> CSC:
-        """The pattern by columns: (ccol_indices, row_indices, permutation), int32, computed once.
+        """The pattern by columns: (ccol_indices, row_indices, permutation), int32.
 
         Sizes are (in_features + 1,), (nnz,) and (nnz,). Entry k by columns is entry ``permutation[k]`` by rows, so that
         ``values[permutation]`` are the values of Sᵀ in CSR form.
         """
-        if self._transposed is None:
-            self._transposed = self._csc()
-        return self._transposed
+        if self._transposed is not None:
+            return self._transposed
+        by_columns = self._csc()
+        if torch.compiler.is_dynamo_compiling() or all(map(self._may_keep, by_columns)):
+            self._transposed = by_columns
+        return by_columns
+
+    def _may_keep(self, tensor: Tensor) -> bool:
+        """Not what belongs to a trace or a transform, nor to inference mode, where the pattern itself does not."""
+        return transforms.holds_numbers(tensor) and (self.col_indices.is_inference() or not tensor.is_inference())
 
     def _csc(self) -> CSC:
         bounds = torch.arange(self.shape[1] + 1, device=self.device)

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rosa_kernels import jagged
-from rosa_kernels.backends.reference import transforms_active
+from rosa_kernels import jagged, transforms
 from rosa_kernels.nn.layer import AdapterLayer
 from rosa_kernels.pattern import ROW, CSRPattern
 
@@ -112,7 +111,7 @@ class RoSAEmbedding(AdapterLayer):
         return (
             bool(adapted)
             and not torch.compiler.is_compiling()
-            and not transforms_active()
+            and not transforms.active()
             and self.has_standard_base
             and ids.numel() > self.num_embeddings
         )

@@ -186,6 +186,41 @@ def factors_of(layer):
     return [*layer.low_rank_factors(), *([layer.sparse_values] if layer.masks_selected else [])]
 
 
+class TestUnderAutocast:
+    """Autocast casts x and weight of a linear call, and nothing that an op computes: not its derivatives either."""
+
+    @pytest.mark.parametrize("name", ["spmm", "sddmm", "csr_add", "rosa_delta"])
+    @pytest.mark.parametrize("how", [vmap, jacfwd], ids=["vmap", "jacfwd"])
+    def test_transforms(self, name, how):
+        op, pattern = OPS[name], PATTERNS["unstructured"]
+        first, *others = tensors_for(op, pattern, torch.bfloat16 if name == "rosa_delta" else torch.float32)
+        first = first[None] if how is vmap else first
+        run = how(lambda first: op.call(pattern, first, *others))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = run(first)
+        assert torch.equal(got, run(first))
+
+    def test_a_graph_of_the_backward(self):
+        op, pattern = OPS["rosa_delta"], PATTERNS["unstructured"]
+        inputs = leaves(tensors_for(op, pattern, torch.bfloat16))
+        dy = torch.full((3, SHAPE[0]), 0.1, dtype=torch.bfloat16, requires_grad=True)
+        y = op.call(pattern, *inputs)
+        right = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        assert all(map(torch.equal, got, right))
+
+    def test_many_upstream_gradients_at_once(self):
+        op, pattern = OPS["rosa_delta"], PATTERNS["unstructured"]
+        inputs = leaves(tensors_for(op, pattern, torch.bfloat16))
+        y = op.call(pattern, *inputs)
+        upstream = torch.randn(4, *y.shape, dtype=y.dtype)
+        right = torch.autograd.grad(y, inputs, upstream, is_grads_batched=True, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = torch.autograd.grad(y, inputs, upstream, is_grads_batched=True)
+        assert all(map(torch.equal, got, right))
+
+
 class TestForwardMode:
     @EVERY_PATTERN
     @EVERY_OP
@@ -320,6 +355,14 @@ class TestTransforms:
         assert_close([y], [op.call(pattern, x, *others)], torch.float32)
         got = torch.autograd.grad(y.square().sum(), (x, *others))
         assert_close(got, torch.autograd.grad(op.call(pattern, x, *others).square().sum(), (x, *others)), torch.float32)
+
+    def test_linearize(self, op, pattern, backend):
+        """It traces the tangents, and no number may be looked at in a trace."""
+        tensors = tensors_for(op, pattern, torch.float32)
+        call = partial(op.call, pattern)
+        y, tangent_of = torch.func.linearize(call, *tensors)
+        right = jvp(call, tensors, tuple(t + 1 for t in tensors))
+        assert_close([y, tangent_of(*(t + 1 for t in tensors))], right, torch.float32)
 
     def test_many_upstream_gradients_at_once(self, backend):
         op, pattern = OPS["rosa_linear"], PATTERNS["unstructured"]

@@ -99,6 +99,18 @@ def test_nothing_needed_makes_no_graph(backend, device):
         assert rosa(t, inputs.pattern).is_inference()
 
 
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_spmm_rounds_a_gradient_to_its_own_dtype_alone(backend, x_dtype):
+    """fp32 values beside a 16-bit x: their gradient has fp32's digits."""
+    pattern = rk.CSRPattern.random((20, 30), 0.2, seed=0)
+    with rk.use_backend(backend if x_dtype == torch.bfloat16 else "auto"):
+        x, dy = torch.randn(50, 30).to(x_dtype), torch.randn(50, 20).to(x_dtype)
+        values = torch.randn(pattern.nnz, requires_grad=True)
+        (got,) = torch.autograd.grad(rk.spmm(x, values, pattern), values, dy)
+    right = (dy.double().T @ x.double())[pattern.row_of_entry(), pattern.col_indices.long()]
+    torch.testing.assert_close(got.double(), right, atol=2e-5, rtol=2e-6)
+
+
 @SIZES
 def test_an_upstream_gradient_of_stride_zero(backend, dtype, device, tokens):
     """y.sum().backward() hands over one element, expanded."""

@@ -103,15 +103,63 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("how", ["in inference", "in training", "under vmap", "under torch.func.grad", "under jvp"])
 @EVERY_OP
-def test_hostile_indices_are_refused_by_name(op, fault, backend):
+def test_hostile_indices_are_refused_by_name(op, how, fault, backend):
+    """The forward refuses them, even where the backward alone would read them."""
     pattern = PATTERNS["unstructured"]
     name, make, message = FAULTS[fault]
     call = arguments(op)
     if name not in call:
         pytest.skip(f"{op} has no {name}")
+    call[name] = make(pattern)
+    if how == "in training":
+        call = {name: requiring_a_gradient(value) for name, value in call.items()}
+    first, *others = call.values()
+    run = lambda first: getattr(OPS, op)(first, *others)
     with pytest.raises(ValueError, match=message):
-        getattr(OPS, op)(*(call | {name: make(pattern)}).values())
+        match how:
+            case "under vmap":
+                torch.vmap(run)(first[None])
+            case "under torch.func.grad":
+                torch.func.grad(lambda first: torch.utils._pytree.tree_leaves(run(first))[0].sum())(first)
+            case "under jvp":
+                torch.func.jvp(run, (first,), (first,))
+            case _:
+                run(first)
+
+
+def requiring_a_gradient(value):
+    is_number = isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    return value.detach().requires_grad_() if is_number else value
+
+
+@EVERY_OP
+@pytest.mark.parametrize("how", ["in training", "under vmap"])
+def test_sizes_are_checked_however_it_is_called(op, how):
+    """Plain PyTorch would broadcast what the kernels refuse."""
+    right = arguments(op)
+    for name in {"dy", "weight", "bias", "lora_B", "values"} & right.keys():
+        first, *others = (right | {name: right[name][:1]}).values()
+        with pytest.raises(ValueError):
+            if how == "in training":
+                getattr(OPS, op)(first.requires_grad_(), *others)
+            else:
+                torch.vmap(getattr(OPS, op), (0, *(None for _ in others)))(first[None], *others)
+
+
+@pytest.mark.parametrize("name", ["crow_indices", "col_indices", "ccol_indices", "row_indices", "permutation"])
+def test_an_exported_program_with_hostile_buffers_is_refused(name):
+    pattern = rk.CSRPattern.random(SHAPE, 0.4, seed=0)
+    layer = rk.nn.RoSALinear(nn.Linear(IN_FEATURES, OUT_FEATURES), 2, 4, pattern=pattern)
+    x = torch.randn(T, IN_FEATURES, requires_grad=True)
+    exported = torch.export.export(layer, (x.detach(),)).module()
+    exported(x).sum().backward()
+    (buffer,) = [buffer for key, buffer in exported.named_buffers() if key.split(".")[-1] == name]
+    with torch.no_grad():
+        buffer.fill_(10**9)
+    with pytest.raises(ValueError, match="indices|col|row|permutation"):
+        exported(x).sum().backward()
 
 
 def test_a_seed_and_a_share_are_checked():
@@ -185,6 +233,17 @@ class TestIndicesAreReadOnce:
         with pytest.raises(ValueError, match="_indices"):
             OPS.spmm(*call.values())
 
+    @pytest.mark.parametrize("name", ["crow", "col"])
+    def test_until_one_gets_other_memory(self, name, readings):
+        call = self.fresh()
+        OPS.spmm(*call.values())
+        call[name].data = torch.full_like(call[name], 10**9)
+        with pytest.raises(ValueError, match="_indices"):
+            OPS.spmm(*call.values())
+        call[name].data = call[name][:2].clone()
+        with pytest.raises(ValueError):
+            OPS.spmm(*call.values())
+
     def test_each_time_where_nothing_counts_the_writes(self, readings):
         with torch.inference_mode():
             call = self.fresh()
@@ -226,6 +285,24 @@ def test_an_x_that_is_not_dense_is_refused(kind):
     for call in calls:
         with pytest.raises(ValueError, match="x: expected a dense tensor"):
             call(x)
+
+
+def test_a_weight_that_is_not_dense_is_refused():
+    x, weight = torch.randn(3, IN_FEATURES), torch.randn(OUT_FEATURES, IN_FEATURES)
+    A, B = torch.randn(2, IN_FEATURES), torch.randn(OUT_FEATURES, 2)
+    for sparse in (weight.to_sparse_csr(), weight.to_sparse(), weight.to_mkldnn()):
+        with pytest.raises(ValueError, match="weight: expected a dense tensor"):
+            rk.lora_linear(x, sparse, None, A, B, 1.0)
+
+
+@EVERY_OP
+def test_meta_tensors_give_shapes(op):
+    on_meta = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in arguments(op).items()
+    }
+    got, right = getattr(OPS, op)(*on_meta.values()), getattr(OPS, op)(*arguments(op).values())
+    for a, b in zip(*(([y] if isinstance(y, torch.Tensor) else y) for y in (got, right)), strict=True):
+        assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

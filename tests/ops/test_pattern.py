@@ -1,7 +1,10 @@
 """CSRPattern: its constructors, its transpose, its structure, and the index ranges where narrow types wrap."""
 
+import copy
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rosa_kernels as rk
 from cases import PATTERNS
@@ -130,3 +133,45 @@ def test_entries_beyond_the_integers_of_fp32(backend):
     assert y.tolist() == [[0.0, 6.0]]
     (dx,) = torch.autograd.grad(y, x, torch.ones(1, 2))
     assert dx[0, -4:].tolist() == [0.0, 1.0, 2.0, 3.0] and int(dx.count_nonzero()) == 3
+
+
+class TestItsTransposeIsKept:
+    """A pattern may meet a trace or a transform first; what it keeps must serve every later call."""
+
+    SHAPE = (5, 7)
+
+    def spmm_in(self, how, pattern):
+        values = torch.randn(pattern.nnz, requires_grad=True)
+        call = lambda x: rk.spmm(x, values, pattern).square().sum()
+        x = torch.randn(3, 7, requires_grad=True)
+        match how:
+            case "export":
+                module = torch.nn.Module()
+                module.forward = lambda x: rk.spmm(x, values, pattern)
+                torch.export.export(module, (x.detach(),))
+            case "fake tensors":
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    call(torch.empty(3, 7, requires_grad=True))
+            case "inference":
+                with torch.inference_mode(), torch.profiler.profile():
+                    call(x)
+            case "vmap of grad":
+                torch.vmap(torch.func.grad(lambda x: call(x[None])))(x.detach())
+            case _:
+                transform = {"grad": torch.func.grad, "hessian": torch.func.hessian, "jvp": None}[how]
+                transform(call)(x.detach()) if transform else torch.func.jvp(call, (x.detach(),), (x.detach(),))
+
+    @pytest.mark.parametrize("how", ["export", "fake tensors", "inference", "vmap of grad", "grad", "hessian", "jvp"])
+    def test_as_plain_tensors_alone(self, how):
+        pattern = rk.CSRPattern.random(self.SHAPE, 0.4, seed=0)
+        self.spmm_in(how, pattern)
+        for again in ("grad", "vmap of grad", "jvp"):
+            self.spmm_in(again, pattern)
+        copied = copy.deepcopy(pattern)
+        values = torch.randn(pattern.nnz, requires_grad=True)
+        x = torch.randn(3, 7, requires_grad=True)
+        for p in (pattern, copied):
+            dx, dvalues = torch.autograd.grad(rk.spmm(x, values, p).sum(), (x, values))
+            assert type(dx) is type(dvalues) is torch.Tensor
+            assert all(type(indices) is torch.Tensor for indices in p.transpose())
+            assert p.transpose() is p.transpose()

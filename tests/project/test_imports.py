@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 ROOMS = [
-    ["pattern", "dropout", "config", "version", "jagged", "checks"],
+    ["transforms", "pattern", "dropout", "config", "version", "jagged", "checks"],
     ["backends"],
     ["backends.cpu", "backends.gpu"],
     ["backends.triton", "backends.cuda"],
