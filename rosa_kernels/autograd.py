@@ -115,8 +115,11 @@ class SpMMFunction(Function):
     @staticmethod
     def backward(ctx, dy):
         x, values, crow, col, *by_columns = ctx.saved_tensors
-        by_columns = _by_columns(by_columns, crow, col, x.shape[-1])
         _, need_x, need_values = ctx.needs_input_grad[:3]
+        if not need_x and x.dtype == values.dtype:  # then sddmm's result needs no second rounding
+            dvalues = _backward(ctx, "sddmm", dy, x, crow, col, ctx.structure)
+            return None, None, dvalues, None, None, None, None, None, None
+        by_columns = _by_columns(by_columns, crow, col, x.shape[-1])
         needs = [need_x, False, False, False, False, need_values]
         dx, *_, dvalues = _backward(
             ctx, "rosa_linear_backward",

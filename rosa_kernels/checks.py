@@ -96,9 +96,10 @@ def check_linear(
 
 def check_spmm(x: Tensor, values: Tensor, pattern: CSRPattern) -> None:
     """Raises ValueError or TypeError where the arguments of spmm do not fit each other."""
-    check_type("x", x, Tensor)
-    check_type("values", values, Tensor)
-    check_type("pattern", pattern, CSRPattern)
+    if not (isinstance(x, Tensor) and isinstance(values, Tensor) and isinstance(pattern, CSRPattern)):
+        check_type("x", x, Tensor)
+        check_type("values", values, Tensor)
+        check_type("pattern", pattern, CSRPattern)
     _check_features("x", x, pattern.shape[1])
     _check_values(values, pattern, x.device)
 
