@@ -183,7 +183,7 @@ def _formula(name: str) -> Callable:
 
 def _nothing_looks_for(args):
     """Whether a call that has come to autograd may go on to its backend at once."""
-    return args[0] is not None and not args[0].is_meta and not direct_call.needs_dispatcher(args)
+    return args[0] is not None and not direct_call.needs_dispatcher(args)
 
 
 def _autograd_kernel(name: str, function: type[Function] | None) -> Callable:

@@ -200,6 +200,20 @@ class TestUnderAutocast:
             got = run(first)
         assert torch.equal(got, run(first))
 
+    @pytest.mark.parametrize("name", ["spmm", "sddmm", "csr_add"])
+    def test_an_op_called_directly(self, name):
+        pattern = PATTERNS["unstructured"]
+        tensors = tensors_for(OPS[name], pattern, torch.float32)
+
+        def run():
+            with fwAD.dual_level():
+                y = called_directly(name, pattern, *map(fwAD.make_dual, tensors, tensors))
+                return list(fwAD.unpack_dual(y))
+
+        with torch.autocast("cpu", torch.bfloat16):
+            got = run()
+        assert all(map(torch.equal, got, run()))
+
     def test_a_graph_of_the_backward(self):
         op, pattern = OPS["rosa_delta"], PATTERNS["unstructured"]
         inputs = leaves(tensors_for(op, pattern, torch.bfloat16))

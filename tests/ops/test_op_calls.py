@@ -148,6 +148,15 @@ def test_sizes_are_checked_however_it_is_called(op, how):
                 torch.vmap(getattr(OPS, op), (0, *(None for _ in others)))(first[None], *others)
 
 
+def test_a_backward_checks_what_its_forward_could_not_read():
+    """A mode of the dispatcher is open in the forward, and no number may be looked at there."""
+    call = {name: requiring_a_gradient(value) for name, value in arguments("spmm").items()}
+    with FlopCounterMode(display=False):
+        y = OPS.spmm(*(call | {"permutation": call["permutation"].flip(0)}).values())
+    with pytest.raises(ValueError, match="permutation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("name", ["crow_indices", "col_indices", "ccol_indices", "row_indices", "permutation"])
 def test_an_exported_program_with_hostile_buffers_is_refused(name):
     pattern = rk.CSRPattern.random(SHAPE, 0.4, seed=0)
