@@ -158,6 +158,41 @@ class TestRaggedBatches:
         for a, part in zip(dx.unbind(), alone, strict=True):
             torch.testing.assert_close(a, part.grad)
 
+    @pytest.mark.parametrize("kind", ["lora", "rosa", "sparse", "embedding"])
+    def test_second_derivatives(self, kind, backend):
+        """A gradient penalty, whose gradients are those of all tokens in one plain tensor."""
+        layer = LAYERS[kind]()
+        tokens = torch.arange(8) % 7 if kind == "embedding" else torch.randn(8, 8)
+        trainable = [p for p in layer.parameters() if p.requires_grad]
+        results = []
+        for x in (ragged(tokens.split(RAGGED)), tokens):
+            y = layer(x)
+            y = y.values() if x.is_nested else y
+            first = torch.autograd.grad(y.pow(3).sum(), trainable, create_graph=True)
+            results.append(torch.autograd.grad(sum(g.square().sum() for g in first), trainable))
+        for got, right in zip(*results, strict=True):
+            torch.testing.assert_close(got, right)
+
+    def test_second_derivatives_of_x(self, backend):
+        layer = adapted_linear()
+        tokens = torch.randn(8, 8)
+        x, plain = ragged(tokens.split(RAGGED), requires_grad=True), tokens.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(layer(x).values().pow(3).sum(), x, create_graph=True)
+        (right,) = torch.autograd.grad(layer(plain).pow(3).sum(), plain, create_graph=True)
+        dx.values().square().sum().backward()
+        right.square().sum().backward()
+        torch.testing.assert_close(x.grad.values(), plain.grad)
+
+    def test_the_longest_part_stays_known(self):
+        """Attention asks for it, and on a GPU it would wait for it."""
+        x = ragged([torch.randn(n, 8) for n in RAGGED])
+        assert adapted_linear()(x)._maybe_max_seqlen == x._maybe_max_seqlen == max(RAGGED)
+
+    def test_compiled(self):
+        x, layer = ragged([torch.randn(n, 8) for n in RAGGED]), adapted_linear()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x).values(), layer(x).values())
+
     def test_further_sizes_behind_the_ragged_one(self, backend):
         parts = [torch.randn(n, 3, 8) for n in RAGGED]
         layer = adapted_linear()
