@@ -1,5 +1,6 @@
 """Kernels for low-rank and sparse adapters: y = x Wᵀ + b + scaling · x Aᵀ Bᵀ + x Sᵀ."""
 
+import rosa_kernels.flop_counts  # noqa: F401 (FlopCounterMode then knows the ops)
 from rosa_kernels import nn
 from rosa_kernels.adapters import (
     add_adapters,

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from rosa_kernels import direct_call, dispatch, flop_counts, op_checks, ops, transforms  # noqa: F401 (flop_counts)
+from rosa_kernels import direct_call, dispatch, op_checks, ops, transforms
 from rosa_kernels.backends import reference
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern, transposed_structure
 
 
 def _forward(ctx, name, backend, *args):
-    """The op by this backend, or where that is None through PyTorch's dispatcher, below autograd."""
+    """The op by this backend, or where that is None through PyTorch's dispatcher, below autograd.
+
+    It notes in ctx what _backward must know.
+    """
     ctx.choice, ctx.through_dispatcher = dispatch.chosen(), backend is None
     if backend is not None:
         return getattr(backend, name)(*args)
@@ -181,7 +184,7 @@ def _formula(name: str) -> Callable:
     return call
 
 
-def _nothing_looks_for(args):
+def _may_skip_dispatcher(args):
     """Whether a call that has come to autograd may go on to its backend at once."""
     return args[0] is not None and not direct_call.needs_dispatcher(args)
 
@@ -199,8 +202,8 @@ def _autograd_kernel(name: str, function: type[Function] | None) -> Callable:
                 return formula(*args)
             args = ops.with_by_columns(name, args)
             check(*args)
-            return function.apply(dispatch.backend_for(args[0]) if _nothing_looks_for(args) else None, *args)
-        if _nothing_looks_for(args):  # this saves 10 us
+            return function.apply(dispatch.backend_for(args[0]) if _may_skip_dispatcher(args) else None, *args)
+        if _may_skip_dispatcher(args):  # this saves 10 us
             return implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
