@@ -46,7 +46,7 @@ INSTRUCTION_SETS = {
     "portable": [],
 }
 
-CUDA_SOURCES = ["csrc/cuda/bindings.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+CUDA_SOURCES = sorted(map(str, [*Path("csrc/cuda").glob("*.c*"), *Path("csrc/gpu").glob("library_gemm.cpp")]))
 CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 # The static runtime does not bind the binary to one version of libcudart, so it outlives a change of PyTorch's CUDA.
 # Both runtimes work in the driver's primary context, so the kernels run on PyTorch's current device.
@@ -293,7 +293,7 @@ def extensions(torch: Path) -> list[Extension]:
     options = {"include_dirs": [str(torch / "include"), "csrc"], "library_dirs": [str(torch / "lib")]}
     options["py_limited_api"] = ABI3
     cpu = Extension("rosa_kernels._C", [*CPU_SOURCES, CPU_KERNELS], libraries=["torch_cpu"], **options)
-    cuda = Extension("rosa_kernels._cuda", CUDA_SOURCES, libraries=["torch_cpu", "torch_cuda"], **options)
+    cuda = Extension("rosa_kernels._cuda", CUDA_SOURCES, libraries=["torch_cpu", "torch_cuda", "dl"], **options)
     cuda.cuda_version = cuda_version(torch)
     wants_cuda = requested_build() == "cuda" or requested_build() == "auto" and cuda.cuda_version is not None
     return [cpu, cuda] if wants_cuda else [cpu]

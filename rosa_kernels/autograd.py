@@ -1,15 +1,17 @@
 """The derivatives of the ops: which tensors a forward saves, and which gradients its backward returns.
 
-Only inputs are saved. So activation checkpointing, FSDP and autograd's checks for in-place changes see all that is, and
-nothing that was computed from a trainable tensor outlives a call.
+A forward saves its inputs. On a GPU it saves H = x̂ Aᵀ too, which is small, and which the backward would read all of x
+to make again. Activation checkpointing makes H again with the rest of a forward.
 
-An op that is called through PyTorch's dispatcher comes here by its Autograd key, the package's own calls by ``apply``,
-whose first argument is the backend that serves them.
-First derivatives in reverse mode are kernels. The others are those of the plain PyTorch formulas of
-backends/reference.py: derivatives of rosa_linear_backward, forward mode, and the transforms of torch.func.
+An op that is called through PyTorch's dispatcher comes here by its Autograd key, the package's own calls by ``apply``.
+Both say which backend serves them. First derivatives in reverse mode are kernels. The others are those of the plain
+PyTorch formulas of backends/reference.py: derivatives of rosa_linear_backward, forward mode, and the transforms of
+torch.func.
 """
 
 from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,55 +57,49 @@ def _by_columns(saved, crow, col, in_features):
     return CSRPattern._trusted(crow, col, (crow.shape[0] - 1, in_features), UNSTRUCTURED, None).transpose()
 
 
+class LinearSettings(NamedTuple):
+    """What a call of rosa_linear has beside the tensors that may want a gradient."""
+
+    backend: ModuleType | None
+    """None: the call came through PyTorch's dispatcher, and goes on through it."""
+    scaling: float
+    pattern: CSRPattern | None
+    dropout_p: float
+    seed: Tensor | None
+
+
 class RoSALinearFunction(Function):
     """y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ + x Sᵀ; W, b, A with B, and S may each be None."""
 
     @staticmethod
-    def forward(
-        ctx,
-        backend,
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        values,
-        crow,
-        col,
-        structure,
-        dropout_p,
-        seed,
-        ccol,
-        row,
-        permutation,
-    ):
-        ctx.numbers = scaling, structure, dropout_p
-        _, need_x, need_weight, need_bias, need_A, need_B, _, need_values = ctx.needs_input_grad[:8]
-        ctx.needs = [need_x, need_weight, need_bias, need_A, need_B, need_values]
-        ctx.save_for_backward(
-            x, weight if need_x else None, lora_A, lora_B, values, crow, col, seed, ccol, row, permutation
-        )
-        return _forward(
-            ctx, "rosa_linear", backend,
-            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed,
-        )  # fmt: skip
+    def forward(ctx, x, weight, bias, lora_A, lora_B, values, settings):
+        backend, scaling, pattern, dropout_p, seed = ctx.settings = settings
+        ctx.needs = needs = list(ctx.needs_input_grad[:6])
+        crow = col = H = None
+        structure = UNSTRUCTURED
+        if pattern is not None:
+            crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
+        args = x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed
+        if needs[4] and (ops.keeps_H(x) if backend is None else backend.KEEPS_H):
+            y, H = _forward(ctx, "rosa_linear_with_H", backend, *args)
+        else:
+            y = _forward(ctx, "rosa_linear", backend, *args)
+        ctx.save_for_backward(x, weight if needs[0] else None, lora_A, lora_B, values, crow, col, H)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, values, crow, col, seed, *by_columns = ctx.saved_tensors
-        scaling, structure, dropout_p = ctx.numbers
-        if values is not None:
-            by_columns = _by_columns(by_columns, crow, col, x.shape[-1])
+        x, weight, lora_A, lora_B, values, crow, col, H = ctx.saved_tensors
+        _, scaling, pattern, dropout_p, seed = ctx.settings
+        needs, by_columns, structure = ctx.needs, (None, None, None), UNSTRUCTURED
+        if pattern is not None:
+            by_columns, structure = pattern.transpose(), pattern.structure
         gradients = _backward(
             ctx, "rosa_linear_backward",
-            dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed,
-            ctx.needs,
+            dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed, needs,
+            H,
         )  # fmt: skip
-        dx, dweight, dbias, dA, dB, dvalues = (
-            gradient if need else None for gradient, need in zip(gradients, ctx.needs)
-        )
-        return None, dx, dweight, dbias, dA, dB, None, dvalues, None, None, None, None, None, None, None, None
+        return *(gradient if need else None for gradient, need in zip(gradients, needs)), None
 
 
 class SpMMFunction(Function):
@@ -126,7 +122,7 @@ class SpMMFunction(Function):
         needs = [need_x, False, False, False, False, need_values]
         dx, *_, dvalues = _backward(
             ctx, "rosa_linear_backward",
-            dy, x, None, None, None, 1.0, values, crow, col, *by_columns, ctx.structure, 0.0, None, needs,
+            dy, x, None, None, None, 1.0, values, crow, col, *by_columns, ctx.structure, 0.0, None, needs, None,
         )  # fmt: skip
         return None, dx if need_x else None, dvalues if need_values else None, None, None, None, None, None, None
 
@@ -177,7 +173,7 @@ def _formula(name: str) -> Callable:
     compute, check = getattr(reference, name), getattr(op_checks, name)
 
     def call(*args):
-        check(*ops.with_by_columns(name, args))
+        check(*ops.all_arguments(name, args))
         with ops.without_autocast(args[0].device.type):
             return ops.as_op_returns(compute(*ops.backend_arguments(name, args)), args[0])
 
@@ -187,6 +183,18 @@ def _formula(name: str) -> Callable:
 def _may_skip_dispatcher(args):
     """Whether a call that has come to autograd may go on to its backend at once."""
     return args[0] is not None and not direct_call.needs_dispatcher(args)
+
+
+def _linear_arguments(
+    backend, x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol, row,
+    permutation,
+):  # fmt: skip
+    """An op's arguments as those of RoSALinearFunction."""
+    pattern = None
+    if crow is not None:
+        by_columns = None if ccol is None else (ccol, row, permutation)
+        pattern = CSRPattern._trusted(crow, col, (crow.shape[0] - 1, x.shape[-1]), structure, by_columns)
+    return x, weight, bias, lora_A, lora_B, values, LinearSettings(backend, scaling, pattern, dropout_p, seed)
 
 
 def _autograd_kernel(name: str, function: type[Function] | None) -> Callable:
@@ -200,9 +208,12 @@ def _autograd_kernel(name: str, function: type[Function] | None) -> Callable:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             if function is None:
                 return formula(*args)
-            args = ops.with_by_columns(name, args)
+            args = ops.all_arguments(name, args)
             check(*args)
-            return function.apply(dispatch.backend_for(args[0]) if _may_skip_dispatcher(args) else None, *args)
+            backend = dispatch.backend_for(args[0]) if _may_skip_dispatcher(args) else None
+            if function is RoSALinearFunction:
+                return function.apply(*_linear_arguments(backend, *args))
+            return function.apply(backend, *args)
         if _may_skip_dispatcher(args):  # this saves 10 us
             return implementation(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -213,6 +224,7 @@ def _autograd_kernel(name: str, function: type[Function] | None) -> Callable:
 
 for _name, _function in {
     "rosa_linear": RoSALinearFunction,
+    "rosa_linear_with_H": None,
     "rosa_linear_backward": None,
     "spmm": SpMMFunction,
     "sddmm": SDDMMFunction,

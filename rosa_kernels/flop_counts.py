@@ -14,6 +14,7 @@ from rosa_kernels import ops  # noqa: F401 (it defines the ops)
 _ops = torch.ops.rosa_kernels
 
 
+@register_flop_formula(_ops.rosa_linear_with_H)
 @register_flop_formula(_ops.rosa_linear)
 def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, *rest, **_):
     used = [shape for shape in (weight, lora_A, lora_B, values) if shape is not None]
@@ -22,7 +23,7 @@ def _rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, *rest, **_):
 
 @register_flop_formula(_ops.rosa_linear_backward)
 def _rosa_linear_backward(dy, x, weight, lora_A, lora_B, scaling, values, *rest, **_):
-    need_dx, need_dweight, _need_dbias, need_dA, need_dB, need_dvalues = rest[-1]
+    need_dx, need_dweight, _need_dbias, need_dA, need_dB, need_dvalues = rest[8]
     weight, lora_A, lora_B, values = (0 if shape is None else prod(shape) for shape in (weight, lora_A, lora_B, values))
     for_dx = weight + lora_A + values if need_dx else 0
     for_dH = lora_B if need_dx or need_dA else 0

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rosa_kernels import checks, direct_call, dispatch, dropout, jagged, ops
-from rosa_kernels.autograd import CSRAddFunction, RoSALinearFunction, SDDMMFunction, SpMMFunction
+from rosa_kernels.autograd import CSRAddFunction, LinearSettings, RoSALinearFunction, SDDMMFunction, SpMMFunction
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern
 
 
@@ -178,16 +178,16 @@ def _rosa_linear(
     if training and dropout_p > 0 and lora_A is not None:
         seed = dropout.new_seed(x.device)
     scaling, dropout_p = float(scaling), float(dropout_p)
-    wants_grad = _wants_grad(x, weight, bias, lora_A, lora_B, values)
-    if wants_grad or through_dispatcher:
+    if through_dispatcher:
         by_columns = (None, None, None) if pattern is None else pattern.transpose()
-        args = (x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, *by_columns)
-        if through_dispatcher:
-            return torch.ops.rosa_kernels.rosa_linear(*args)
-        return RoSALinearFunction.apply(dispatch.backend_for(x), *args)
-    return dispatch.backend_for(x).rosa_linear(
-        x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed
-    )
+        return torch.ops.rosa_kernels.rosa_linear(
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, *by_columns
+        )
+    backend = dispatch.backend_for(x)
+    if _wants_grad(x, weight, bias, lora_A, lora_B, values):
+        settings = LinearSettings(backend, scaling, pattern, dropout_p, seed)
+        return RoSALinearFunction.apply(x, weight, bias, lora_A, lora_B, values, settings)
+    return backend.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
 
 
 def _must_leave_autocast(x: Tensor) -> bool:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rosa_kernels import checks, transforms
+from rosa_kernels.backends.kept_H import H_dtype, padded_rank
+from rosa_kernels.backends.shapes import tokens_of
 from rosa_kernels.pattern import STRUCTURE_NUMBERS, UNSTRUCTURED, CSRPattern, has_structure
 
 
@@ -28,9 +30,18 @@ def rosa_linear(
         raise ValueError(f"seed: expected one int64 on {x.device}, got {_describe(seed)}")
 
 
+def rosa_linear_with_H(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    rosa_linear(
+        x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, None, None, None
+    )
+    if lora_A is None:
+        raise ValueError("lora_A: expected a tensor, as H = x lora_Aᵀ is asked for")
+
+
 def rosa_linear_backward(
-    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
-):
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed,
+    needs, H,
+):  # fmt: skip
     checks.check_type("dy", dy, Tensor)
     rosa_linear(
         x, weight, None, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, ccol, row, permutation
@@ -41,6 +52,16 @@ def rosa_linear_backward(
     for need, name, tensor in zip(needs[3:], ("lora_A", "lora_B", "values"), (lora_A, lora_B, values)):
         if need and tensor is None:
             raise ValueError(f"needs: expected no gradient of {name}, which is None")
+    if H is not None:
+        _check_H(H, x, lora_A, lora_B)
+
+
+def _check_H(H, x, lora_A, lora_B):
+    if lora_A is None:
+        raise ValueError("H: expected None, as lora_A is None")
+    shape, dtype = (tokens_of(x), padded_rank(lora_A.shape[0])), H_dtype(x, lora_A, lora_B)
+    if H.shape != shape or H.dtype != dtype or H.device != x.device or not H.is_contiguous():
+        raise ValueError(f"H: expected contiguous {dtype} of shape {shape} on {x.device}, got {_describe(H)}")
 
 
 def spmm(x, values, crow, col, structure, ccol, row, permutation):

@@ -12,27 +12,31 @@ from collections.abc import Callable
 import torch
 
 from rosa_kernels import dispatch, op_checks
+from rosa_kernels.backends.kept_H import empty_H
 
 _BY_COLUMNS = "Tensor? ccol=None, Tensor? row=None, Tensor? permutation=None"
 """The pattern by columns, which the backward reads. Where a call has none, the backward makes it."""
 
+_LINEAR_ARGUMENTS = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
+    "Tensor? crow, Tensor? col, int structure, float dropout_p, Tensor? seed"
+)
 _SCHEMAS = {
-    "rosa_linear": (
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
-        f"Tensor? crow, Tensor? col, int structure, float dropout_p, Tensor? seed, {_BY_COLUMNS}) -> Tensor"
-    ),
+    "rosa_linear": f"({_LINEAR_ARGUMENTS}, {_BY_COLUMNS}) -> Tensor",
+    # The forward that keeps H = x̂ Aᵀ for the backward, as H_like says: (y, H).
+    "rosa_linear_with_H": f"({_LINEAR_ARGUMENTS}) -> (Tensor, Tensor)",
     # needs says which of dx, dweight, dbias, dlora_A, dlora_B and dvalues to compute. For each of the others a backend
-    # returns None, and the op an empty tensor.
+    # returns None, and the op an empty tensor. Without H the backward makes it.
     "rosa_linear_backward": (
         "(Tensor dy, Tensor x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? values, "
         "Tensor? crow, Tensor? col, Tensor? ccol, Tensor? row, Tensor? permutation, int structure, float dropout_p, "
-        "Tensor? seed, bool[6] needs) -> Tensor[]"
+        "Tensor? seed, bool[6] needs, Tensor? H=None) -> Tensor[]"
     ),
     "spmm": f"(Tensor x, Tensor values, Tensor crow, Tensor col, int structure, {_BY_COLUMNS}) -> Tensor",
     "sddmm": f"(Tensor dy, Tensor x, Tensor crow, Tensor col, int structure, {_BY_COLUMNS}) -> Tensor",
     "csr_add": "(Tensor weight, Tensor values, Tensor crow, Tensor col) -> Tensor",
 }
-_ARGUMENTS = {name: schema.count(",") + 1 for name, schema in _SCHEMAS.items()}
+_ARGUMENTS = {name: schema.split("->")[0].count(",") + 1 for name, schema in _SCHEMAS.items()}
 _BACKEND_ARGUMENTS = {name: count - 3 * (_BY_COLUMNS in _SCHEMAS[name]) for name, count in _ARGUMENTS.items()}
 
 library = torch.library.Library("rosa_kernels", "DEF")
@@ -54,7 +58,7 @@ def implementation(name: str) -> Callable:
     check = getattr(op_checks, name)
 
     def call(*args):
-        check(*with_by_columns(name, args))
+        check(*all_arguments(name, args))
         serve, args = getattr(dispatch.backend_for(args[0]), name), backend_arguments(name, args)
         with without_autocast(args[0].device.type):  # functional.py has cast x and weight; an op keeps what it is given
             return as_op_returns(serve(*args), args[0])
@@ -62,8 +66,8 @@ def implementation(name: str) -> Callable:
     return call
 
 
-def with_by_columns(name: str, args: tuple) -> tuple:
-    """All arguments of a call. PyTorch leaves those by columns out where they are None, their default."""
+def all_arguments(name: str, args: tuple) -> tuple:
+    """All arguments of a call. PyTorch leaves out the last ones where they are None, their default."""
     return args + (None,) * (_ARGUMENTS[name] - len(args))
 
 
@@ -77,6 +81,11 @@ def as_op_returns(results, like):
     if isinstance(results, list):
         return [like.new_empty(0) if result is None else result for result in results]
     return results
+
+
+def keeps_H(x: torch.Tensor) -> bool:
+    """Whether a forward that goes through the dispatcher saves H: by the device, as a trace knows no backend."""
+    return x.device.type == "cuda"
 
 
 for _name, _schema in _SCHEMAS.items():
@@ -93,10 +102,16 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.register_fake("rosa_kernels::rosa_linear_with_H", lib=library)
+def _(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    return x.new_empty((*x.shape[:-1], lora_B.shape[0])), empty_H(x, lora_A, lora_B)
+
+
 @torch.library.register_fake("rosa_kernels::rosa_linear_backward", lib=library)
 def _(
-    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
-):
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed,
+    needs, H=None,
+):  # fmt: skip
     out_features, in_features = dy.shape[-1], x.shape[-1]
     sources = (x, dy, dy, lora_A, lora_B, values)
     shapes = (

@@ -4,20 +4,10 @@
 // The contents of crow, col, permutation and packed entries lie on the GPU, and reading them would have the CPU wait
 // for it. So an op that goes by them asks its caller to have checked them.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
-
 #include "cuda/kernels.h"
+#include "gpu/tensors.h"
 
 namespace rosa {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t ANY = -1;  // as a size that is expected
 

@@ -2,14 +2,12 @@
 // rosa_kernels/backends/cuda/bindings.py has each of them under the same name; tests/cuda/test_constants.py reads both
 // sides, so that every constant here is one line: constexpr int NAME = number;
 #pragma once
+#include "gpu/rank.h"
 
 namespace rosa {
 
 // Tokens, features and entries of S are counted in int32, and the end of the last tile must not wrap: 2^31 - 2^20.
 constexpr int MOST_LENGTH = 2146435072;
-
-// H has a multiple of so many columns. Those beyond r are zeros.
-constexpr int RANK_STEP = 16;
 
 // xᵀ has a multiple of so many tokens in each row. Those beyond T are zeros.
 constexpr int TOKEN_PADDING = 64;
@@ -20,6 +18,9 @@ constexpr int PACKED_ENTRY_BYTES = 8;
 
 // More static shared memory than any block of the epilogue declares.
 constexpr int STATIC_SHARED_BYTES = 1024;
+
+// So many bf16 numbers hold the 24 bits of an fp32 number.
+constexpr int SPLIT_TERMS = 3;
 
 // What one block computes, and how much of the split axis it takes at a time. A block of shrink takes fewer ranks where
 // each number of an fp32 A is a sum of three bf16 terms, and fewer still without tensor cores.

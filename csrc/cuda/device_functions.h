@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "cuda/constants.h"
 #include "cuda/platform.h"
 
 namespace rosa {
@@ -95,7 +96,7 @@ constexpr bool ON_TENSOR_CORES = sizeof(T) == 2 && (std::is_same_v<T, U> || std:
 
 // How many numbers of T stand for one number of U.
 template <typename T, typename U>
-constexpr int TERMS = std::is_same_v<T, U> ? 1 : 3;
+constexpr int TERMS = std::is_same_v<T, U> ? 1 : SPLIT_TERMS;
 
 // Makes x a sum of terms, the largest first. Three bf16 terms keep fp32's 24 bits. Where the first one rounds to
 // infinity, the others are zero.

@@ -31,6 +31,8 @@ EpilogueOperands operands_of(const Epilogue& e) {
   o.x_transposed_stride = e.x_transposed.stride;
   o.row_products = e.row_products;
   o.rows = e.rows;
+  o.row_stride = e.row_stride;
+  o.row_terms = e.row_terms;
   return o;
 }
 
@@ -84,7 +86,8 @@ cudaError_t launch_epilogue(const Epilogue& e, cudaStream_t stream) {
   const Matrix& x = GATHER == Gather::global ? e.x_transposed : e.x;
   ROSA_LAUNCH((epilogue_kernel<T, B_t, GATHER>), grid_of(tiles, ceil_div(groups, each)), dim3(WARPS * WARP), shared,
               stream, static_cast<T*>(e.y.data), static_cast<const B_t*>(e.H), static_cast<const B_t*>(e.B),
-              static_cast<const T*>(x.data), operands, static_cast<int>(each * EPILOGUE_FEATURES));
+              static_cast<const T*>(x.data), static_cast<const T*>(e.bias), operands,
+              static_cast<int>(each * EPILOGUE_FEATURES));
   return cudaGetLastError();
 }
 

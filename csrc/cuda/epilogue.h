@@ -1,7 +1,7 @@
-// y = (y +) scaling · dropout(H Bᵀ) + x Sᵀ in one pass over y. Each element is summed in fp32 and rounded once.
+// y = (y +) bias + scaling · dropout(H Bᵀ) + x Sᵀ in one pass over y. Each element is summed in fp32 and rounded once.
 //
-// rosa_kernels/backends/cuda/linear.py calls it after the library's GEMM, for y and for dx. For dx, dy stands for x, dH
-// for H, and Sᵀ for S, and the features below are those of that product.
+// csrc/cuda/linear.cpp calls it before the library's GEMM, which adds x Wᵀ, for y and for dx. For dx, dy stands for x,
+// dH for H, and Sᵀ for S, and the features below are those of that product.
 //
 // A block computes 16 tokens and a chunk of the out_features; nothing is split over in_features. A warp takes 32
 // features at a time, and each lane two tokens of 8 neighbouring features, so that y moves in 16-byte accesses. Lane
@@ -50,7 +50,8 @@ struct EpilogueOperands {
   bool x_aligned;
   int64_t x_transposed_stride;
   const float* row_products;
-  int64_t rows;
+  int64_t rows, row_stride;
+  int row_terms;
   bool row_by_row;  // Eight warps share 32 features, because there are few tokens.
 };
 
@@ -295,10 +296,23 @@ __device__ __forceinline__ bool add_rows(LanePart& part, const EpilogueOperands&
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       if (token + t >= e.tokens) continue;
-      part.acc[f][t] += e.row_products[(token + t) * e.rows + first / e.in_features];
+      const float* products = e.row_products + (token + t) * e.row_stride + first / e.in_features;
+      for (int term = 0; term < e.row_terms; ++term) part.acc[f][t] += products[term * e.rows];
     }
   }
   return any;
+}
+
+// acc += bias
+template <typename T>
+__device__ __forceinline__ void add_bias(LanePart& part, const T* bias, const EpilogueOperands& e, int feature) {
+#pragma unroll
+  for (int f = 0; f < 8; ++f) {
+    if (feature + f >= e.out_features) break;
+    const float number = widened(bias[feature + f]);
+    part.acc[f][0] += number;
+    part.acc[f][1] += number;
+  }
 }
 
 // y = (y +) acc, rounded, at those of the lane's features whose bits are set in `mine`.
@@ -344,7 +358,7 @@ constexpr int EPILOGUE_WARPS = GATHER != Gather::shared ? 8
 // with Gather::shared asks for epilogue_shared_bytes of dynamic shared memory.
 template <typename T, typename B_t, Gather GATHER>
 __global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == Gather::shared ? 1 : 2)
-    epilogue_kernel(T* y, const B_t* H, const B_t* B, const T* x, EpilogueOperands e, int chunk) {
+    epilogue_kernel(T* y, const B_t* H, const B_t* B, const T* x, const T* bias, EpilogueOperands e, int chunk) {
   ROSA_DYNAMIC_SHARED(T, shared_x);
   __shared__ int next_group;
   const int lane = threadIdx.x % WARP, g = lane / 4, q = lane % 4;
@@ -371,7 +385,7 @@ __global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == G
     if (first_feature >= end) break;
     const int feature = first_feature + 8 * q;
     LanePart part = {};
-    bool any = !e.accumulate;
+    bool any = !e.accumulate || bias;
     if (e.r > 0) {
       any = true;
       if constexpr (ON_TENSOR_CORES<T, B_t>)
@@ -384,6 +398,7 @@ __global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == G
     if constexpr (GATHER == Gather::global)
       any |= add_sparse(part, e, x_transposed, e.x_transposed_stride, feature, mine);
     if (e.row_products) any |= add_rows(part, e, token, feature);
+    if (bias) add_bias(part, bias, e, feature);
     if (any) store_part(y, part, e, token, feature, mine);
   }
 }

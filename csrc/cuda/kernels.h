@@ -78,6 +78,17 @@ struct PackEntries {
 };
 cudaError_t pack_entries(const PackEntries&, cudaStream_t);
 
+// out[row * row_stride + term * term_stride + column] = the terms of an fp32 matrix (rows, columns): SPLIT_TERMS
+// numbers of bf16 each, the largest first, whose sum it is.
+struct SplitTerms {
+  int64_t rows, columns;
+  const float* matrix;
+  int64_t matrix_row_stride, matrix_column_stride;
+  void* out;
+  int64_t row_stride, term_stride;
+};
+cudaError_t split_terms(const SplitTerms&, cudaStream_t);
+
 // H (tokens, R) = dropout(x) Aᵀ, and zeros beyond r. H is contiguous and in A's dtype. A (r, features) is in x's dtype
 // or fp32. Where splits > 1, parts is scratch memory for that many fp32 copies of H.
 struct Shrink {
@@ -107,12 +118,13 @@ struct LoraGrad {
 };
 cudaError_t lora_grad(const LoraGrad&, cudaStream_t);
 
-// y (tokens, out_features) = (y, where accumulate, +) scaling · dropout(H Bᵀ) + x Sᵀ, summed in fp32 and rounded once.
-// Each part may be absent.
+// y (tokens, out_features) = (y, where accumulate, +) bias + scaling · dropout(H Bᵀ) + x Sᵀ, summed in fp32 and rounded
+// once. Each part may be absent.
 struct Epilogue {
   int64_t tokens, in_features, out_features;
   Matrix y;
   bool accumulate;
+  const void* bias;  // (out_features) in y's dtype
   // H (tokens, R) comes from shrink; B is B[o * stride_o + k * stride_k]. Both are in y's dtype or both in fp32. There
   // is no such part where r = 0.
   int64_t r;
@@ -129,10 +141,12 @@ struct Epilogue {
   const PackedEntry* packed_entries;
   Matrix x;
   Matrix x_transposed;
-  // Where S has whole rows, a library GEMM made row_products (tokens, rows) fp32 of x and S. Its column p is added at
-  // the p-th row of crow that is not empty. Null stands for none.
+  // Where S has whole rows, a library GEMM made row_products (tokens, row_terms · rows) fp32 of x and S, whose rows are
+  // row_stride apart. Its columns p, rows + p, ... are added at the p-th row of crow that is not empty: one for each
+  // term of S. Null stands for none.
   const float* row_products;
-  int64_t rows;
+  int64_t rows, row_stride;
+  int row_terms;
   int multiprocessors;
 };
 cudaError_t epilogue(const Epilogue&, cudaStream_t);

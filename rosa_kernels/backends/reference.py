@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rosa_kernels import transforms
+from rosa_kernels.backends.kept_H import H_dtype, padded_rank
 from rosa_kernels.dropout import keep_mask, keep_scale
+
+KEEPS_H = False
+"""The formulas of the backward make H themselves, so that they can be differentiated."""
 
 
 def unavailable_reason() -> str | None:
@@ -72,9 +76,23 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     return (F.linear(x, weight, bias).to(dtype) + added).to(x.dtype).contiguous()
 
 
+def rosa_linear_with_H(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    y = rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+    return y, H_of(x, lora_A, lora_B, dropout_p, seed)
+
+
+def H_of(x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """x̂ Aᵀ in the form of backends/kept_H.py."""
+    dtype, r = _compute_dtype(x), lora_A.shape[0]
+    x2 = _flat(x, dtype)
+    x_hat = x2 if seed is None else x2 * _dropout_factor(x2, dropout_p, seed)
+    return F.pad(x_hat @ lora_A.to(dtype).T, (0, padded_rank(r) - r)).to(H_dtype(x, lora_A, lora_B))
+
+
 def rosa_linear_backward(
-    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
-):
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed,
+    needs, H=None,
+):  # fmt: skip
     need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
     dtype = _compute_dtype(x)
     G = _flat(dy, dtype)

@@ -7,7 +7,12 @@ from torch import Tensor
 
 def as_matrix(x: Tensor) -> Tensor:
     """(..., features) -> (T, features), a view where the strides allow it."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(tokens_of(x), x.shape[-1])
+
+
+def tokens_of(x: Tensor) -> int:
+    """T of x (..., features)."""
+    return math.prod(x.shape[:-1])
 
 
 def cdiv(length: int, block: int) -> int:

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+import cuda_kernels
 import rosa_kernels as rk
 from cases import LinearCase, make_inputs
 from cost_model_cases import (
@@ -17,11 +18,11 @@ from cost_model_cases import (
 )
 from linear_checks import run_linear
 from oracle import check, dense, expected_linear
-from rosa_kernels.backends.cuda import bindings, heuristics
+from rosa_kernels.backends.cuda import heuristics
 from rosa_kernels.backends.cuda.heuristics import LinearAlgorithm
 from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall
-from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Sparse
+from rosa_kernels.backends.triton.operands import NO_DROPOUT, Sparse
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW
 
 emulated = pytest.mark.skipif(
@@ -30,7 +31,7 @@ emulated = pytest.mark.skipif(
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BY_DTYPE = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 H100 = device_rates.RATES["sm_90"]
-LARGEST_K = H100.shared_memory // (bindings.EPILOGUE_TOKENS * 2)
+LARGEST_K = H100.shared_memory // (cuda_kernels.EPILOGUE_TOKENS * 2)
 """The most features in 16 bits of which shared memory holds a block's tokens."""
 
 # A pass of 16 warps takes 512 features, one of 8 warps 256; rows are long from 129 entries on; sums over 256 bytes of
@@ -123,14 +124,31 @@ def test_sddmm_of_whole_rows_and_columns(dtype, pattern):
 @pytest.mark.parametrize("splits", [1, 3, 16])
 def test_any_number_of_splits(monkeypatch, dtype, splits):
     """More splits than there is work leave parts of zeros."""
-    case = LinearCase((40,), 130, 100, 20, "random", dropout_p=0.3)
-    inputs = make_inputs(case, dtype)
-    taken = []
-    monkeypatch.setattr(hardware, "splits_of", lambda *sizes: taken.append(splits) or (splits, 1))
+    inputs = make_inputs(LinearCase((40,), 130, 100, 20, "random"), dtype)
+    x, dy, A = inputs.x, inputs.dy, inputs.lora_A
+    crow, col = inputs.pattern.crow_indices, inputs.pattern.col_indices
+    monkeypatch.setattr(hardware, "splits_of", lambda *sizes: (splits, 1))
+    H, dB = cuda_kernels.shrink(x, A), torch.empty(100, 20, dtype=dtype)
+    cuda_kernels.lora_grad(dy, H, dB, 2.0)
+    dS = cuda_kernels.sddmm(dy, x, crow, col, dtype)
+    dW = dy.double().T @ x.double()
+    for got, exact in (
+        (H[:, :20], x.double() @ A.double().T),
+        (dB, 2.0 * dy.double().T @ H[:, :20].double()),
+        (dS, dW[inputs.pattern.row_of_entry(), col.long()]),
+    ):
+        assert float((got.double() - exact).norm() / exact.norm()) < 2.0**-7
+
+
+@emulated
+@BY_DTYPE
+@pytest.mark.parametrize("multiprocessors", [1, 60000])
+def test_sums_in_one_part_and_in_as_many_as_there_may_be(monkeypatch, dtype, multiprocessors):
+    case = LinearCase((2100,), 300, 100, 20, "random", dropout_p=0.3)
+    monkeypatch.setattr(hardware, "multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(heuristics, "choose_linear", lambda call, rates: LinearAlgorithm("library", "kernel", "shared"))
     monkeypatch.setattr(heuristics, "choose_sddmm", lambda call, rates: "entries_transposed")
-    check_call("cuda", case, inputs)
-    assert len(taken) == 6  # H twice, dH, dA, dB, dS
+    check_call("cuda", case, make_inputs(case, dtype))
 
 
 @emulated
@@ -139,7 +157,7 @@ def test_tensors_that_no_16_byte_access_may_touch():
     for dtype in (FP32, BF16):
         x = torch.randn(20 * 64 + 1).to(dtype)[1:].view(20, 64)
         A = torch.randn(8 * 64 + 1).to(dtype)[1:].view(8, 64)
-        H = bindings.shrink(x, A)
+        H = cuda_kernels.shrink(x, A)
         assert x.data_ptr() % 16 and A.data_ptr() % 16
         torch.testing.assert_close(H[:, :8].double(), x.double() @ A.double().T, rtol=2e-2, atol=2e-2)
         assert H.shape == (20, 16) and not H[:, 8:].any()
@@ -172,7 +190,8 @@ def test_x_fills_shared_memory_to_the_last_byte():
     assert {listed.sparse for listed in linear_algorithms(call)} == {"shared"}
     y = torch.empty(20, 40, dtype=BF16)
     S = Sparse(inputs.values, inputs.pattern.crow_indices, inputs.pattern.col_indices, 0, (40, K))
-    bindings.epilogue(y, False, None, None, 1.0, NO_DROPOUT, S.crow, bindings.pack_entries(S), inputs.x, None, None, K)
+    entries = cuda_kernels.pack_entries(S)
+    cuda_kernels.epilogue(y, False, None, None, 1.0, NO_DROPOUT, S.crow, entries, inputs.x, None, None, K)
     exact = inputs.x.double() @ dense(inputs.values, inputs.pattern).T
     assert float((y.double() - exact).norm() / exact.norm()) < 2.0**-7
 

@@ -7,12 +7,12 @@ import os
 import pytest
 import torch
 
+import cuda_kernels
 import large_tensors
 from large_tensors import copy_at_stride, zeros
 from oracle import dense
-from rosa_kernels.backends.cuda import bindings
-from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Sparse
 from rosa_kernels.backends.gpu.sizes import MOST_LENGTH
+from rosa_kernels.backends.triton.operands import NO_DROPOUT, Sparse
 from rosa_kernels.pattern import CSRPattern
 
 emulated = pytest.mark.skipif(
@@ -54,9 +54,9 @@ def entries(dtype: torch.dtype) -> tuple[Sparse, torch.Tensor, CSRPattern]:
 
 
 def add_to(y, *, H=None, B=None, S=None, x=None, x_transposed=None, in_features=K) -> None:
-    packed = None if S is None else bindings.pack_entries(S)
+    packed = None if S is None else cuda_kernels.pack_entries(S)
     crow = None if S is None else S.crow
-    bindings.epilogue(y, True, H, B, 1.0, NO_DROPOUT, crow, packed, x, x_transposed, None, in_features)
+    cuda_kernels.epilogue(y, True, H, B, 1.0, NO_DROPOUT, crow, packed, x, x_transposed, None, in_features)
 
 
 @emulated
@@ -64,11 +64,11 @@ def add_to(y, *, H=None, B=None, S=None, x=None, x_transposed=None, in_features=
 class TestFarStrides:
     def test_shrink(self, dtype):
         x, A = far_rows(T, K, dtype=dtype), far_rows(R, K, dtype=dtype)
-        check(bindings.shrink(x, A)[:, :R], x.double() @ A.double().T)
+        check(cuda_kernels.shrink(x, A)[:, :R], x.double() @ A.double().T)
 
     def test_lora_grad(self, dtype):
         z, H, out = far_rows(T, K, dtype=dtype), numbers(T, 16, dtype=dtype), far_rows(K, R, dtype=dtype)
-        bindings.lora_grad(z, H, out, 1.0)
+        cuda_kernels.lora_grad(z, H, out, 1.0)
         check(out, z.double().T @ H[:, :R].double())
 
     @pytest.mark.parametrize("gather", ["shared", "global"])
@@ -76,7 +76,7 @@ class TestFarStrides:
         y, x, B = far_rows(T, N, dtype=dtype), far_rows(T, K, dtype=dtype), far_rows(N, R, dtype=dtype)
         (S, S_dense, _), H = entries(dtype), numbers(T, 16, dtype=dtype)
         exact = y.double() + H[:, :R].double() @ B.double().T + x.double() @ S_dense.T
-        transposed = copy_at_stride(bindings.transpose(x), FAR, 1)
+        transposed = copy_at_stride(cuda_kernels.transpose(x), FAR, 1)
         add_to(y, H=H, B=B, S=S, **({"x": x} if gather == "shared" else {"x_transposed": transposed}))
         check(y, exact)
 
@@ -84,24 +84,24 @@ class TestFarStrides:
         y, pattern = far_rows(T, N, dtype=dtype), CSRPattern.from_rows(torch.tensor([3, 11]), (N, K))
         product, exact = numbers(T, 2, dtype=FP32), y.double()
         exact[:, [3, 11]] += product
-        bindings.epilogue(y, True, None, None, 1.0, NO_DROPOUT, pattern.crow_indices, None, None, None, product, K)
+        cuda_kernels.epilogue(y, True, None, None, 1.0, NO_DROPOUT, pattern.crow_indices, None, None, None, product, K)
         check(y, exact)
 
     def test_sddmm(self, dtype):
         dy, x, (S, _, pattern) = numbers(T, N, dtype=dtype), numbers(T, K, dtype=dtype), entries(dtype)
-        far = [copy_at_stride(bindings.transpose(matrix), FAR, 1) for matrix in (dy, x)]
+        far = [copy_at_stride(cuda_kernels.transpose(matrix), FAR, 1) for matrix in (dy, x)]
         out = torch.empty(S.nnz)
         torch.ops.rosa_kernels_cuda.sddmm(out, *far, S.crow, S.col, None, indices_checked=True)
         check(out, (dy.double().T @ x.double())[pattern.row_of_entry(), S.col.long()])
 
     def test_copies(self, dtype):
         x, (S, S_dense, pattern) = far_rows(T, K, dtype=dtype), entries(dtype)
-        check(bindings.transpose(x)[:, :T], x.T)
+        check(cuda_kernels.transpose(x)[:, :T], x.T)
         columns = torch.tensor([3, 0, 23], dtype=INT32)
-        check(bindings.gather_columns(x, columns)[:, :3], x[:, columns.long()])
+        check(cuda_kernels.gather_columns(x, columns)[:, :3], x[:, columns.long()])
         W, out = far_rows(N, K, dtype=dtype), far_rows(N, K, dtype=dtype)
-        check(bindings.gather_entries(W, S.crow, S.col, dtype), W[pattern.row_of_entry(), S.col.long()])
-        check(bindings.densify(out, W, S), W.double() + S_dense)
+        check(cuda_kernels.gather_entries(W, S.crow, S.col, dtype), W[pattern.row_of_entry(), S.col.long()])
+        check(cuda_kernels.densify(out, W, S), W.double() + S_dense)
 
 
 @emulated
@@ -111,14 +111,14 @@ class TestLastBlocks:
     def test_transpose_and_gather_columns(self, dtype):
         x = zeros(2**23, 2**8 + 2**6, dtype=dtype)
         x[-64:, -64:] = numbers(64, 64, dtype=dtype)
-        check(bindings.transpose(x)[-64:, -64:], x[-64:, -64:].T)
+        check(cuda_kernels.transpose(x)[-64:, -64:], x[-64:, -64:].T)
         columns = torch.arange(x.shape[1], dtype=INT32)
-        check(bindings.gather_columns(x, columns)[-64:, -32:], x[-64:, -32:])
+        check(cuda_kernels.gather_columns(x, columns)[-64:, -32:], x[-64:, -32:])
 
     def test_H(self, dtype):
         x, A = zeros(2**27 + 2**12, 8, dtype=dtype), numbers(16, 8, dtype=dtype)
         x[-16:] = numbers(16, 8, dtype=dtype)
-        H = bindings.shrink(x, A)
+        H = cuda_kernels.shrink(x, A)
         check(H[-16:], x[-16:].double() @ A.double().T)
         B, y = numbers(16, 16, dtype=dtype), zeros(x.shape[0], 16, dtype=dtype)
         add_to(y, H=H, B=B)
@@ -128,12 +128,12 @@ class TestLastBlocks:
         z, H = numbers(2100, 64, dtype=dtype), zeros(2100, 2**20 - 16, dtype=dtype)
         H[-5:, -16:] = numbers(5, 16, dtype=dtype)
         out = zeros(64, H.shape[1], dtype=dtype)
-        bindings.lora_grad(z, H, out, 1.0)
+        cuda_kernels.lora_grad(z, H, out, 1.0)
         check(out[:, -16:], z[-5:].double().T @ H[-5:, -16:].double())
 
     def test_sums_of_parts(self, dtype):
         """The last block makes the second part, of the features behind a step; the first part is there."""
-        step = bindings.SHRINK_STEP_BYTES // dtype.itemsize
+        step = cuda_kernels.SHRINK_STEP_BYTES // dtype.itemsize
         x, A = zeros(2**26 + 2**12, 2 * step, dtype=dtype), numbers(16, 2 * step, dtype=dtype)
         x[-16:, step:] = numbers(16, step, dtype=dtype)
         H, parts = zeros(x.shape[0], 16, dtype=dtype), zeros(2, x.shape[0], 16, dtype=FP32)
@@ -146,7 +146,7 @@ class TestLastBlocks:
         y, products = zeros(tokens, rows, dtype=dtype), zeros(tokens, rows, dtype=FP32)
         y[-16:], products[-16:] = numbers(16, rows, dtype=dtype), numbers(16, rows)
         exact, crow = y[-16:].double() + products[-16:], torch.arange(rows + 1, dtype=INT32) * K
-        bindings.epilogue(y, True, None, None, 1.0, NO_DROPOUT, crow, None, None, None, products, K)
+        cuda_kernels.epilogue(y, True, None, None, 1.0, NO_DROPOUT, crow, None, None, None, products, K)
         check(y[-16:], exact)
 
     def test_the_most_features(self, dtype):
@@ -165,16 +165,16 @@ class TestLastBlocks:
         S.values[-40:] = numbers(40, dtype=dtype)
         x, y, dy = numbers(T, columns, dtype=dtype), numbers(T, rows, dtype=dtype), numbers(T, rows, dtype=dtype)
 
-        packed = zeros(MOST_LENGTH + bindings.ENTRY_PADDING, dtype=torch.int64)
+        packed = zeros(MOST_LENGTH + cuda_kernels.ENTRY_PADDING, dtype=torch.int64)
         torch.ops.rosa_kernels_cuda.pack_entries(packed, S.col, None, S.values, indices_checked=True)
         exact = y[:, -1].double() + x[:, -40:].double() @ S.values[-40:].double()
-        bindings.epilogue(y, True, None, None, 1.0, NO_DROPOUT, S.crow, packed, None, transposed(x), None, columns)
+        cuda_kernels.epilogue(y, True, None, None, 1.0, NO_DROPOUT, S.crow, packed, None, transposed(x), None, columns)
         check(y[:, -1], exact)
 
         weight = numbers(rows, columns, dtype=dtype)
-        merged = bindings.densify(weight.clone(), weight, S)
+        merged = cuda_kernels.densify(weight.clone(), weight, S)
         check(merged[-1, -40:], weight[-1, -40:].double() + S.values[-40:])
-        check(bindings.gather_entries(merged, S.crow, S.col, dtype)[-40:], merged[-1, -40:])
+        check(cuda_kernels.gather_entries(merged, S.crow, S.col, dtype)[-40:], merged[-1, -40:])
 
         out = zeros(MOST_LENGTH, dtype=dtype)
         operands = transposed(dy), transposed(x), S.crow, S.col, None
@@ -189,5 +189,5 @@ def crow_and_col(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
-    """As bindings.transpose, where only the last block would run."""
-    return torch.nn.functional.pad(x.T, (0, -x.shape[0] % bindings.TOKEN_PADDING))
+    """As cuda_kernels.transpose, where only the last block would run."""
+    return torch.nn.functional.pad(x.T, (0, -x.shape[0] % cuda_kernels.TOKEN_PADDING))

@@ -7,15 +7,15 @@ import os
 import pytest
 import torch
 
+import cuda_kernels
 import large_tensors
-from rosa_kernels.backends.cuda import bindings
 from rosa_kernels.backends.gpu.sizes import MOST_LENGTH
 
 pytestmark = pytest.mark.skipif(
     "CUDA_EMULATED" not in os.environ, reason="runs where CUDA_EMULATED is set: test_emulation.py starts it"
 )
 FP32, BF16, INT32 = torch.float32, torch.bfloat16, torch.int32
-T, PADDED, K, N, R, NNZ = 5, bindings.TOKEN_PADDING, 24, 20, 16, 40
+T, PADDED, K, N, R, NNZ = 5, cuda_kernels.TOKEN_PADDING, 24, 20, 16, 40
 kernels = torch.ops.rosa_kernels_cuda
 
 
@@ -46,7 +46,7 @@ VALID = {
         "row_length": lambda: 0,
     },
     "pack_entries": {
-        "packed_entries": lambda: torch.zeros(NNZ + bindings.ENTRY_PADDING, dtype=torch.int64), "col": col_indices,
+        "packed_entries": lambda: torch.zeros(NNZ + cuda_kernels.ENTRY_PADDING, dtype=torch.int64), "col": col_indices,
         "permutation": lambda: indices(NNZ), "values": lambda: torch.ones(NNZ),
     },
     "shrink": {
@@ -60,7 +60,7 @@ VALID = {
     "epilogue": {
         "y": lambda: matrix(T, N), "accumulate": lambda: True, "H": lambda: matrix(T, R), "B": lambda: matrix(N, 3),
         "scaling": lambda: 1.0, **NO_DROPOUT, "crow": crow_indices,
-        "packed_entries": lambda: torch.zeros(NNZ + bindings.ENTRY_PADDING, dtype=torch.int64),
+        "packed_entries": lambda: torch.zeros(NNZ + cuda_kernels.ENTRY_PADDING, dtype=torch.int64),
         "x": lambda: matrix(T, K), "x_transposed": lambda: None, "row_products": lambda: None,
         "in_features": lambda: K, "multiprocessors": lambda: 8,
     },

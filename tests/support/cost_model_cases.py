@@ -7,7 +7,7 @@ import torch
 
 import rosa_kernels as rk
 from cases import LinearCase, make_inputs
-from linear_checks import mask_of, run_linear
+from linear_checks import SEED, linear, mask_of, run_linear
 from oracle import check, expected_linear
 from rosa_kernels.backends.gpu import cost_model
 
@@ -71,16 +71,25 @@ def check_call(backend: str, case: LinearCase, inputs, delta_rounded: bool = Fal
     """y and all gradients of the case by this backend."""
     with rk.use_backend(backend):
         got = run_linear(case, inputs)
-    expected = expected_linear(case, inputs, mask_of(case, inputs.x.device), delta_rounded)
+    expected = expected_linear(case, inputs, mask_of(case, inputs.x.device), delta_rounded, adapter_first=True)
     for name, result in got.items():
         check(name, result, expected[name], inputs.x if name == "y" else getattr(inputs, name))
 
 
 def check_by_algorithm(monkeypatch, backend: str, heuristics, algorithms, case: LinearCase, dtype, algorithm) -> None:
-    """y by this algorithm, and the gradients by the nearest to it."""
-    chosen = force(monkeypatch, heuristics, algorithms, algorithm)
-    check_call(backend, case, make_inputs(case, dtype), delta_rounded=algorithm.sparse in ("delta", "rows", "columns"))
-    assert chosen[0] == algorithm and len(chosen) == 2
+    """y by this algorithm; then y and the gradients, as a training step makes them, by the nearest to it.
+
+    A step keeps H, so that nothing may make it anew for each tile of y.
+    """
+    chosen, inputs = force(monkeypatch, heuristics, algorithms, algorithm), make_inputs(case, dtype)
+    delta_rounded = algorithm.sparse in ("delta", "rows", "columns")
+    mask = mask_of(case, inputs.x.device)
+    expected = expected_linear(case, inputs, mask, delta_rounded, adapter_first=True)["y"]
+    with rk.use_backend(backend), torch.no_grad():
+        torch.manual_seed(SEED)
+        check("y", linear(case, inputs, inputs.tensors()), expected, inputs.x)
+    check_call(backend, case, inputs, delta_rounded)
+    assert chosen[0] == algorithm and len(chosen) == 3
 
 
 def check_cheapest_is_chosen(heuristics, algorithms, rates) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from paths import CSRC, TESTS
 
-KERNELS = (*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "bindings.cpp")
+KERNELS = (*sorted((CSRC / "cuda").glob("*.c*")), *sorted((CSRC / "gpu").glob("*.cpp")))
 FAULTS = (TESTS / "cuda" / "cuda_faults.cu",)
 TORCH = Path(torch.__file__).parent
 FLAGS = (

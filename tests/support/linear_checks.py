@@ -4,7 +4,7 @@ import torch
 
 import rosa_kernels as rk
 from cases import CPU, make_inputs
-from oracle import MULTIPLY_ONE_DELTA, check, expected_linear
+from oracle import check, expected_from
 from philox import keep_mask, seed_drawn_after
 
 SEED = 1234
@@ -54,7 +54,7 @@ def mask_of(case, device):
 
 def check_linear(backend, case, dtype, device=CPU):
     inputs = make_inputs(case, dtype, device)
-    expected = expected_linear(case, inputs, mask_of(case, device), backend in MULTIPLY_ONE_DELTA)
+    expected = expected_from(backend, case, inputs, mask_of(case, device))
     got = run_linear(case, inputs)
     assert got.keys() == expected.keys()
     for name, result in got.items():

@@ -6,7 +6,8 @@ Stability of Numerical Algorithms", 2nd ed., section 3.1), and one rounding of a
 below allow the fp32 sums, one rounding of each result to its dtype and, where x is 16-bit, one rounding of H and of dH.
 They allow the error of PyTorch's own GEMMs for the base's part (at least one rounding; F.linear sometimes rounds before
 it adds the bias), and no more.
-The GPU backends may make s B A + S one operand, rounded once in place of H; `delta_rounded` allows for it.
+The GPU backends add the base to what the adapter made, which was rounded; `adapter_first` allows for that rounding.
+They may make s B A + S one operand, rounded once in place of H; `delta_rounded` allows for it.
 
 Results may be on any device; what they are compared with is computed on the CPU.
 """
@@ -81,13 +82,20 @@ class _Parts:
         self.gradients["x"] = self.dx
 
 
-MULTIPLY_ONE_DELTA = ("triton", "cuda")
-"""The backends whose results are checked with delta_rounded."""
+GPU_BACKENDS = ("triton", "cuda")
+"""The backends whose results are checked with adapter_first and delta_rounded."""
+
+
+def expected_from(backend: str, case: LinearCase, inputs: LinearInputs, keep: Tensor | None) -> dict[str, Expected]:
+    """expected_linear with what this backend may do."""
+    on_gpu = backend in GPU_BACKENDS
+    return expected_linear(case, inputs, keep, delta_rounded=on_gpu, adapter_first=on_gpu)
 
 
 def expected_linear(
-    case: LinearCase, inputs: LinearInputs, keep: Tensor | None = None, delta_rounded: bool = False
-) -> dict[str, Expected]:
+    case: LinearCase, inputs: LinearInputs, keep: Tensor | None = None, delta_rounded: bool = False,
+    adapter_first: bool = False,
+) -> dict[str, Expected]:  # fmt: skip
     """What y is, under "y", and each gradient under its tensor's name.
 
     keep: (tokens, in_features) bools, dropout's mask, or None.
@@ -107,7 +115,7 @@ def expected_linear(
     values = {"y": exact.y, **exact.gradients}
     magnitudes = {"y": absolute.y, **absolute.gradients}
     is_16_bit = inputs.x.dtype in (torch.bfloat16, torch.float16)
-    roundings = _roundings_of_intermediates(inputs, exact, absolute, delta_rounded) if is_16_bit else {}
+    roundings = _roundings_of_intermediates(inputs, exact, absolute, delta_rounded, adapter_first) if is_16_bit else {}
     terms = case.in_features + case.out_features + case.tokens + case.r + 8
     results = {}
     for name, value in values.items():
@@ -122,11 +130,15 @@ def expected_linear(
 
 
 def _roundings_of_intermediates(
-    inputs: LinearInputs, exact: _Parts, absolute: _Parts, delta_rounded: bool
+    inputs: LinearInputs, exact: _Parts, absolute: _Parts, delta_rounded: bool, adapter_first: bool
 ) -> dict[str, Tensor]:
     """How far each result may move where H and dH are rounded once to 16 bits and a library GEMM made the base."""
     u = UNIT_ROUNDOFF[inputs.x.dtype]
     moved = {"y": u * exact.base.abs(), "x": u * exact.base_dx.abs()}
+    if adapter_first:
+        bias = 0.0 if inputs.bias is None else inputs.bias.detach().cpu().double()
+        moved["y"] = torch.maximum(moved["y"], u * (exact.y - exact.base + bias).abs())
+        moved["x"] = torch.maximum(moved["x"], u * (exact.dx - exact.base_dx).abs())
     if inputs.weight is not None:
         library_y = F.linear(inputs.x, inputs.weight, inputs.bias).cpu().double().reshape(exact.base.shape)
         library_dx = (inputs.dy @ inputs.weight).cpu().double().reshape(exact.base_dx.shape)

@@ -86,7 +86,7 @@ class Launch:
         flags = [self.arguments["SPARSE"]] if self.arguments.get("SPARSE") else []
         flags += [f"dropout-{self.arguments['DROPOUT']}"] if self.arguments.get("DROPOUT") else []
         flags += [name.lower() for name in _FLAGS if self.arguments.get(name)]
-        flags += [f"r{self.arguments['BLOCK_R']}"] if any(map(self.has, ("A", "B", "H_parts", "H"))) else []
+        flags += [f"r{self.arguments['BLOCK_R']}"] if any(map(self.has, ("A", "B", "H"))) else []
         dtype = "tf32" if self.precision == "tf32" else {FP32: "fp32", BF16: "bf16", FP16: "fp16"}[self.operand]
         return " ".join([self.name, dtype, *parts, *flags, *([] if self.aligned else ["odd"])])
 
@@ -104,7 +104,7 @@ class Launch:
         return (self.name, self.aligned, self.operand, self.precision, *self.options.items(), *constants)
 
 
-_NAMED = ("weight", "bias", "H_parts", "A", "B", "S", "values", "permutation", "seed", "dH_parts")
+_NAMED = ("weight", "bias", "H", "A", "B", "S", "values", "permutation", "seed", "dH_parts")
 _FLAGS = ("ACCUMULATE", "TRANSPOSED", "ZERO")
 _TILE = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "BLOCK_F")
 _EXTRAS = ("DROPOUT", "ACCUMULATE")

@@ -17,7 +17,7 @@ from cost_model_cases import (
     force,
 )
 from oracle import check, expected_linear
-from rosa_kernels.backends.gpu import device_rates
+from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall
 from rosa_kernels.backends.triton import heuristics
 from rosa_kernels.backends.triton.heuristics import LinearAlgorithm, linear_algorithms
@@ -143,16 +143,12 @@ def test_the_choices_that_the_docstring_explains():
 
 @interpreted
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_parts_added_first_or_by_their_readers(monkeypatch, dropout_p):
-    """H and dH come in parts here; whoever adds them, the numbers are right."""
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_sums_in_one_part_and_in_as_many_as_there_may_be(monkeypatch, dropout_p, multiprocessors):
     case = LinearCase((40,), 130, 100, 8, "random", dropout_p=dropout_p)
-    seen = set()
-    for first in (True, False):
-
-        def added_first(parts, *sizes, first=first):
-            seen.add(parts > 1)
-            return first
-
-        monkeypatch.setattr(heuristics, "parts_added_first", added_first)
-        check_call("triton", case, make_inputs(case, BF16))
-    assert seen == {True}
+    splits, splits_of = [], hardware.splits_of
+    monkeypatch.setattr(hardware, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(hardware, "splits_of", lambda *a, **k: splits.append(splits_of(*a, **k)) or splits[-1])
+    monkeypatch.setattr(heuristics, "low_rank_gradients_by_library", lambda *sizes: False)
+    check_call("triton", case, make_inputs(case, BF16), delta_rounded=True)
+    assert {count > 1 for count, _ in splits} == {multiprocessors > 1}

@@ -1,15 +1,25 @@
 """The CPU backend: C++ kernels for fp32 and bf16, around PyTorch's own GEMMs where those are the faster ones."""
 
 from rosa_kernels.backends.cpu.binary import build_info, instruction_set, refusal, unavailable_reason, uses_our_gemm
-from rosa_kernels.backends.cpu.ops import csr_add, rosa_linear, rosa_linear_backward, sddmm, spmm
+from rosa_kernels.backends.cpu.ops import (
+    KEEPS_H,
+    csr_add,
+    rosa_linear,
+    rosa_linear_backward,
+    rosa_linear_with_H,
+    sddmm,
+    spmm,
+)
 
 __all__ = [
+    "KEEPS_H",
     "build_info",
     "csr_add",
     "instruction_set",
     "refusal",
     "rosa_linear",
     "rosa_linear_backward",
+    "rosa_linear_with_H",
     "sddmm",
     "spmm",
     "unavailable_reason",

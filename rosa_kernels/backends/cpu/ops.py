@@ -14,8 +14,12 @@ from rosa_kernels.backends.cpu.binary import INDICES_CHECKED, fast_bfloat16, ins
 from rosa_kernels.backends.cpu.binary import kernels as _kernels
 from rosa_kernels.backends.cpu.heuristics import Algorithm
 from rosa_kernels.backends.lora_gemm import gradients_by_library
+from rosa_kernels.backends.reference import H_of
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.dropout import drop_threshold, keep_scale
+
+KEEPS_H = False
+"""One sweep over x and dy makes all gradients, H on the way. It reads x in any case."""
 
 
 @functools.cache
@@ -65,9 +69,15 @@ def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, str
     return y
 
 
+def rosa_linear_with_H(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
+    y = rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+    return y, H_of(x, lora_A, lora_B, dropout_p, seed)
+
+
 def rosa_linear_backward(
-    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed, needs
-):
+    dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed,
+    needs, H=None,
+):  # fmt: skip
     need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
     dy2, x2 = _matrix(dy), _matrix(x)
     widened = dy.dtype == torch.bfloat16 and not fast_bfloat16()

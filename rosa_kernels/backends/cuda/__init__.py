@@ -6,26 +6,32 @@ import warnings
 import torch
 
 from rosa_kernels.backends import native_binary
-from rosa_kernels.backends.cuda import bindings, gradients, heuristics
-from rosa_kernels.backends.cuda.linear import finish_linear
+from rosa_kernels.backends.cuda.ops import (
+    KEEPS_H,
+    csr_add,
+    rosa_linear,
+    rosa_linear_backward,
+    rosa_linear_with_H,
+    sddmm,
+    spmm,
+)
 from rosa_kernels.backends.gpu import hardware
-from rosa_kernels.backends.gpu.backend import GpuBackend
-from rosa_kernels.backends.gpu.ops import Ops
 
-_ops = Ops(GpuBackend(
-    heuristics=heuristics, finish_linear=finish_linear, gradients_by_kernels=gradients.gradients_by_kernels,
-    H_of_matrix=gradients.H_of_matrix, matrix_of_H=gradients.matrix_of_H,
-    sddmm_kernels={"entries_transposed": bindings.sddmm}, gather_columns=bindings.gather_columns,
-    gather_whole_rows=bindings.gather_whole_rows, gather_entries=bindings.gather_entries, densify=bindings.densify,
-))  # fmt: skip
-rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
-spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
+__all__ = [
+    "KEEPS_H",
+    "build_info",
+    "csr_add",
+    "refusal",
+    "rosa_linear",
+    "rosa_linear_backward",
+    "rosa_linear_with_H",
+    "sddmm",
+    "spmm",
+    "unavailable_reason",
+]
 
 _BINARY = native_binary.PACKAGE / native_binary.file_name("_cuda")
-_OPS = (
-    "build_info", "densify", "epilogue", "gather_columns", "gather_entries", "lora_grad", "pack_entries", "sddmm",
-    "shrink", "transpose",
-)  # fmt: skip
+_OPS = "build_info", "csr_add", "linear", "linear_backward", "whole_sddmm"
 
 
 @functools.cache

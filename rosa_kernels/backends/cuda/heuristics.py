@@ -4,7 +4,8 @@ gpu/cost_model.py says how seconds are counted, and what library calls are worth
 part of one GEMM by W + scaling · B A + S where that is exact enough. What the count says of the kernels, for 16-bit
 operands on an H100 (T tokens, an N x K weight, nnz entries of S):
 
-- One pass over y, the epilogue, adds the low-rank part and S. It moves 2 · T · N elements.
+- One pass over y, the epilogue, makes the low-rank part and x Sᵀ. It writes T · N elements, to which the base's GEMM
+  adds.
 - The epilogue gathers x from shared memory, where a transposed copy of 16 tokens lies. A warp reads the tokens of 4
   entries by some 12 instructions (SASS of sm_90). That takes 3 to 4 cycles of a multiprocessor, because random features
   share banks: as measured, 1.1 times what L2 would deliver.
@@ -17,13 +18,14 @@ operands on an H100 (T tokens, an N x K weight, nnz entries of S):
 import functools
 from typing import NamedTuple
 
-from rosa_kernels.backends.cuda.bindings import EPILOGUE_TOKENS, PACKED_ENTRY_BYTES
 from rosa_kernels.backends.gpu import cost_model
 from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall, sddmm_seconds
 from rosa_kernels.backends.gpu.device_rates import Rates
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.pattern import COLUMN, ROW
 
+EPILOGUE_TOKENS, PACKED_ENTRY_BYTES = 16, 8
+"""As csrc/cuda/constants.h says; tests/cuda/test_constants.py fails where the two differ."""
 SHARED_OVER_L2 = 1.1
 """Entries that a gather from shared memory serves, over those from L2: as measured on an H100."""
 _SPARSE_IN_THE_EPILOGUE = ("shared", "global", "rows")
@@ -89,7 +91,8 @@ def linear_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -
         A = tiles * K * call.r * size / rates.l2_bandwidth
         seconds += (1 + in_parts) * rates.launch_seconds + max(T * K * size / rates.bandwidth, A)
     if algorithm.runs_the_epilogue:
-        y = T * N * size * (2 if algorithm.base or algorithm.sparse == "columns" else 1) / rates.bandwidth
+        behind_the_base = algorithm.base and not algorithm.low_rank and algorithm.sparse == "rows"
+        y = T * N * size * (2 if behind_the_base else 1) / rates.bandwidth
         B = tiles * N * call.r * size / rates.l2_bandwidth
         seconds += rates.launch_seconds + max(y, B + _gather_seconds(call, algorithm.sparse, rates))
     return seconds
@@ -104,11 +107,6 @@ def _gather_seconds(call: LinearCall, sparse: str, rates: Rates) -> float:
     packing = rates.launch_seconds + (x if sparse == "shared" else rates.launch_seconds + 2 * x)
     by_entry = tiles * EPILOGUE_TOKENS * size / (SHARED_OVER_L2 if sparse == "shared" else 1)
     return packing + call.nnz * max(by_entry, tiles * PACKED_ENTRY_BYTES) / rates.l2_bandwidth
-
-
-def low_rank_gradients_by_library(T: int, out_features: int, element_size: int, rates: Rates) -> bool:
-    """Always: the kernels would read x and dy twice too."""
-    return True
 
 
 def sddmm_algorithms(call: SDDMMCall) -> tuple[str, ...]:

@@ -1,2 +1,1 @@
-"""What Triton and CUDA share: the ops, their algorithms by library GEMMs, the cost model, and what is known of a
-GPU."""
+"""What Triton and CUDA share: the cost model, and what is known of a GPU."""

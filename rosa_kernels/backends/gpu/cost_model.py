@@ -5,7 +5,8 @@ heuristics.py lists the algorithms that may serve a call, adds the seconds of it
 
 What the count says of library calls, for 16-bit operands on an H100:
 
-- A library GEMM is faster than a loop of ours. But an adapter added to its y costs another read and write of y.
+- A library GEMM is faster than a loop of ours. What the adapter adds is written to y first. The base's GEMM adds to
+  it, and reads y while it computes.
 - In fp32 without tf32, W + scaling · B A + S is made for the call. One library GEMM then does everything, and it is
   exact enough. This is never done in 16 bits or in tf32, whose operands would round small deltas away.
 - The delta scaling · B A + S can be one dense matrix and a second library GEMM. Its cost does not depend on the
@@ -49,9 +50,9 @@ class LinearCall(NamedTuple):
     mixed_values: bool = False
     """S is not of x's dtype."""
     H_known: bool = False
-    H_is_matrix: bool = False
-    """H is known as one matrix in x's dtype, as a library GEMM takes it."""
     fp16: bool = False
+    keeps_H: bool = False
+    """H is made for the backward, whether or not y needs it."""
 
 
 def may_merge(call: LinearCall) -> bool:
@@ -84,24 +85,28 @@ def library_seconds(call: LinearCall, base: str, low_rank: str, sparse: str, rat
     T, N, K = call.T, call.out_features, call.in_features
     gemm = 2 * T * N * K, T * (N + K) + N * K
     seconds = 0.0
+    if call.keeps_H and (base == "merged" or low_rank == "delta"):  # others make it on their way
+        seconds += step_seconds(call, rates, 2 * T * K * call.r, T * K + call.r * (T + K))
     if base == "merged":
         seconds += step_seconds(call, rates, 2 * N * K * call.r, 3 * N * K)
         if call.nnz:
             seconds += step_seconds(call, rates, 0, 2 * call.nnz, 1.0)
         return seconds + step_seconds(call, rates, *gemm)
     if base == "library":
-        seconds += step_seconds(call, rates, *gemm)
+        adds = bool(low_rank or sparse)
+        seconds += step_seconds(call, rates, gemm[0], gemm[1] + (T * N if adds else 0))
     if sparse == "delta":
         seconds += step_seconds(call, rates, 0, N * K + 2 * call.nnz, 1.0)
         if call.r:
             seconds += step_seconds(call, rates, 2 * N * K * call.r, 2 * N * K)
         if call.r and (call.mixed_lora or call.mixed_values):  # it is made in fp32, then narrowed
             seconds += step_seconds(call, rates, 0, 4 * N * K)
-        seconds += step_seconds(call, rates, 2 * T * N * K, T * (2 * N + K) + N * K)
+        seconds += step_seconds(call, rates, *gemm)
     if low_rank == "library":
         if not call.H_known:
             seconds += step_seconds(call, rates, 2 * T * K * call.r, T * K + call.r * (T + K))
-        seconds += step_seconds(call, rates, 2 * T * N * call.r, 2 * T * N + call.r * (T + N))
+        adds = sparse == "columns"
+        seconds += step_seconds(call, rates, 2 * T * N * call.r, (2 if adds else 1) * T * N + call.r * (T + N))
     if sparse in ("rows", "columns"):
         seconds += _whole_rows_or_columns_seconds(call, sparse, rates)
     return seconds
@@ -118,7 +123,7 @@ def _whole_rows_or_columns_seconds(call: LinearCall, sparse: str, rates: Rates) 
         moved, scattered = T * call.in_features * size + 4 * product * terms, product * (4 + 2 * SECTOR)
     else:
         gathered = T * call.nnz / call.out_features
-        moved = (2 * T * call.out_features + gathered * terms) * size
+        moved = (T * call.out_features + gathered * terms) * size
         scattered = gathered * (SECTOR + size * terms)
     launches = rates.launch_seconds + rates.kernel_launch_seconds
     return launches + max(flops, moved / rates.bandwidth) + scattered / rates.bandwidth

@@ -6,29 +6,33 @@ import sys
 import torch
 
 from rosa_kernels.backends.gpu import hardware
-from rosa_kernels.backends.gpu.backend import GpuBackend
-from rosa_kernels.backends.gpu.ops import Ops
-from rosa_kernels.backends.triton import heuristics
 
 try:
     import triton
 except ModuleNotFoundError:
     triton = None
 else:
-    from rosa_kernels.backends.triton import lora
-    from rosa_kernels.backends.triton import sddmm as _sddmm
-    from rosa_kernels.backends.triton.densify import densify
-    from rosa_kernels.backends.triton.linear import finish_linear
-    from rosa_kernels.backends.triton.transpose import gather_columns, gather_whole_rows
+    from rosa_kernels.backends.triton.ops import (
+        KEEPS_H,
+        csr_add,
+        rosa_linear,
+        rosa_linear_backward,
+        rosa_linear_with_H,
+        sddmm,
+        spmm,
+    )
 
-    _ops = Ops(GpuBackend(
-        heuristics=heuristics, finish_linear=finish_linear, gradients_by_kernels=lora.gradients_by_kernels,
-        H_of_matrix=lora.H_of_matrix, matrix_of_H=lora.matrix_of_H, sddmm_kernels=_sddmm.KERNELS,
-        gather_columns=gather_columns, gather_whole_rows=gather_whole_rows, gather_entries=_sddmm.gather_entries,
-        densify=densify,
-    ))  # fmt: skip
-    rosa_linear, rosa_linear_backward = _ops.rosa_linear, _ops.rosa_linear_backward
-    spmm, sddmm, csr_add = _ops.spmm, _ops.sddmm, _ops.csr_add
+__all__ = [
+    "KEEPS_H",
+    "csr_add",
+    "refusal",
+    "rosa_linear",
+    "rosa_linear_backward",
+    "rosa_linear_with_H",
+    "sddmm",
+    "spmm",
+    "unavailable_reason",
+]
 
 
 def unavailable_reason() -> str | None:

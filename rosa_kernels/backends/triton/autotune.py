@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rosa_kernels.backends.gpu import device_rates, hardware
-from rosa_kernels.backends.gpu.operands import LinearProblem, Sparse
 from rosa_kernels.backends.triton import configs
 from rosa_kernels.backends.triton.heuristics import LinearAlgorithm
-from rosa_kernels.backends.triton.linear import finish_linear
+from rosa_kernels.backends.triton.linear import run_kernel
 from rosa_kernels.backends.triton.lora import lora_grad, shrink
+from rosa_kernels.backends.triton.operands import LinearProblem, Sparse
 from rosa_kernels.backends.triton.sddmm import sddmm_blocks, sddmm_tiled
 from rosa_kernels.pattern import CSRPattern
 
@@ -42,7 +42,7 @@ class Measure:
         flops = 2 * T * n * n
         x, weight = self.normal(T, n), self.normal(n, n)
         library = self.seconds(lambda: F.linear(x, weight))
-        ours = self.seconds(lambda: finish_linear(None, LinearProblem(x, n, weight), LinearAlgorithm("kernel")))
+        ours = self.seconds(lambda: run_kernel(LinearProblem(x, n, weight), LinearAlgorithm("kernel"), None))
         x32, weight32 = x.float(), weight.float()
         by_precision = {}
         before = torch.backends.cuda.matmul.fp32_precision
@@ -72,7 +72,7 @@ class Measure:
         S = Sparse(values, self.pattern.crow_indices, self.pattern.col_indices, 0, self.pattern.shape)
         x = self.normal(n, T).T
         problem = LinearProblem(x, n, S=S)
-        seconds = self.seconds(lambda: finish_linear(None, problem, LinearAlgorithm("", "", "gather")))
+        seconds = self.seconds(lambda: run_kernel(problem, LinearAlgorithm("", "", "gather"), None))
         return self.pattern.nnz * T * x.element_size() / seconds
 
     def config_calls(self, element_size: int, tokens: int) -> dict[str, Callable]:
@@ -80,15 +80,15 @@ class Measure:
         n, dtype = self.features, DTYPES[element_size]
         sizes = (tokens, n), (tokens, n), (n, n), (RANK, n), (n, RANK)
         x, dy, weight, A, B = (self.normal(*size, dtype=dtype) for size in sizes)
-        H_parts = torch.randn(1, tokens, RANK, device=self.device)
+        H = self.normal(tokens, RANK, dtype=dtype)
         crow, col = self.pattern.crow_indices, self.pattern.col_indices
         chosen = torch.rand(n // 16, n // 16, generator=torch.Generator().manual_seed(0)) < DENSITY
         blocks = CSRPattern.from_blocks(chosen, 16, (n, n)).to(self.device)
         in_kernel = LinearProblem(x, n, weight, None, A, B, 2.0)
         return {
-            configs.LINEAR: lambda: finish_linear(None, in_kernel, LinearAlgorithm("kernel", "before")),
-            configs.SHRINK: lambda: shrink(x, A),
-            configs.LORA_GRAD: lambda: lora_grad(dy, H_parts, B, 2.0, features_first=True, B=B),
+            configs.LINEAR: lambda: run_kernel(in_kernel, LinearAlgorithm("kernel", "known"), H),
+            configs.SHRINK: lambda: shrink(x, A, dtype),
+            configs.LORA_GRAD: lambda: lora_grad(dy, H, B, 2.0, features_first=True, B=B),
             configs.SDDMM_TILED: lambda: sddmm_tiled(dy, x, crow, col, dtype),
             configs.SDDMM_BLOCKS: lambda: sddmm_blocks(dy, x, blocks.crow_indices, blocks.col_indices, dtype),
         }

@@ -1,13 +1,18 @@
-"""S written into a dense matrix, beside a weight or alone."""
+"""S written into a dense matrix: beside a weight, merged into it, or as the delta scaling · B A + S.
 
+The kernel writes S by its rows, so the matrices of a backward are made as the layer has them, and returned as
+transposed views.
+"""
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.backends.gpu.operands import Sparse
 from rosa_kernels.backends.triton import launcher
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import narrow
+from rosa_kernels.backends.triton.operands import LinearProblem, Sparse
 
 _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
 
@@ -56,3 +61,41 @@ def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:
         ZERO=zero, config=_CONFIG,
     )  # fmt: skip
     return out
+
+
+def weight_plus(weight: Tensor, S: Sparse) -> Tensor:
+    """weight of any strides + S, a new tensor."""
+    return densify(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device), weight, S)
+
+
+def dense(S: Sparse, dtype: torch.dtype) -> Tensor:
+    """S as a matrix."""
+    if S.transpose_of is not None:
+        return dense(S.transpose_of, dtype).T
+    return densify(torch.empty(S.shape, dtype=dtype, device=S.values.device), None, S)
+
+
+def merged_weight(problem: LinearProblem) -> Tensor:
+    """weight + scaling · B A + S in fp32."""
+    weight, A, B, S = problem.layer or (problem.weight, problem.A, problem.B, problem.S)
+    if A is None:
+        merged = weight_plus(weight, S)
+    else:
+        merged = torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=problem.scaling).contiguous()
+        if S is not None:
+            densify(merged, merged, S)
+    return merged if problem.layer is None else merged.T
+
+
+def dense_delta(problem: LinearProblem) -> Tensor:
+    """scaling · B A + S in x's dtype. It is rounded once: by the GEMM that adds to S, where all are of that dtype."""
+    _, A, B, S = problem.layer or (problem.weight, problem.A, problem.B, problem.S)
+    dtype = problem.x.dtype
+    if A is None:
+        delta = dense(S, dtype)
+    elif A.dtype == B.dtype == S.values.dtype == dtype:
+        delta = dense(S, dtype).addmm_(B, A, alpha=problem.scaling)
+    else:
+        delta = torch.addmm(A[:1].float(), B.float(), A.float(), beta=0, alpha=problem.scaling).contiguous()
+        delta = densify(delta, delta, S).to(dtype)
+    return delta if problem.layer is None else delta.T

@@ -90,8 +90,8 @@ def _choices_of_low_rank(call: LinearCall, base: str, sparse: str) -> tuple[str,
         return ("delta",)
     by_library = base == "library" and sparse not in _SPARSE_IN_THE_KERNEL and not call.dropout and not call.mixed_lora
     if call.H_known:
-        return ("known", "library") if by_library and call.H_is_matrix else ("known",)
-    few = call.r <= LARGEST_R_INSIDE and call.T <= FEW_TOKENS
+        return ("known", "library") if by_library else ("known",)
+    few = call.r <= LARGEST_R_INSIDE and call.T <= FEW_TOKENS and not call.keeps_H
     return (*(("inside",) if few else ()), "before", *(("library",) if by_library else ()))
 
 
@@ -106,8 +106,7 @@ def linear_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -
     seconds = cost_model.library_seconds(call, *algorithm, rates)
     loop_efficiency = rates.kernel_efficiency * _busy_share(T, N, rates)
     if algorithm.low_rank == "before":
-        if T > FEW_TOKENS:  # its parts are added
-            seconds += rates.kernel_launch_seconds
+        seconds += rates.kernel_launch_seconds  # its parts are added
         dots = 3 if call.mixed_lora else 1
         seconds += step_seconds(call, rates, 2 * T * K * call.r * dots, T * K + call.r * (T + K), 1.0)
     if algorithm.sparse == "blocks":
@@ -134,7 +133,7 @@ def _kernel_work(call: LinearCall, algorithm: LinearAlgorithm) -> tuple[float, f
     """(FLOPs, elements moved) of the linear kernel without its gathers."""
     T, N, K = call.T, call.out_features, call.in_features
     reads_x = algorithm.base == "kernel" or algorithm.low_rank == "inside" or algorithm.sparse
-    elements = T * N * (2 if algorithm.base == "library" else 1) + (T * K if reads_x else 0)
+    elements = T * N + (T * K if reads_x else 0)
     flops = 2.0 * T * N * call.r
     if algorithm.base == "kernel":
         flops, elements = flops + 2.0 * T * N * K, elements + N * K
@@ -167,13 +166,13 @@ def _l2_seconds(call: LinearCall, algorithm: LinearAlgorithm, rates: Rates) -> f
 
 
 def low_rank_gradients_by_library(T: int, out_features: int, element_size: int, rates: Rates) -> bool:
-    """Whether the launches that library GEMMs for H, dH, dA and dB save are worth their second read of dy.
+    """Whether the launches that library GEMMs for dH, dA and dB save are worth their second read of dy.
 
-    They are 4 calls in place of 7 launches, which include the additions of parts. Few tokens come in no parts: there
+    They are 3 calls in place of 5 launches, which include the additions of parts. Few tokens come in no parts: there
     the kernels take 3 launches.
     """
-    launches = 3 if T <= 32 else 7
-    saved = launches * rates.kernel_launch_seconds - 4 * rates.launch_seconds
+    launches = 3 if T <= 32 else 5
+    saved = launches * rates.kernel_launch_seconds - 3 * rates.launch_seconds
     return saved > T * out_features * element_size / rates.bandwidth
 
 
@@ -184,17 +183,6 @@ def dy_read_once(r: int) -> bool:
     for each 128 outputs: 2 · T · r · 4 bytes · N / 128 against 2 · T · N bytes in 16 bits. That is half at r = 16.
     """
     return r <= 16
-
-
-def parts_added_first(parts: int, elements: int, readers: int, rates: Rates) -> bool:
-    """Whether adding fp32 parts of H or dH once beats letting each of `readers` tiles of outputs add them.
-
-    elements: of one part. Each reader takes every part from L2.
-    """
-    one = 4 * elements
-    by_readers = readers * parts * one / rates.l2_bandwidth
-    first = rates.kernel_launch_seconds + (parts + 1) * one / rates.bandwidth + readers * one / rates.l2_bandwidth
-    return first < by_readers
 
 
 def sddmm_algorithms(call: SDDMMCall) -> tuple[str, ...]:

@@ -10,25 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from rosa_kernels.backends.gpu import hardware
-from rosa_kernels.backends.gpu.densify import dense
-from rosa_kernels.backends.gpu.operands import NO_DROPOUT, LinearProblem, Sparse
-from rosa_kernels.backends.gpu.split_bf16_gemm import few_rows_product
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, launcher
 from rosa_kernels.backends.triton.configs import Config
-from rosa_kernels.backends.triton.densify import densify
+from rosa_kernels.backends.triton.densify import dense
 from rosa_kernels.backends.triton.device_functions import (
     dot_mixed,
     int32_threshold,
     keep_tile,
     narrow,
-    sum_of_parts,
     tile_position,
 )
 from rosa_kernels.backends.triton.heuristics import LinearAlgorithm
-from rosa_kernels.backends.triton.lora import block_r, shrink
-from rosa_kernels.backends.triton.split_k import summed_if_cheaper
-from rosa_kernels.backends.triton.transpose import add_at_rows, transpose
+from rosa_kernels.backends.triton.lora import block_r
+from rosa_kernels.backends.triton.operands import NO_DROPOUT, LinearProblem, Sparse
+from rosa_kernels.backends.triton.transpose import transpose
 
 _GROUP_M = 8
 _SMALL_TILE = 32
@@ -44,16 +40,18 @@ def times_B(h, acc, B, n64, in_n, first_r, R, stride_bn, stride_br, PRECISION: t
 
 @triton.jit
 def H_times_B(
-    H_parts, B, t64, in_t, n64, in_n, T, R, H_PARTS, stride_bn, stride_br, dtype: tl.constexpr,
+    H, B, t64, in_t, n64, in_n, R, stride_ht, stride_bn, stride_br, dtype: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """H Bᵀ, H the sum of H_parts (H_PARTS, T, R) in fp32, rounded once to the dtype of the dots."""
+    """H Bᵀ; H (T, R), where it is wider, is rounded to the dtype of the dots."""
     acc = tl.zeros((t64.shape[0], n64.shape[0]), tl.float32)
     for first_r in range(0, R, BLOCK_R):
         r = first_r + tl.arange(0, BLOCK_R)
         mask = in_t[:, None] & (r < R)[None, :]
-        h = sum_of_parts(H_parts, t64[:, None] * R + r[None, :], mask, tl.cast(T, tl.int64) * R, H_PARTS)
-        acc = times_B(narrow(h, dtype), acc, B, n64, in_n, first_r, R, stride_bn, stride_br, PRECISION)
+        h = tl.load(H + t64[:, None] * stride_ht + r[None, :], mask=mask, other=0.0)
+        if h.dtype != dtype:
+            h = narrow(h, dtype)
+        acc = times_B(h, acc, B, n64, in_n, first_r, R, stride_bn, stride_br, PRECISION)
     return acc
 
 
@@ -157,18 +155,18 @@ def add_blocks(
 
 @triton.jit(do_not_specialize=["T"])
 def linear_kernel(
-    out, x, x_transposed, weight, bias, H_parts, A, B, seed, S, values, crow, col, permutation,
-    T, N, K, R, H_PARTS, scaling, keep_scale, threshold,
-    stride_ot, stride_xt, stride_xk, stride_xtk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    stride_sn, stride_sk,
+    out, x, x_transposed, weight, bias, H, A, B, seed, S, values, crow, col, permutation,
+    T, N, K, R, scaling, keep_scale, threshold,
+    stride_ot, stride_xt, stride_xk, stride_xtk, stride_ht, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn,
+    stride_br, stride_sn, stride_sk,
     DROPOUT: tl.constexpr, SPARSE: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out (T, N) from x (T, K). A part whose first tensor is None is left out.
 
-    weight and S are dense (N, K). H comes as H_parts (H_PARTS, T, R) in fp32; or it is made here from A (R, K), where R
-    <= BLOCK_R. B is (N, R).
+    weight and S are dense (N, K). H (T, R) comes made; or it is made here from A (R, K), where R <= BLOCK_R. B is
+    (N, R).
     values lie at crow and col, in the order of permutation if there is one. SPARSE "gather" reads x by entry,
     "gather_transposed" reads x_transposed, and "blocks" takes BLOCK_N rows that share their columns.
     DROPOUT acts on "x" before A, on the low-rank part of "out", or "" nowhere. ACCUMULATE adds to what out holds.
@@ -182,10 +180,8 @@ def linear_kernel(
     dtype: tl.constexpr = x.dtype.element_ty
     key = None if seed is None else tl.load(seed)
 
-    if H_parts is not None:
-        acc = H_times_B(
-            H_parts, B, t64, in_t, n64, in_n, T, R, H_PARTS, stride_bn, stride_br, dtype, PRECISION, BLOCK_R
-        )
+    if H is not None:
+        acc = H_times_B(H, B, t64, in_t, n64, in_n, R, stride_ht, stride_bn, stride_br, dtype, PRECISION, BLOCK_R)
         acc = scaled(acc, key, t, n_tile * BLOCK_N, scaling, keep_scale, threshold, DROPOUT == "out")
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -218,50 +214,37 @@ def linear_kernel(
     tl.store(out_at, narrow(acc, out.dtype.element_ty), mask=out_mask)
 
 
-def finish_linear(y: Tensor | None, problem: LinearProblem, algorithm: LinearAlgorithm) -> Tensor:
-    """y (None counts as zeros) with what the algorithm gives to the kernel, then whole rows or blocks of S."""
+def run_kernel(problem: LinearProblem, algorithm: LinearAlgorithm, H: Tensor | None) -> Tensor:
+    """A new y with the bias, and with what the algorithm gives to the kernel. H is there unless it is made inside."""
     x, S = problem.x, problem.S
-    if algorithm.runs_the_kernel:
-        y = _run_kernel(y, problem, algorithm)
-    if y is None:
-        y = torch.zeros(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
-    if algorithm.sparse == "rows":
-        add_at_rows(y, few_rows_product(x, problem.library_operand(S.whole_rows())), S.crow, S.shape[1])
-    if algorithm.sparse == "blocks":
-        _launch(y, x, S=S, sparse="blocks", accumulate=True, block_n=16)
-    return y
-
-
-def _run_kernel(y: Tensor | None, problem: LinearProblem, algorithm: LinearAlgorithm) -> Tensor:
-    x, S, accumulate = problem.x, problem.S, y is not None
-    if y is None:
-        y = torch.empty(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
-    in_loop = algorithm.base == "kernel"
-    H = A = B = None
+    y = torch.empty(x.shape[0], problem.out_features, dtype=x.dtype, device=x.device)
+    A = B = None
     if algorithm.low_rank in ("inside", "before", "known"):
         B = problem.B
         A = problem.A if algorithm.low_rank == "inside" else None
-        H = problem.H
-        if algorithm.low_rank == "before":
-            H = shrink(x, problem.A, problem.dropout if problem.drop_at == "x" else NO_DROPOUT)
-            H = summed_if_cheaper(H, problem.out_features)
+        H = None if A is not None else H
+    else:
+        H = None
     drop_at = problem.drop_at if B is not None and (A is not None or problem.drop_at == "out") else ""
     in_csr_form = algorithm.sparse in ("gather", "gather_transposed")
     dense_dtype = x.dtype if S is None or S.values.dtype == x.dtype else torch.float32  # the kernel splits fp32
     _launch(
         y, x, x_transposed=transpose(x) if algorithm.sparse == "gather_transposed" else None,
-        weight=problem.weight if in_loop else None, bias=problem.bias if in_loop else None,
-        H_parts=H, A=A, B=B, scaling=problem.scaling,
-        dropout=problem.dropout if drop_at else NO_DROPOUT, drop_at=drop_at,
+        weight=problem.weight if algorithm.base == "kernel" else None, bias=problem.bias, H=H, A=A, B=B,
+        scaling=problem.scaling, dropout=problem.dropout if drop_at else NO_DROPOUT, drop_at=drop_at,
         S=S if in_csr_form else None, sparse=algorithm.sparse if in_csr_form else "",
-        dense_S=dense(densify, S, dense_dtype) if algorithm.sparse == "dense" else None,
-        accumulate=accumulate,
+        dense_S=dense(S, dense_dtype) if algorithm.sparse == "dense" else None,
     )  # fmt: skip
     return y
 
 
+def add_blocks_of_S(y: Tensor, x: Tensor, S: Sparse) -> None:
+    """y += x Sᵀ of an S of 16 x 16 blocks."""
+    _launch(y, x, S=S, sparse="blocks", accumulate=True, block_n=16)
+
+
 def _launch(
-    y: Tensor, x: Tensor, *, x_transposed=None, weight=None, bias=None, H_parts=None, A=None, B=None, scaling=1.0,
+    y: Tensor, x: Tensor, *, x_transposed=None, weight=None, bias=None, H=None, A=None, B=None, scaling=1.0,
     dropout=NO_DROPOUT, drop_at="", S: Sparse | None = None, sparse="", dense_S=None, accumulate=False,
     block_n: int | None = None,
 ) -> None:  # fmt: skip
@@ -275,14 +258,13 @@ def _launch(
     bias = None if bias is None else bias.contiguous()
     launcher.launch(
         linear_kernel, (cdiv(T, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),),
-        y, x, x_transposed, weight, bias, H_parts, A, B, dropout.seed, dense_S, *in_csr_form,
-        T, N, K, R, 0 if H_parts is None else H_parts.shape[0],
-        scaling, dropout.keep_scale, int32_threshold(dropout.threshold),
-        y.stride(0), *x.stride(), _strides(x_transposed)[1],
+        y, x, x_transposed, weight, bias, H, A, B, dropout.seed, dense_S, *in_csr_form,
+        T, N, K, R, scaling, dropout.keep_scale, int32_threshold(dropout.threshold),
+        y.stride(0), *x.stride(), _strides(x_transposed)[1], _strides(H)[0],
         *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
         DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate,
         EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x),
-        BLOCK_R=_block_r(R, H_parts, B, x.dtype), BLOCK_E=_block_e(config, x.element_size()), GROUP_M=_GROUP_M,
+        BLOCK_R=_block_r(R, H, B, x.dtype), BLOCK_E=_block_e(config, x.element_size()), GROUP_M=_GROUP_M,
         config=config,
     )  # fmt: skip
 
@@ -303,9 +285,9 @@ def _config(x: Tensor, N: int, tokens: int, has_S: bool, block_n: int | None) ->
     return config.with_blocks(BLOCK_N=block_n)
 
 
-def _block_r(R: int, H_parts: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> int:
+def _block_r(R: int, H: Tensor | None, B: Tensor | None, dtype: torch.dtype) -> int:
     """Ranks at a time: fewer where B is split into numbers of x's dtype, all where H is made in the kernel."""
-    return block_r(R) if H_parts is None or B.dtype == dtype else min(32, block_r(R))
+    return block_r(R) if H is None or B.dtype == dtype else min(32, block_r(R))
 
 
 def _block_e(config: Config, element_size: int) -> int:

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.backends.gpu import hardware
+from rosa_kernels.backends.gpu import device_rates, hardware
+from rosa_kernels.backends.gpu.calls import sddmm_call
 from rosa_kernels.backends.shapes import cdiv
-from rosa_kernels.backends.triton import configs, launcher
+from rosa_kernels.backends.triton import configs, heuristics, launcher
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import (
     dot,
@@ -25,8 +26,10 @@ from rosa_kernels.backends.triton.device_functions import (
     row_of_entry,
     tile_position,
 )
+from rosa_kernels.backends.triton.split_bf16_gemm import matmul
 from rosa_kernels.backends.triton.split_k import add_parts, parts_for
-from rosa_kernels.backends.triton.transpose import transpose
+from rosa_kernels.backends.triton.transpose import gather_columns, gather_whole_rows, transpose
+from rosa_kernels.pattern import ROW
 
 _ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
 _GATHER = Config({"BLOCK": 128}, num_warps=4, num_stages=1)
@@ -224,3 +227,35 @@ KERNELS = {
     "entries_transposed": sddmm_entries_transposed,
 }
 """By the name of the algorithm in heuristics.sddmm_algorithms."""
+
+
+def sddmm(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, structure: int, dtype: torch.dtype,
+    rows: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(nnz,) of dtype; dy (T, out_features) and x (T, in_features) of one dtype and any strides.
+
+    rows: those of a ROW pattern that are not empty, if they are at hand.
+    """
+    (T, out_features), in_features, nnz = dy.shape, x.shape[1], col.shape[0]
+    if nnz == 0:
+        return torch.empty(0, dtype=dtype, device=x.device)
+    call = sddmm_call(x, T, out_features, in_features, nnz, structure, dtype)
+    rates = device_rates.rates(x.device, hardware.architecture(x.device))
+    algorithm = heuristics.choose_sddmm(call, rates)
+    if algorithm == "packed":
+        return _packed(dy, x, crow, col, structure, dtype, rows).to(dtype)
+    if algorithm == "library":
+        return gather_entries(matmul(dy.T, x, dtype), crow, col, dtype)
+    return KERNELS[algorithm](dy, x, crow, col, dtype)
+
+
+def _packed(dy, x, crow, col, structure, dtype, rows) -> Tensor:
+    """For whole rows a GEMM of their columns of dy, for whole columns one of those of x."""
+    out_features, in_features, nnz = dy.shape[1], x.shape[1], col.shape[0]
+    if structure == ROW:
+        count = nnz // in_features
+        dy = gather_whole_rows(dy, crow, count, in_features) if rows is None else gather_columns(dy, rows)
+        return matmul(dy.T, x, dtype)[:count].reshape(-1)
+    count = nnz // out_features
+    return matmul(dy.T, gather_columns(x, col[:count]), dtype)[:, :count].reshape(-1)

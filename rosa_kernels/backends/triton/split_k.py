@@ -6,15 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.backends.gpu import device_rates, hardware
 from rosa_kernels.backends.shapes import cdiv
-from rosa_kernels.backends.triton import heuristics, launcher
+from rosa_kernels.backends.triton import launcher
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import narrow, sum_of_parts
 
 _CONFIG = Config({"BLOCK": 1024}, num_warps=4, num_stages=1)
-_TILE_OF_A_READER = 128
-"""Outputs in a tile of the kernels that read parts."""
 
 
 @triton.jit(do_not_specialize=["PARTS"])
@@ -36,20 +33,3 @@ def add_parts(out: Tensor, parts: Tensor) -> None:
         return
     grid = (cdiv(out.numel(), _CONFIG["BLOCK"]),)
     launcher.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
-
-
-def summed(parts: Tensor) -> Tensor:
-    """(1, ...): the sum of parts (parts, ...)."""
-    if parts.shape[0] == 1:
-        return parts
-    total = torch.empty(1, *parts.shape[1:], dtype=torch.float32, device=parts.device)
-    add_parts(total, parts)
-    return total
-
-
-def summed_if_cheaper(parts: Tensor, outputs: int) -> Tensor:
-    """The parts as they are, or their sum as the only one: whichever costs the tiles of all `outputs` less."""
-    rates = device_rates.rates(parts.device, hardware.architecture(parts.device))
-    readers = cdiv(outputs, _TILE_OF_A_READER)
-    first = heuristics.parts_added_first(parts.shape[0], parts[0].numel(), readers, rates)
-    return summed(parts) if first else parts

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosa_kernels.backends.gpu.split_bf16_gemm import ALIGNMENT
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import launcher
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import first_axis_fastest, narrow, row_of_entry
+from rosa_kernels.backends.triton.split_bf16_gemm import ALIGNMENT
 
 TOKEN_PADDING = 128
 """A multiple of every BLOCK_M and BLOCK_T of the kernels that read a transposed copy."""

@@ -1,4 +1,4 @@
-"""What the GPU backends compute with: dropout's numbers, S, and the whole problem of y or of dx."""
+"""What the Triton backend computes with: dropout's numbers, S, and the whole problem of y or of dx."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rosa_kernels.backends.gpu import cost_model, hardware
+from rosa_kernels.backends.gpu import cost_model
+from rosa_kernels.backends.gpu.calls import linear_call
 from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.pattern import transposed_structure
 
@@ -92,7 +93,9 @@ class LinearProblem(NamedTuple):
     scaling: float = 1.0
     S: Sparse | None = None
     H: Tensor | None = None
-    """x Aᵀ where it is known already, in the backend's form."""
+    """x Aᵀ where it is known already, in the form of backends/kept_H.py."""
+    keeps_H: bool = False
+    """H is made for the backward, whether or not y needs it."""
     dropout: Dropout = NO_DROPOUT
     drop_at: str = ""
     """Where dropout acts: on "x" before A, on the low-rank part of "out", or "" nowhere."""
@@ -105,13 +108,9 @@ class LinearProblem(NamedTuple):
 
     def call(self) -> cost_model.LinearCall:
         """What the heuristics need to know."""
-        x, A, B, S, H = self.x, self.A, self.B, self.S, self.H
-        dtype, (T, in_features) = x.dtype, x.shape
-        r = 0 if B is None else B.shape[1]
-        nnz, structure = (0, 0) if S is None else (S.nnz, S.structure)
-        return cost_model.LinearCall(  # by position: this runs in every call
-            T, self.out_features, in_features, r, nnz, structure, x.element_size(), hardware.precision(x) == "tf32",
-            self.weight is not None, self.drop_at, B is not None and not A.dtype == B.dtype == dtype,
-            S is not None and S.values.dtype != dtype, H is not None,
-            H is not None and H.dtype == dtype and H.shape[0] == 1, dtype == torch.float16,
+        (T, in_features), S = self.x.shape, self.S
+        values, structure = (None, 0) if S is None else (S.values, S.structure)
+        return linear_call(
+            self.x, T, self.out_features, in_features, self.weight, self.A, self.B, values, structure, self.drop_at,
+            self.H is not None, self.keeps_H,
         )  # fmt: skip

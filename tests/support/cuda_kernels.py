@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.backends.gpu import hardware, sizes
-from rosa_kernels.backends.gpu.operands import NO_DROPOUT, Dropout, Sparse
-from rosa_kernels.backends.gpu.split_bf16_gemm import ALIGNMENT
+from rosa_kernels.backends.kept_H import RANK_STEP
 from rosa_kernels.backends.shapes import cdiv
+from rosa_kernels.backends.triton.operands import NO_DROPOUT, Dropout, Sparse
+from rosa_kernels.backends.triton.split_bf16_gemm import ALIGNMENT
 
 # csrc/cuda/constants.h says what these are; tests/cuda/test_constants.py fails where the two differ.
 MOST_LENGTH = sizes.MOST_LENGTH
-RANK_STEP = 16
 TOKEN_PADDING = 64
 ENTRY_PADDING, PACKED_ENTRY_BYTES = 32, 8
+SPLIT_TERMS = 3
 STATIC_SHARED_BYTES = 1024
 SHRINK_TOKENS, SHRINK_STEP_BYTES = 16, 512
 SHRINK_RANKS, SHRINK_RANKS_IN_TERMS, SHRINK_RANKS_BY_LANES = 64, 32, 16
@@ -98,16 +99,16 @@ def lora_grad(z: Tensor, H: Tensor, out: Tensor, scaling: float, dropout: Dropou
 def epilogue(
     y: Tensor, accumulate: bool, H: Tensor | None, B: Tensor | None, scaling: float, dropout: Dropout,
     crow: Tensor | None, packed_entries: Tensor | None, x: Tensor | None, x_transposed: Tensor | None,
-    row_products: Tensor | None, in_features: int,
+    row_products: Tensor | None, in_features: int, bias: Tensor | None = None, row_terms: int = 1,
 ) -> None:  # fmt: skip
-    """y = (y +) scaling · dropout(H Bᵀ) + x Sᵀ; see csrc/cuda/kernels.h.
+    """y = (y +) bias + scaling · dropout(H Bᵀ) + x Sᵀ; see csrc/cuda/kernels.h.
 
     The kernel reads x in tiles that must fit in shared memory; where they do not, x_transposed stands for x. Where S
     has whole rows, row_products (T, rows that are not empty) fp32 stands for both x and S.
     """
     _kernels.epilogue(
-        y, accumulate, H, B, scaling, *_dropout_arguments(dropout), crow, packed_entries, x, x_transposed,
-        row_products, in_features, hardware.multiprocessors(y.device), _CHECKED,
+        y, accumulate, bias, H, B, scaling, *_dropout_arguments(dropout), crow, packed_entries, x, x_transposed,
+        row_products, row_terms, in_features, hardware.multiprocessors(y.device), _CHECKED,
     )  # fmt: skip
 
 

@@ -13,11 +13,6 @@ ALIGNMENT = 8
 """Elements. Library GEMMs take other, slower kernels for 16-bit matrices whose rows begin at no multiple of it."""
 
 
-def adapters(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B as the CUDA kernels take them: both in x's dtype, or both in fp32."""
-    return (A, B) if A.dtype == B.dtype == dtype else (A.float(), B.float())
-
-
 def few_rows_product(x: Tensor, rows: Tensor) -> Tensor:
     """x rowsᵀ (T, n) in fp32. n is so small that three terms of wider rows (n, in_features) cost little."""
     terms, n = terms_of(rows, x.dtype), rows.shape[0]
@@ -29,26 +24,32 @@ def few_rows_product(x: Tensor, rows: Tensor) -> Tensor:
     return product.unflatten(1, (len(terms), n)).sum(1)
 
 
-def add_few_columns_product(y: Tensor | None, x: Tensor, columns: Tensor) -> Tensor:
-    """y + x columnsᵀ, rounded once, in y's place where there is one. columns (out_features, k) has a small k.
+def add_few_columns_product(y: Tensor | None, x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    """y (or bias) + x columnsᵀ, rounded once, in y's place where there is one. columns (out_features, k) has a small k.
 
     Columns of x beyond the k-th are zeros.
     """
     terms, k = terms_of(columns, x.dtype), columns.shape[1]
     if terms is None:
         product = x[:, :k].float() @ columns.T.float()
+        if y is None and bias is not None:
+            product += bias
         return product.to(x.dtype) if y is None else y.add_(product)
     if x.shape[1] > k:
         terms = [F.pad(term, (0, x.shape[1] - k)) for term in terms]
     if len(terms) == 1:
-        return plus_product(y, x, terms[0].T)
-    return plus_product(y, torch.cat([x] * len(terms), 1), torch.cat(terms, 1).T)
+        return plus_product(y, x, terms[0].T, bias)
+    return plus_product(y, torch.cat([x] * len(terms), 1), torch.cat(terms, 1).T, bias)
 
 
-def plus_product(y: Tensor | None, left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
-    """y + scaling · left right, rounded once, in y's place where there is one."""
+def plus_product(y: Tensor | None, left: Tensor, right: Tensor, bias: Tensor | None, scaling: float = 1.0) -> Tensor:
+    """y + scaling · left right, rounded once, in y's place. Without a y it is bias + the product, contiguous."""
     if y is not None:
         return y.addmm_(left, right, alpha=scaling)
+    if bias is not None:
+        return torch.addmm(bias, left, right, alpha=scaling).contiguous()
+    if scaling == 1.0:
+        return torch.mm(left, right).contiguous()
     return torch.addmm(left[:, :1], left, right, beta=0, alpha=scaling).contiguous()
 
 

@@ -1,0 +1,101 @@
+// Views of tensors and room for new ones, for host code that composes a GPU call. They are made past PyTorch's
+// dispatcher, which would take about a microsecond for each.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace rosa {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A view of t's memory, from its first element on.
+inline Tensor view(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                   int64_t offset = 0) {
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                        strides.data(), offset, &made));
+  return Tensor(made);
+}
+
+inline Tensor transposed(const Tensor& t) { return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
+
+inline Tensor first_columns(const Tensor& t, int64_t columns) {
+  return columns == t.size(1) ? t : view(t, {t.size(0), columns}, {t.stride(0), t.stride(1)});
+}
+
+// A contiguous tensor of the same numbers in another shape of as many.
+inline Tensor reshaped(const Tensor& contiguous, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  return view(contiguous, sizes, strides);
+}
+
+// (..., features) -> (T, features): a view where the strides allow it.
+inline Tensor as_matrix(const Tensor& t) {
+  if (t.dim() == 2) return t;
+  const int64_t features = t.size(t.dim() - 1);
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) tokens *= t.size(i);
+  if (t.is_contiguous()) return view(t, {tokens, features}, {features, 1});
+  return torch::stable::reshape(t, {tokens, features});
+}
+
+// t's leading sizes, then features.
+inline std::vector<int64_t> sizes_with_features(const Tensor& t, int64_t features) {
+  std::vector<int64_t> sizes(t.dim());
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) sizes[i] = t.size(i);
+  sizes.back() = features;
+  return sizes;
+}
+
+// Room on like's device.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  int32_t type = 0, code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  code, type, like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  return empty(like, sizes, like.scalar_type());
+}
+
+inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor made = empty(like, sizes, dtype);
+  return torch::stable::zero_(made);
+}
+
+// A copy in one piece and of a dtype, or t itself where it is that already.
+inline Tensor contiguous(const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() == dtype && t.is_contiguous()) return t;
+  Tensor copy = empty(t, sizes_with_features(t, t.size(t.dim() - 1)), dtype);
+  return torch::stable::copy_(copy, t);
+}
+
+inline Tensor converted(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : contiguous(t, dtype);
+}
+
+// The same matrix with neighbours in a row next to each other in memory, copied where they are not.
+inline Tensor unit_stride(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : contiguous(t, t.scalar_type());
+}
+
+}  // namespace rosa
