@@ -187,12 +187,14 @@ def steps_of(case: Case, launches: stand_ins.LaunchCounter, rounds: int, calls: 
             steps.append(step | counts)
     plan.check_asked()
     for step in steps:
-        step["algorithms"] = {part: _words(algorithm) for part, algorithm in plan.decided.items()}
+        step["algorithms"] = plan.decided
     return steps
 
 
-def _words(algorithm) -> str:
-    return algorithm if isinstance(algorithm, str) else " ".join(filter(None, algorithm))
+def _words(algorithms: dict) -> str:
+    """Of y, dx and dS."""
+    parts = (algorithms[part] for part in ("y", "dx", "dvalues") if part in algorithms)
+    return "; ".join(part if isinstance(part, str) else " ".join(filter(None, part)) for part in parts)
 
 
 def table(steps: list[dict]) -> str:
@@ -201,7 +203,7 @@ def table(steps: list[dict]) -> str:
         peft_us = f"{step['peft_us']:.1f}" if "peft_us" in step else ""
         rows.append(
             (step["name"], f"{step['ours_us']:.1f}", f"{step['by_hand_us']:.1f}", f"{step['ratio']:.2f}", peft_us,
-             str(step["launches"]), str(step["aten_calls"]), "; ".join(step["algorithms"].values()))
+             str(step["launches"]), str(step["aten_calls"]), _words(step["algorithms"]))
         )  # fmt: skip
     return aligned(rows)
 
@@ -209,7 +211,12 @@ def table(steps: list[dict]) -> str:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    parser.add_argument("--only", default="", metavar="WORDS", help="the cases whose name has this in it")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="WORDS",
+        help="the cases whose name has this in it; may be given several times",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: the figures mean little")
     return parser.parse_args()
 
@@ -250,9 +257,9 @@ def restart_over_stand_ins() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    chosen = [case for case in CASES if options.only in case.name]
+    chosen = [case for case in CASES if any(words in case.name for words in options.only or [""])]
     if not chosen:
-        sys.exit(f"gpu_host_time: no case has {options.only!r} in its name")
+        sys.exit(f"gpu_host_time: no case has {' or '.join(map(repr, options.only))} in its name")
     cuda_library = builds.build_cuda_backend(folder) if any(case.backend == "cuda" for case in chosen) else None
     stand_ins.install(cuda_library)
     launches = stand_ins.LaunchCounter(folder / "libcuda.so.1", cuda_library)

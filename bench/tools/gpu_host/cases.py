@@ -50,7 +50,7 @@ class Case:
 
     @property
     def in_features(self) -> int:
-        """Of the tiny layer: as few as leave B A almost nothing to compute, or as have blocks that are no whole rows."""
+        """Of the tiny layer: few, so that B A takes no time, and more where blocks must not be whole rows."""
         return 32 if self.structure == "block" else 8
 
     @property
