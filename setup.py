@@ -31,7 +31,8 @@ OLDEST_TORCH = (2, 10)
 STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 COMMON_FLAGS = ["-std=c++17", "-O3", STABLE_ABI]
 
-CPU_SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/cpu_features.cpp"]
+GPU_GEMMS = "csrc/gpu/library_gemm.cpp"
+CPU_SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/cpu_features.cpp", GPU_GEMMS, "csrc/gpu/library_ops.cpp"]
 CPU_KERNELS = "csrc/cpu/kernels.cpp"  # compiled once for each instruction set
 # Python's flags may have -Wall, under which GCC 12 fills screens with false warnings about its own AVX-512 headers.
 CPU_FLAGS = [*COMMON_FLAGS, "-g0", "-fvisibility=hidden", "-Wno-uninitialized"]
@@ -46,7 +47,7 @@ INSTRUCTION_SETS = {
     "portable": [],
 }
 
-CUDA_SOURCES = sorted(map(str, [*Path("csrc/cuda").glob("*.c*"), *Path("csrc/gpu").glob("library_gemm.cpp")]))
+CUDA_SOURCES = sorted(map(str, [*Path("csrc/cuda").glob("*.c*"), GPU_GEMMS]))
 CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 # The static runtime does not bind the binary to one version of libcudart, so it outlives a change of PyTorch's CUDA.
 # Both runtimes work in the driver's primary context, so the kernels run on PyTorch's current device.

@@ -79,27 +79,63 @@ class RoSALinearFunction(Function):
         structure = UNSTRUCTURED
         if pattern is not None:
             crow, col, structure = pattern.crow_indices, pattern.col_indices, pattern.structure
-        args = x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed
-        if needs[4] and (ops.keeps_H(x) if backend is None else backend.KEEPS_H):
-            y, H = _forward(ctx, "rosa_linear_with_H", backend, *args)
-        else:
-            y = _forward(ctx, "rosa_linear", backend, *args)
+        keeps_H = needs[4] and (ops.keeps_H(x) if backend is None else backend.KEEPS_H)
+        result = _forward(
+            ctx, "rosa_linear_with_H" if keeps_H else "rosa_linear", backend,
+            x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed,
+        )  # fmt: skip
+        y, H = result if keeps_H else (result, None)
         ctx.save_for_backward(x, weight if needs[0] else None, lora_A, lora_B, values, crow, col, H)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, values, crow, col, H = ctx.saved_tensors
-        _, scaling, pattern, dropout_p, seed = ctx.settings
+        backend, scaling, pattern, dropout_p, seed = ctx.settings
         needs, by_columns, structure = ctx.needs, (None, None, None), UNSTRUCTURED
         if pattern is not None:
             by_columns, structure = pattern.transpose(), pattern.structure
+        args = (
+            dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed, needs, H
+        )  # fmt: skip
+        if backend is not None and not torch.is_grad_enabled() and not direct_call.needs_dispatcher(args):
+            return *backend.rosa_linear_backward(*args), None
+        gradients = _backward(ctx, "rosa_linear_backward", *args)
+        return *(gradient if need else None for gradient, need in zip(gradients, needs)), None
+
+
+class LoRAFunction(Function):
+    """y = x Wᵀ + b + scaling · x Aᵀ Bᵀ by library GEMMs on a GPU, W and b frozen: the commonest step, with the least
+    Python around it. lora and lora_backward are the ops of backends/gpu/library_ops.py."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, lora, lora_backward):
+        y, H = lora(x, weight, bias, lora_A, lora_B, scaling, True)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, H)
+        ctx.scaling, ctx.lora_backward, ctx.choice = scaling, lora_backward, dispatch.chosen()
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, H = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        if not torch.is_grad_enabled() and not direct_call.needs_dispatcher((dy, x, weight, lora_A, lora_B, H)):
+            needs = need_x + 2 * need_A + 4 * need_B
+            dx, dA, dB = ctx.lora_backward(dy, x, weight, lora_A, lora_B, H, ctx.scaling, needs)
+            return dx, None, None, dA, dB, None, None, None
+        ctx.through_dispatcher = False
         gradients = _backward(
             ctx, "rosa_linear_backward",
-            dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed, needs,
-            H,
+            dy, x, weight, lora_A, lora_B, ctx.scaling, *(None,) * 6, UNSTRUCTURED, 0.0, None,
+            [need_x, False, False, need_A, need_B, False], H,
         )  # fmt: skip
-        return *(gradient if need else None for gradient, need in zip(gradients, needs)), None
+        dx, _, _, dA, dB, _ = gradients
+        return dx if need_x else None, None, None, dA if need_A else None, dB if need_B else None, None, None, None
+
+
+apply_linear: Callable = super(Function, RoSALinearFunction).apply
+apply_lora: Callable = super(Function, LoRAFunction).apply
+"""The functions' apply without what torch.func's transforms need, for calls that go past the dispatcher: 3 us less."""
 
 
 class SpMMFunction(Function):

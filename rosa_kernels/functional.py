@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rosa_kernels import checks, direct_call, dispatch, dropout, jagged, ops
-from rosa_kernels.autograd import CSRAddFunction, LinearSettings, RoSALinearFunction, SDDMMFunction, SpMMFunction
+from rosa_kernels.autograd import CSRAddFunction, LinearSettings, SDDMMFunction, SpMMFunction, apply_linear, apply_lora
 from rosa_kernels.pattern import UNSTRUCTURED, CSRPattern
 
 
@@ -184,9 +184,24 @@ def _rosa_linear(
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, *by_columns
         )
     backend = dispatch.backend_for(x)
-    if _wants_grad(x, weight, bias, lora_A, lora_B, values):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (lora_A is not None and (lora_A.requires_grad or lora_B.requires_grad))
+        or (values is not None and values.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        if (
+            pattern is seed is None
+            and backend.LORA_OPS is not None
+            and weight is not None
+            and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
+            and backend.lora_step_by_library(x, lora_A, lora_B)
+        ):
+            return apply_lora(x, weight, bias, lora_A, lora_B, scaling, *backend.LORA_OPS)
         settings = LinearSettings(backend, scaling, pattern, dropout_p, seed)
-        return RoSALinearFunction.apply(x, weight, bias, lora_A, lora_B, values, settings)
+        return apply_linear(x, weight, bias, lora_A, lora_B, values, settings)
     return backend.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
 
 

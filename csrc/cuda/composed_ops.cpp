@@ -10,7 +10,7 @@ namespace {
 
 // A and B as the kernels take them: both in x's dtype, or both in fp32.
 void put_adapters(Layer& layer, const OptionalTensor& A, const OptionalTensor& B, ScalarType dtype) {
-  if (!A) return;
+  if (!A || !B) return;
   const bool alike = A->scalar_type() == dtype && B->scalar_type() == dtype;
   layer.A = alike ? *A : converted(*A, ScalarType::Float);
   layer.B = alike ? *B : converted(*B, ScalarType::Float);
@@ -66,6 +66,14 @@ Layer transposed(const Layer& layer, const OptionalTensor& ccol, const OptionalT
   return made;
 }
 
+// H comes from an earlier call, or from anybody.
+void expect_H(const Tensor& H, const Tensor& x, const Tensor& A) {
+  const int64_t T = x.size(0), R = padded_rank(A.size(0));
+  STD_TORCH_CHECK(
+      H.dim() == 2 && H.size(0) == T && H.size(1) == R && H.is_contiguous() && H.scalar_type() == A.scalar_type(),
+      "rosa_kernels_cuda: H: expected a contiguous matrix (", T, ", ", R, ") in the dtype of the adapters");
+}
+
 SddmmAlgorithm sddmm_algorithm(int64_t number) {
   STD_TORCH_CHECK(0 <= number && number <= 2, "rosa_kernels_cuda: sddmm_algorithm: expected 0 to 2, got ", number);
   return static_cast<SddmmAlgorithm>(number);
@@ -105,6 +113,10 @@ Gradients linear_backward(const Tensor dy, const Tensor x, const OptionalTensor 
   const LinearAlgorithm of_dx = LinearAlgorithm::of(base, low_rank, sparse);
   Layer layer{weight, {}, {}, {}, scaling, sparse_of(values, crow, col, structure, x2.size(1))};
   put_adapters(layer, lora_A, lora_B, x.scalar_type());
+  STD_TORCH_CHECK((lora_A && lora_B) || !(need(Gradient::A) || need(Gradient::B) || of_dx.uses_H()),
+                  "rosa_kernels_cuda: lora_A and lora_B: expected beside their gradients");
+  STD_TORCH_CHECK(values || !need(Gradient::values), "rosa_kernels_cuda: values: expected beside their gradient");
+  if (H) expect_H(*H, x2, *layer.A);
   Tensor dx, dweight, dbias, dA, dB, dvalues;
   OptionalTensor dH;
   if (need(Gradient::A) || (need(Gradient::x) && of_dx.uses_H()))
@@ -123,7 +135,7 @@ Gradients linear_backward(const Tensor dy, const Tensor x, const OptionalTensor 
     dvalues = rosa::sddmm(dy2, x2, *crow, *col, row, structure_of(structure), sddmm_algorithm(sddmm),
                           values->scalar_type(), multiprocessors);
   if (need(Gradient::weight)) {
-    dweight = empty(dy, {dy2.size(1), x2.size(1)});
+    dweight = empty_matrix(dy, dy2.size(1), x2.size(1));
     gemm(dweight, rosa::transposed(dy2), x2);
   }
   if (need(Gradient::bias)) dbias = torch::stable::sum(dy2, {{0}});
@@ -141,7 +153,7 @@ Tensor csr_add(const Tensor weight, const Tensor values, const Tensor crow, cons
   expect_checked(indices_checked);
   const std::optional<SparseMatrix> S = sparse_of(values, crow, col, 0, weight.size(1));
   if (S) return dense(weight, *S, weight.scalar_type());
-  Tensor copy = empty(weight, {weight.size(0), weight.size(1)});
+  Tensor copy = empty_matrix(weight, weight.size(0), weight.size(1));
   return torch::stable::copy_(copy, weight);
 }
 

@@ -8,7 +8,7 @@ namespace {
 // a b: rounded once where its dtype is the wanted one, else the fp32 sums.
 Tensor product(const Tensor& a, const Tensor& b, ScalarType wanted) {
   if (a.scalar_type() != wanted && a.scalar_type() != ScalarType::Float) return fp32_product(a, b);
-  Tensor out = empty(a, {a.size(0), b.size(1)});
+  Tensor out = empty_matrix(a, a.size(0), b.size(1));
   gemm(out, a, b);
   return out;
 }
@@ -17,7 +17,7 @@ Tensor product(const Tensor& a, const Tensor& b, ScalarType wanted) {
 
 Tensor grad_of_A(const Tensor& dH, const Tensor& x, const Layer& layer, const CallDropout& dropout,
                  int64_t multiprocessors) {
-  Tensor dA = empty(*layer.A, {layer.A->size(0), layer.A->size(1)});
+  Tensor dA = empty_matrix(*layer.A, layer.A->size(0), layer.A->size(1));
   if (dropout.seed || dA.scalar_type() != x.scalar_type())
     add_up_lora_grad(transposed(dA), x, dH, layer.scaling, dropout, multiprocessors);
   else
@@ -26,7 +26,7 @@ Tensor grad_of_A(const Tensor& dH, const Tensor& x, const Layer& layer, const Ca
 }
 
 Tensor grad_of_B(const Tensor& dy, const Tensor& H, const Layer& layer, int64_t multiprocessors) {
-  Tensor dB = empty(*layer.B, {layer.B->size(0), layer.B->size(1)});
+  Tensor dB = empty_matrix(*layer.B, layer.B->size(0), layer.B->size(1));
   if (dB.scalar_type() != dy.scalar_type())
     add_up_lora_grad(dB, dy, H, layer.scaling, CallDropout{}, multiprocessors);
   else

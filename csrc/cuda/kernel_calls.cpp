@@ -41,7 +41,7 @@ Tensor gathered(const Tensor& x, int64_t count, int64_t repeats, const OptionalT
                 const OptionalTensor& crow, int64_t row_length) {
   const Tensor source = unit_stride(x);
   const int64_t T = x.size(0), width = aligned_columns(count * repeats);
-  const Tensor out = empty(x, {T, width});
+  const Tensor out = empty_matrix(x, T, width);
   for (int64_t i = 0; i < repeats; ++i)
     checked::gather_columns(view(out, {T, count}, {width, 1}, i * count), source, columns, crow, row_length, CHECKED);
   return first_columns(out, count * repeats);
@@ -56,7 +56,7 @@ Tensor kernel_numbers(const Tensor& t) {
 
 Tensor transposed_copy(const Tensor& x) {
   const Tensor source = unit_stride(x);
-  const Tensor out = empty(x, {x.size(1), ceil_div(x.size(0), TOKEN_PADDING) * TOKEN_PADDING});
+  const Tensor out = empty_matrix(x, x.size(1), ceil_div(x.size(0), TOKEN_PADDING) * TOKEN_PADDING);
   checked::transpose(out, source);
   return out;
 }
@@ -77,14 +77,14 @@ Tensor packed_entries(const SparseMatrix& S) {
 
 Tensor terms_below_each_other(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  const Tensor out = empty(matrix, {SPLIT_TERMS * rows, columns}, ScalarType::BFloat16);
+  const Tensor out = empty_matrix(matrix, SPLIT_TERMS * rows, columns, ScalarType::BFloat16);
   checked::split_terms(out, matrix, columns, rows * columns);
   return out;
 }
 
 Tensor terms_beside_each_other(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1), width = aligned_columns(SPLIT_TERMS * columns);
-  const Tensor out = empty(matrix, {rows, width}, ScalarType::BFloat16);
+  const Tensor out = empty_matrix(matrix, rows, width, ScalarType::BFloat16);
   checked::split_terms(out, matrix, width, columns);
   return first_columns(out, SPLIT_TERMS * columns);
 }
@@ -96,7 +96,7 @@ Tensor shrunk(const Tensor& x, const Tensor& A, const CallDropout& dropout, int6
                         : A.scalar_type() == x.scalar_type() ? SHRINK_RANKS
                                                              : SHRINK_RANKS_IN_TERMS;
   const int64_t tiles = ceil_div(T, SHRINK_TOKENS) * ceil_div(R, ranks);
-  const Tensor H = empty(x, {T, R}, A.scalar_type());
+  const Tensor H = empty_matrix(x, T, R, A.scalar_type());
   checked::shrink(H, source, by_rows, dropout.seed, dropout.threshold, dropout.keep_scale,
                   parts_of(x, x.size(1), SHRINK_STEP_BYTES / element_size(x), tiles, multiprocessors, {T, R}));
   return H;
@@ -126,13 +126,13 @@ Tensor entries_of_product(const Tensor& dy, const Tensor& x, const Tensor& crow,
 
 Tensor gathered_entries(const Tensor& matrix, const Tensor& crow, const Tensor& col, ScalarType dtype) {
   const Tensor source = unit_stride(matrix);
-  const Tensor out = empty(matrix, {col.numel()});
+  const Tensor out = empty(matrix, {col.numel()}, matrix.scalar_type());
   checked::gather_entries(out, source, crow, col, CHECKED);
   return converted(out, dtype);
 }
 
 Tensor dense(const OptionalTensor& weight, const SparseMatrix& S, ScalarType dtype) {
-  const Tensor out = empty(S.values, {S.rows, S.columns}, dtype);
+  const Tensor out = empty_matrix(S.values, S.rows, S.columns, dtype);
   checked::densify(out, weight ? OptionalTensor(unit_stride(*weight)) : std::nullopt, kernel_numbers(S.values), S.crow,
                    S.col, CHECKED);
   return out;

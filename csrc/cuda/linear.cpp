@@ -9,7 +9,7 @@ namespace {
 // weight + scaling · B A + S of a layer in fp32.
 Tensor merged_weight(const Layer& layer) {
   if (!layer.A) return dense(layer.weight, *layer.S, ScalarType::Float);
-  Tensor merged = empty(*layer.weight, {layer.weight->size(0), layer.weight->size(1)});
+  Tensor merged = empty_matrix(*layer.weight, layer.weight->size(0), layer.weight->size(1));
   gemm(merged, *layer.weight, *layer.B, *layer.A, 1, layer.scaling);
   if (layer.S) add_sparse(merged, *layer.S);
   return merged;
@@ -24,7 +24,7 @@ Tensor dense_delta(const Layer& layer, ScalarType dtype) {
     gemm(delta, delta, *layer.B, *layer.A, 1, layer.scaling);
     return delta;
   }
-  Tensor delta = empty(S.values, {S.rows, S.columns}, ScalarType::Float);
+  Tensor delta = empty_matrix(S.values, S.rows, S.columns, ScalarType::Float);
   gemm(delta, delta, converted(*layer.B, ScalarType::Float), converted(*layer.A, ScalarType::Float), 0, layer.scaling);
   add_sparse(delta, S);
   return converted(delta, dtype);
@@ -34,7 +34,7 @@ Tensor dense_delta(const Layer& layer, ScalarType dtype) {
 class Sum {
  public:
   Sum(const LinearProblem& problem)
-      : problem_(problem), y_(empty(problem.x, {problem.x.size(0), problem.out_features})) {}
+      : problem_(problem), y_(empty_matrix(problem.x, problem.x.size(0), problem.out_features)) {}
 
   // y += alpha · a b
   void add_product(const Tensor& a, const Tensor& b, double alpha = 1) {
@@ -44,7 +44,8 @@ class Sum {
 
   // y += alpha · a b, of operands in fp32 beside a y of 16 bits.
   void add_fp32_product(const Tensor& a, const Tensor& b) {
-    Tensor wide = started_ ? converted(y_, ScalarType::Float) : empty(y_, {y_.size(0), y_.size(1)}, ScalarType::Float);
+    Tensor wide =
+        started_ ? converted(y_, ScalarType::Float) : empty_matrix(y_, y_.size(0), y_.size(1), ScalarType::Float);
     const OptionalTensor& bias = problem_.layer.bias;
     rosa::add_product(wide, started_, bias ? OptionalTensor(converted(*bias, ScalarType::Float)) : std::nullopt, a, b,
                       1);

@@ -48,7 +48,7 @@ void gemm(Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b, double
 
 Tensor fp32_product(const Tensor& a, const Tensor& b) {
   if (a.scalar_type() == ScalarType::Float || a.is_cpu()) {
-    Tensor out = empty(a, {a.size(0), b.size(1)}, ScalarType::Float);
+    Tensor out = empty_matrix(a, a.size(0), b.size(1), ScalarType::Float);
     gemm(out, converted(a, ScalarType::Float), converted(b, ScalarType::Float));
     return out;
   }

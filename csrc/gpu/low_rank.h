@@ -8,7 +8,7 @@ namespace rosa {
 // x Aᵀ (T, padded rank), of x (T, in_features) and A (r, in_features).
 inline Tensor library_H(const Tensor& x, const Tensor& A) {
   const int64_t T = x.size(0), r = A.size(0), R = padded_rank(r);
-  Tensor H = r == R ? empty(x, {T, R}) : zeros(x, {T, R}, x.scalar_type());
+  Tensor H = r == R ? empty_matrix(x, T, R) : zeros(x, {T, R}, x.scalar_type());
   Tensor of_A = first_columns(H, r);
   gemm(of_A, x, transposed(A));
   return H;

@@ -7,7 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -18,13 +18,39 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A view of t's memory, from its first element on.
-inline Tensor view(const Tensor& t, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                   int64_t offset = 0) {
+namespace detail {
+
+inline Tensor view(const Tensor& t, size_t dimensions, const int64_t* sizes, const int64_t* strides, int64_t offset) {
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                        strides.data(), offset, &made));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(dimensions), sizes, strides, offset, &made));
   return Tensor(made);
+}
+
+inline Tensor empty(const Tensor& like, size_t dimensions, const int64_t* sizes, const int64_t* strides,
+                    ScalarType dtype) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides, code, device_type,
+                                                  like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  return strides;
+}
+
+}  // namespace detail
+
+// A view of t's memory, a vector or a matrix, from its offset-th element on.
+inline Tensor view(const Tensor& t, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                   int64_t offset = 0) {
+  return detail::view(t, sizes.size(), sizes.begin(), strides.begin(), offset);
 }
 
 inline Tensor transposed(const Tensor& t) { return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
@@ -35,10 +61,7 @@ inline Tensor first_columns(const Tensor& t, int64_t columns) {
 
 // A contiguous tensor of the same numbers in another shape of as many.
 inline Tensor reshaped(const Tensor& contiguous, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  return view(contiguous, sizes, strides);
+  return detail::view(contiguous, sizes.size(), sizes.data(), detail::contiguous_strides(sizes).data(), 0);
 }
 
 // (..., features) -> (T, features): a view where the strides allow it.
@@ -61,20 +84,16 @@ inline std::vector<int64_t> sizes_with_features(const Tensor& t, int64_t feature
 
 // Room on like's device.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  int32_t type = 0, code = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  code, type, like.get_device_index(), &made));
-  return Tensor(made);
+  return detail::empty(like, sizes.size(), sizes.data(), detail::contiguous_strides(sizes).data(), dtype);
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return empty(like, sizes, like.scalar_type());
+inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return detail::empty(like, 2, sizes, strides, dtype);
+}
+
+inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  return empty_matrix(like, rows, columns, like.scalar_type());
 }
 
 inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {

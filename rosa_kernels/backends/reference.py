@@ -15,6 +15,7 @@ from rosa_kernels import transforms
 from rosa_kernels.backends.kept_H import H_dtype, padded_rank
 from rosa_kernels.dropout import keep_mask, keep_scale
 
+LORA_OPS = None
 KEEPS_H = False
 """The formulas of the backward make H themselves, so that they can be differentiated."""
 

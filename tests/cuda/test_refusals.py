@@ -49,6 +49,10 @@ VALID = {
         "packed_entries": lambda: torch.zeros(NNZ + cuda_kernels.ENTRY_PADDING, dtype=torch.int64), "col": col_indices,
         "permutation": lambda: indices(NNZ), "values": lambda: torch.ones(NNZ),
     },
+    "split_terms": {
+        "out": lambda: torch.ones(3 * N * K, dtype=BF16), "matrix": lambda: matrix(N, K, FP32), "row_stride": lambda: K,
+        "term_stride": lambda: N * K,
+    },
     "shrink": {
         "H": lambda: matrix(T, R), "x": lambda: matrix(T, K), "A": lambda: matrix(3, K), **NO_DROPOUT,
         "parts": lambda: torch.zeros(2, T, R),
@@ -58,10 +62,11 @@ VALID = {
         **NO_DROPOUT, "parts": lambda: torch.zeros(2, K, R),
     },
     "epilogue": {
-        "y": lambda: matrix(T, N), "accumulate": lambda: True, "H": lambda: matrix(T, R), "B": lambda: matrix(N, 3),
+        "y": lambda: matrix(T, N), "accumulate": lambda: True, "bias": lambda: torch.ones(N, dtype=BF16), "H": lambda: matrix(T, R), "B": lambda: matrix(N, 3),
         "scaling": lambda: 1.0, **NO_DROPOUT, "crow": crow_indices,
         "packed_entries": lambda: torch.zeros(NNZ + cuda_kernels.ENTRY_PADDING, dtype=torch.int64),
         "x": lambda: matrix(T, K), "x_transposed": lambda: None, "row_products": lambda: None,
+        "row_terms": lambda: 1,
         "in_features": lambda: K, "multiprocessors": lambda: 8,
     },
     "sddmm": {
@@ -118,6 +123,8 @@ FITTING = {
     "transpose x empty", "transpose x shorter along 0", "shrink A shorter along 0", "shrink parts shorter along 0",
     "lora_grad out shorter along 1", "lora_grad out every other column", "lora_grad parts shorter along 0",
     "epilogue B shorter along 1", "epilogue B every other column", "sddmm parts shorter along 0",
+    "split_terms matrix empty", "split_terms matrix shorter along 0", "split_terms matrix shorter along 1",
+    "split_terms matrix every other column",
 }  # fmt: skip
 """Other sizes or strides of an argument that are right beside the others."""
 FITTING_OTHER_INDICES = {
@@ -201,3 +208,55 @@ def test_ranks_beyond_the_second_axis_of_a_grid_are_refused_by_the_launch():
     r = 2**20 + 1
     with pytest.raises(RuntimeError, match="CUDA refused to launch shrink: invalid configuration argument"):
         call("shrink", x=matrix(1, 1, FP32), A=matrix(r, 1, FP32), H=matrix(1, r + 15, FP32), parts=None)
+
+
+LINEAR = {
+    "x": lambda: matrix(T, K), "weight": lambda: matrix(N, K), "bias": lambda: torch.ones(N, dtype=BF16),
+    "lora_A": lambda: matrix(3, K), "lora_B": lambda: matrix(N, 3), "scaling": lambda: 2.0,
+    "values": lambda: torch.ones(NNZ), "crow": crow_indices, "col": col_indices, "structure": lambda: 0,
+    "seed": lambda: None, "threshold": lambda: 0, "keep_scale": lambda: 1.0, "base": lambda: 1, "low_rank": lambda: 1,
+    "sparse": lambda: 1, "keep_H": lambda: True, "multiprocessors": lambda: 8, "indices_checked": lambda: True,
+}  # fmt: skip
+BACKWARD = {name: make for name, make in LINEAR.items() if name not in ("bias", "keep_H")} | {
+    "dy": lambda: matrix(T, N), "ccol": lambda: torch.cat([2 * torch.arange(20), torch.full((5,), NNZ)]).to(INT32),
+    "row": lambda: torch.tensor([0, 1], dtype=INT32).repeat(20), "permutation": lambda: indices(NNZ),
+    "H": lambda: matrix(T, R), "needs": lambda: 0b111001, "sddmm": lambda: 1,
+}  # fmt: skip
+
+
+def composed(arguments, op, **changed):
+    return getattr(kernels, op)(**{name: make() for name, make in arguments.items()} | changed)
+
+
+@pytest.mark.parametrize("op,arguments", [("linear", LINEAR), ("linear_backward", BACKWARD)])
+def test_composed_ops_run_what_fits(op, arguments):
+    assert all(result.isfinite().all() for result in composed(arguments, op) if result is not None)
+
+
+@pytest.mark.parametrize(
+    "op,changed,message",
+    [
+        ("linear", {"indices_checked": False}, "which checks the indices"),
+        ("linear", {"base": 3}, "base: expected 0 to 2, got 3"),
+        ("linear", {"low_rank": -1}, "low_rank: expected 0 to 3, got -1"),
+        ("linear", {"sparse": 6}, "sparse: expected 0 to 5, got 6"),
+        ("linear", {"values": torch.ones(NNZ - 1)}, "values: expected one for each index"),
+        ("linear", {"col": None}, "crow and col: expected beside values"),
+        ("linear", {"structure": 1}, "in whole rows or columns"),
+        ("linear", {"weight": matrix(N, K + 1)}, ""),
+        ("linear", {"lora_A": matrix(3, K + 1)}, ""),
+        ("linear", {"bias": torch.ones(N - 1, dtype=BF16)}, ""),
+        ("linear", {"x": matrix(T, K).to("meta")}, ""),
+        ("linear_backward", {"indices_checked": False}, "which checks the indices"),
+        ("linear_backward", {"H": matrix(T, 2)}, "H: expected"),
+        ("linear_backward", {"H": matrix(T - 1, R)}, "H: expected"),
+        ("linear_backward", {"H": matrix(T, R, FP32)}, ""),
+        ("linear_backward", {"ccol": None}, "ccol, row and permutation: expected beside values"),
+        ("linear_backward", {"sddmm": 3}, "sddmm_algorithm: expected 0 to 2, got 3"),
+        ("linear_backward", {"dy": matrix(T, N + 1)}, ""),
+        ("linear_backward", {"lora_A": None}, "lora_A and lora_B: expected beside their gradients"),
+    ],
+)
+def test_composed_ops_refuse_what_does_not_fit(op, changed, message):
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        composed(LINEAR if op == "linear" else BACKWARD, op, **changed)

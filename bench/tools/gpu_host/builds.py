@@ -53,7 +53,7 @@ def build_cuda_backend(folder: Path) -> Path:
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         f"-I{HERE}", f"-I{EMULATION}", f"-I{CSRC}", f"-I{TORCH / 'include'}", "-Wno-unknown-pragmas",
     )  # fmt: skip
-    sources = [*sorted((CSRC / "cuda").glob("*.cpp")), *sorted((CSRC / "gpu").glob("*.cpp")), launchers]
+    sources = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "gpu" / "library_gemm.cpp", launchers]
     objects = [folder / f"{source.stem}.o" for source in sources]
 
     def compile_one(source: Path, made: Path) -> None:

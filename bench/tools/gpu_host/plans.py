@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
-from gpu_host.cases import FEATURES, TOKENS, Case
+from gpu_host.cases import FEATURES, Case
 from rosa_kernels.backends.cuda import heuristics as cuda_heuristics
 from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.shapes import cdiv
@@ -36,10 +36,9 @@ class Plan:
         with contextlib.ExitStack() as stack:
             for name, stand_in in stand_ins.items():
                 stack.enter_context(mock.patch.object(heuristics, name, stand_in))
-            stack.enter_context(mock.patch.object(hardware, "splits_of", self._splits(hardware.splits_of)))
             if self.case.backend == "triton":
-                for stand_in in self._triton_sizes():
-                    stack.enter_context(stand_in)
+                stack.enter_context(mock.patch.object(hardware, "splits_of", self._splits(hardware.splits_of)))
+                stack.enter_context(self._parts_of_dH())
             yield self
         _forget_what_is_cached()
 
@@ -96,14 +95,12 @@ class Plan:
     def _splits(self, splits_of):
         """How many splits a kernel's sum has at the real size. Which kernel, the function says that asks."""
         tokens, nnz = self.case.tokens, self.case.nnz
-        tokens_of_H, features_of_a_gradient = (64, 128) if self.case.backend == "triton" else (16, 64)
         real = {  # length, tiles
-            "shrink": (FEATURES, cdiv(tokens, tokens_of_H)),
-            "lora_grad": (tokens, FEATURES // features_of_a_gradient),
+            "shrink": (FEATURES, cdiv(tokens, 64)),
+            "lora_grad": (tokens, FEATURES // 128),
             "sddmm_tiled": (tokens, (FEATURES // 128) ** 2),
             "sddmm_blocks": (tokens, FEATURES // 16 * FEATURES // 64),
             "sddmm_entries": (tokens, cdiv(nnz, 64)),
-            "sddmm": (tokens, cdiv(nnz, 64)),
         }
 
         @functools.cache
@@ -117,25 +114,12 @@ class Plan:
 
         return stand_in
 
-    def _triton_sizes(self):
-        from rosa_kernels.backends.triton import lora, split_k
+    @staticmethod
+    def _parts_of_dH():
+        """Several tiles of dy's features, each with its part of dH."""
+        from rosa_kernels.backends.triton import lora
 
-        many = self.case.tokens > lora._FEW_TOKENS
-        yield mock.patch.object(lora, "_FEW_TOKENS", TOKENS - 1 if many else TOKENS)
-        decide = triton_heuristics.parts_added_first
-
-        @functools.cache
-        def real_decision(parts, r_and_more, rates):
-            return decide(parts, r_and_more * self.case.tokens, FEATURES // split_k._TILE_OF_A_READER, rates)
-
-        def parts_added_first(parts, elements, readers, rates):
-            decide(parts, elements, readers, rates)
-            return real_decision(parts, elements // TOKENS, rates)
-
-        yield mock.patch.object(triton_heuristics, "parts_added_first", parts_added_first)
-        yield mock.patch.object(
-            lora, "cdiv", lambda a, b: max(2, cdiv(a, b))
-        )  # several tiles, each with its part of dH
+        return mock.patch.object(lora, "cdiv", lambda a, b: max(2, cdiv(a, b)))
 
 
 def _forget_what_is_cached() -> None:

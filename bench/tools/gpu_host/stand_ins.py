@@ -16,7 +16,8 @@ from torch import Tensor
 
 import hand_written
 from rosa_kernels.backends import cuda, triton
-from rosa_kernels.backends.gpu import hardware, split_bf16_gemm
+from rosa_kernels.backends.gpu import hardware
+from rosa_kernels.backends.triton import split_bf16_gemm
 
 ARCHITECTURE, MULTIPROCESSORS = "sm_90", 132
 H100 = torch.device("cpu")

@@ -3,6 +3,7 @@
 from rosa_kernels.backends.cpu.binary import build_info, instruction_set, refusal, unavailable_reason, uses_our_gemm
 from rosa_kernels.backends.cpu.ops import (
     KEEPS_H,
+    LORA_OPS,
     csr_add,
     rosa_linear,
     rosa_linear_backward,
@@ -13,6 +14,7 @@ from rosa_kernels.backends.cpu.ops import (
 
 __all__ = [
     "KEEPS_H",
+    "LORA_OPS",
     "build_info",
     "csr_add",
     "instruction_set",

@@ -27,6 +27,8 @@ _OPS = (
     "merge",
     "x86_bfloat16",
 )
+_LIBRARY_OPS = "lora", "lora_backward", "serves_cuda"
+"""Of torch.ops.rosa_kernels_gpu: they need no CUDA compiler, so that they lie in this binary."""
 kernels: Any = torch.ops.rosa_kernels_cpu
 
 INDICES_CHECKED = True
@@ -72,7 +74,9 @@ def _load_fault(binary: Path) -> str | None:
             f"the C++ kernels are installed and do not load: {error}; they were built for another torch or "
             "processor, or are damaged; run pip install again"
         )
-    if missing := native_binary.missing_ops(kernels, _OPS):
+    missing = native_binary.missing_ops(kernels, _OPS)
+    missing = missing or native_binary.missing_ops(torch.ops.rosa_kernels_gpu, _LIBRARY_OPS)
+    if missing:
         return (
             f"the C++ kernels of {binary} were built from other sources than this package's: they lack {missing}; "
             "run pip install again"
@@ -107,6 +111,11 @@ def _misplaced(package: Path, search_path: list[str]) -> str | None:
 _reason = _load(native_binary.PACKAGE, sys.path)
 if _reason is None:  # an operator called by its overload saves PyTorch from looking for one: 80 ns
     kernels = SimpleNamespace(**{name: getattr(kernels, name).default for name in _OPS})
+
+
+def has_library_ops() -> bool:
+    """Whether torch.ops.rosa_kernels_gpu is there."""
+    return native_binary.missing_ops(torch.ops.rosa_kernels_gpu, _LIBRARY_OPS) == ""
 
 
 def unavailable_reason() -> str | None:

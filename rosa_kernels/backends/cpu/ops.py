@@ -18,6 +18,7 @@ from rosa_kernels.backends.reference import H_of
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.dropout import drop_threshold, keep_scale
 
+LORA_OPS = None
 KEEPS_H = False
 """One sweep over x and dy makes all gradients, H on the way. It reads x in any case."""
 

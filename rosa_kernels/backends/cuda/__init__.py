@@ -8,7 +8,9 @@ import torch
 from rosa_kernels.backends import native_binary
 from rosa_kernels.backends.cuda.ops import (
     KEEPS_H,
+    LORA_OPS,
     csr_add,
+    lora_step_by_library,
     rosa_linear,
     rosa_linear_backward,
     rosa_linear_with_H,
@@ -19,8 +21,10 @@ from rosa_kernels.backends.gpu import hardware
 
 __all__ = [
     "KEEPS_H",
+    "LORA_OPS",
     "build_info",
     "csr_add",
+    "lora_step_by_library",
     "refusal",
     "rosa_linear",
     "rosa_linear_backward",

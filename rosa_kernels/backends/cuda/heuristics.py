@@ -109,6 +109,11 @@ def _gather_seconds(call: LinearCall, sparse: str, rates: Rates) -> float:
     return packing + call.nnz * max(by_entry, tiles * PACKED_ENTRY_BYTES) / rates.l2_bandwidth
 
 
+def low_rank_gradients_by_library(T: int, out_features: int, element_size: int, rates: Rates) -> bool:
+    """Always, where the dtypes are one: the kernels would read x and dy once too."""
+    return True
+
+
 def sddmm_algorithms(call: SDDMMCall) -> tuple[str, ...]:
     """Those that may serve the call.
 

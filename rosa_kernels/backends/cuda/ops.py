@@ -3,7 +3,7 @@
 import torch
 
 from rosa_kernels.backends.cuda import heuristics
-from rosa_kernels.backends.gpu import device_rates, hardware
+from rosa_kernels.backends.gpu import device_rates, hardware, library_ops
 from rosa_kernels.backends.gpu.calls import linear_call, sddmm_call
 from rosa_kernels.backends.gpu.cost_model import LinearCall
 from rosa_kernels.backends.gpu.sizes import check_sizes
@@ -12,6 +12,7 @@ from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.pattern import transposed_structure
 
 KEEPS_H = True
+LORA_OPS = library_ops.lora_ops()
 _CHECKED = True
 """indices_checked of the ops that go by a pattern's indices: they were checked when the pattern was made."""
 _kernels = torch.ops.rosa_kernels_cuda
@@ -32,6 +33,9 @@ def spmm(x, values, crow, col, structure):
 
 
 def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, keep_H):
+    lora = values is seed is None and weight is not None
+    if lora and library_ops.forward_by_library(heuristics.choose_linear, x, lora_A, lora_B, keep_H):
+        return LORA_OPS[0](x, weight, bias, lora_A, lora_B, scaling, keep_H)
     out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
     drop_at = "" if seed is None else "x"
     call = linear_call(
@@ -41,6 +45,12 @@ def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structu
         x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, seed, *_dropout(dropout_p, seed),
         *_linear_algorithm(call, x), keep_H, hardware.multiprocessors(x.device), _CHECKED,
     )  # fmt: skip
+
+
+def lora_step_by_library(x, lora_A, lora_B) -> bool:
+    """Whether LORA_OPS serve y and all gradients of W and b frozen, as the cheapest way."""
+    by_library = heuristics.low_rank_gradients_by_library
+    return library_ops.step_by_library(heuristics.choose_linear, by_library, x, lora_A, lora_B)
 
 
 def rosa_linear_backward(

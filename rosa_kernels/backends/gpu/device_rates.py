@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,13 +83,20 @@ def write_table(path: Path, table: dict) -> None:
 
 
 _tables: dict[torch.device, dict] = {}
+_caches: list = []
+
+
+def forgotten_with_tables(cached: Callable) -> Callable:
+    """A function with a cache, of which nothing holds any more when use_table has changed the rates."""
+    _caches.append(cached)
+    return cached
 
 
 def use_table(device: torch.device, table: dict) -> None:
     """Count with the given table for this device from now on."""
     _tables[device] = table
-    rates.cache_clear()
-    tuned_label.cache_clear()
+    for cached in _caches:
+        cached.cache_clear()
 
 
 def _table(device: torch.device) -> dict:
@@ -98,6 +106,7 @@ def _table(device: torch.device) -> dict:
     return _tables[device]
 
 
+@forgotten_with_tables
 @functools.cache
 def rates(device: torch.device, architecture: str) -> Rates:
     own = {"shared_memory": hardware.shared_memory(device)} | _table(device)["rates"]
@@ -108,6 +117,7 @@ def config_key(kernel: str, element_size: int, bucket: int) -> str:
     return f"{kernel}/{element_size}/{bucket}"
 
 
+@forgotten_with_tables
 @functools.cache
 def tuned_label(device: torch.device, kernel: str, element_size: int, bucket: int) -> str | None:
     """The label of the configuration that was the fastest on this GPU; None where it was not tuned."""

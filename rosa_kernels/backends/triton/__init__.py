@@ -14,7 +14,9 @@ except ModuleNotFoundError:
 else:
     from rosa_kernels.backends.triton.ops import (
         KEEPS_H,
+        LORA_OPS,
         csr_add,
+        lora_step_by_library,
         rosa_linear,
         rosa_linear_backward,
         rosa_linear_with_H,
@@ -24,7 +26,9 @@ else:
 
 __all__ = [
     "KEEPS_H",
+    "LORA_OPS",
     "csr_add",
+    "lora_step_by_library",
     "refusal",
     "rosa_linear",
     "rosa_linear_backward",

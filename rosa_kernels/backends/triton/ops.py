@@ -2,8 +2,10 @@
 
 import torch
 
+from rosa_kernels.backends.gpu import library_ops
 from rosa_kernels.backends.gpu.sizes import check_sizes
 from rosa_kernels.backends.shapes import as_matrix
+from rosa_kernels.backends.triton import heuristics
 from rosa_kernels.backends.triton.densify import weight_plus
 from rosa_kernels.backends.triton.lora import low_rank_gradients
 from rosa_kernels.backends.triton.operands import Dropout, LinearProblem, sparse_of
@@ -12,6 +14,7 @@ from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
 from rosa_kernels.pattern import ROW
 
 KEEPS_H = True
+LORA_OPS = library_ops.lora_ops()
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
@@ -29,6 +32,9 @@ def spmm(x, values, crow, col, structure):
 
 
 def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, keeps_H):
+    lora = values is seed is None and weight is not None
+    if lora and library_ops.forward_by_library(heuristics.choose_linear, x, lora_A, lora_B, keeps_H):
+        return LORA_OPS[0](x, weight, bias, lora_A, lora_B, scaling, keeps_H)
     x2 = as_matrix(x)
     out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
     check_sizes(*x2.shape, out_features, 0 if lora_A is None else lora_A.shape[0])
@@ -38,6 +44,12 @@ def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structu
     )  # fmt: skip
     y, H = linear(problem)
     return y if x is x2 else y.view(*x.shape[:-1], out_features), H
+
+
+def lora_step_by_library(x, lora_A, lora_B) -> bool:
+    """Whether LORA_OPS serve y and all gradients of W and b frozen, as the cheapest way."""
+    by_library = heuristics.low_rank_gradients_by_library
+    return library_ops.step_by_library(heuristics.choose_linear, by_library, x, lora_A, lora_B)
 
 
 def rosa_linear_backward(
