@@ -53,7 +53,9 @@ CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden
 # Both runtimes work in the driver's primary context, so the kernels run on PyTorch's current device.
 CUDA_LINK_FLAGS = ["-shared", "--cudart=static"]
 OLDEST_CUDA, OLDEST_ARCHITECTURE = (11, 8), (8, 0)
-DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0"]  # for a machine that builds without a GPU
+# For a machine that builds without a GPU. GPUs of 8.6 and 8.9 run the code for 8.0, those of 10.3 the code for 10.0. Other
+# GPUs compile the PTX when they load it, which takes 16 s for all kernels, so 12.0 has code of its own.
+DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0+PTX", "12.0"]
 
 # The kernels do not use Python's C API, so one binary serves every Python. A free-threaded Python before 3.15 takes no
 # abi3 wheel and gets one of its own.
@@ -148,10 +150,12 @@ def architecture_options(nvcc: str) -> list[str]:
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not wanted:
         known = {f"{n[:-1]}.{n[-1]}" for n in re.findall(r"\bsm_(\d+)", run_compiler([nvcc, "--list-gpu-code"]))}
-        wanted = [n for n in local_gpus() if n in known] or [n for n in DEFAULT_ARCHITECTURES if n in known]
+        default = [name for name in DEFAULT_ARCHITECTURES if name.removesuffix("+PTX") in known]
+        wanted = [n for n in local_gpus() if n in known] or default
         if not wanted:
             raise Unavailable(f"{nvcc} knows none of {', '.join([*local_gpus(), *DEFAULT_ARCHITECTURES])}")
-        wanted[-1] += "+PTX"  # later GPUs compile this for themselves
+        if not any(name.endswith("+PTX") for name in wanted):
+            wanted[-1] += "+PTX"  # later GPUs compile this for themselves
     options = []
     for name in wanted:
         parts = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)

@@ -85,13 +85,14 @@ class Checkout:
             failure = FAILURE.format(source=word) if word else ""
             executable(self.tools / path, COMPILER.format(failure=failure))
 
-    def setup(self, build: str, *arguments: str) -> subprocess.CompletedProcess:
+    def setup(self, build: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         environment = os.environ | {
             "ROSA_KERNELS_BUILD": build,
             "CXX": str(self.tools / "c++"),
             "CUDA_HOME": str(self.tools / "cuda"),
             "PYTHONPATH": str(self.tools),
             "TORCH_CUDA_ARCH_LIST": "9.0",
+            **variables,
         }
         command = [sys.executable, "setup.py", "-q", *arguments]
         return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
@@ -222,6 +223,30 @@ class TestFailingCompiler:
         )
         (line,) = re.findall(r"^  cpu .*$", printed.stdout, re.MULTILINE)
         assert f"{PROBE}:7: error: no such thing" in line
+
+
+class TestArchitectures:
+    """Of the CUDA kernels, where TORCH_CUDA_ARCH_LIST names none. Each nvcc knows other ones."""
+
+    @pytest.mark.parametrize(
+        ("known", "gpus", "compiled"),
+        [
+            ("sm_80 sm_86 sm_90", "", "sm_80 sm_90,compute_90"),
+            ("sm_80 sm_89 sm_90 sm_100 sm_103 sm_120", "", "sm_80 sm_90 sm_100,compute_100 sm_120"),
+            ("sm_80 sm_89 sm_90 sm_100 sm_120", "8.9", "sm_89,compute_89"),
+            ("sm_80 sm_90", "12.0", "sm_80 sm_90,compute_90"),
+        ],
+    )
+    def test_are_those_of_the_gpus_here_or_the_default_ones(self, checkout, tmp_path, known, gpus, compiled):
+        log = tmp_path / "log"
+        nvcc = COMPILER.format(failure=f'echo "$*" >> {log}').replace("sm_80 sm_90 sm_100", known)
+        executable(checkout.tools / "cuda/bin/nvcc", nvcc)
+        executable(checkout.tools / "nvidia-smi", f"#!/bin/sh\necho {gpus}\n")
+        path = f"{checkout.tools}:{os.environ['PATH']}"
+        done = checkout.setup("cuda", "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST="", PATH=path)
+        assert done.returncode == 0, done.stderr
+        (command,) = [line for line in log.read_text().splitlines() if "csrc/cuda/shrink.cu" in line]
+        assert " ".join(re.findall(r"code=\[(\S+)\]", command)) == compiled
 
 
 CHECK_INSTALLED = """

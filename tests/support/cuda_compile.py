@@ -13,7 +13,7 @@ from paths import CSRC
 
 SOURCES = tuple(sorted((CSRC / "cuda").glob("*.cu"), key=lambda source: -source.stat().st_size))
 """The largest first."""
-CHIPS = ("sm_80", "sm_90", "sm_100")
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 FLAGS = ("-std=c++17", "-O3", "-Werror=all-warnings", f"-I{CSRC}")  # those of setup.py, and no warnings
 
 

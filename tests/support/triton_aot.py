@@ -32,13 +32,23 @@ class Chip:
     gpu: GPUTarget
     shared_limit: int
 
+    @property
+    def has_tf32(self) -> bool:
+        return self.gpu.backend == "cuda" or self.gpu.arch == "gfx942"
+
 
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * KiB),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * KiB),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 99 * KiB),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * KiB),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * KiB),
+    "sm_103": Chip(GPUTarget("cuda", 103, 32), 227 * KiB),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 * KiB),
+    "gfx90a": Chip(GPUTarget("hip", "gfx90a", 64), 64 * KiB),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * KiB),
-    "other": Chip(GPUTarget("cuda", 89, 32), 64 * KiB),  # an L4 has 99 KiB, a T4 64
+    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), 160 * KiB),
+    "other": Chip(GPUTarget("hip", "gfx1100", 32), 64 * KiB),  # an RX 7900 XTX
 }
 
 
@@ -97,7 +107,8 @@ UNITS = {
     "tcgen05": ("UTCHMMA", "UTCMMA", "UTCQMMA"),
     "mma.sync": ("HMMA",),
     "mfma": ("v_mfma",),
-    "fma": ("FFMA",),
+    "wmma": ("v_wmma",),
+    "fma": ("FFMA", "v_fma", "v_dual_fma", "v_pk_fma"),
 }
 """Unit: how the instructions that drive it begin. fma is the one that is not a tensor core."""
 _TENSOR_CORES = tuple(itertools.chain(*(prefixes for unit, prefixes in UNITS.items() if unit != "fma")))
@@ -180,6 +191,10 @@ def _output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+_LAYOUTS = {"amd_mfma": "mfma", "amd_wmma": "wmma", "nvidia_mma": "mma.sync"}
+"""The unit that computes a dot whose result has the layout."""
+
+
 def _dots(ttgir: str) -> Iterator[Dot]:
     """Dots of Triton's GPU dialect, whose operation and layout name the unit."""
     matrix = r"(?:tensor|!ttg\.memdesc)<(\d+)x(\d+)x(\w+), "
@@ -188,7 +203,7 @@ def _dots(ttgir: str) -> Iterator[Dot]:
         if operation == "tt.dot":
             layout = re.search(r"parent = (#\w+)", line)[1]
             definition = re.search(rf"^{layout} = (.*)", ttgir, re.MULTILINE)[1]
-            unit = "mfma" if "amd_mfma" in definition else "mma.sync" if "nvidia_mma" in definition else "fma"
+            unit = next((unit for layout, unit in _LAYOUTS.items() if layout in definition), "fma")
         else:
             unit = "wgmma" if operation.endswith("group_dot") else "tcgen05"
         yield Dot(int(M), int(N), int(K), operand, unit)

@@ -56,6 +56,10 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__.removesuffix("_kernel")
 
+    @property
+    def tokens(self) -> int:
+        return self.arguments["T"]
+
     def has(self, name: str) -> bool:
         return self.arguments.get(name) is not None
 

@@ -45,21 +45,44 @@ def _matmul(m, n, k, warps, stages):
     return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
 
 
+def _room(architecture: str) -> int:
+    """KiB of shared memory for the tiles of one program."""
+    return hardware.SHARED_MEMORY[architecture] // 1024
+
+
+def dots_read_registers(architecture: str) -> bool:
+    """Whether operands of a dot fill registers beside its result, of which a thread has 255 at most.
+
+    The tensor cores of sm_90 and sm_100 read shared memory, and a thread of AMD's CDNA has 512 registers.
+    """
+    return architecture in ("sm_80", "sm_86", "sm_89", "sm_120", "other")
+
+
+def _stages(architecture: str) -> int:
+    """Tiles of a loop that are on their way at once. On AMD one waits in registers while another is multiplied."""
+    if architecture.startswith("gfx") or _room(architecture) < 99:
+        return 2
+    return 4 if _room(architecture) > 200 else 3
+
+
 def _linear(architecture: str, element_size: int, bucket: int) -> list[Config]:
     if architecture == "interpreter":
         return [_matmul(16 if bucket < 2 else 32, 32, 32, 4, 1)]
     block_m = (16, 32, 64, 64, 128)[bucket]
     if element_size == 4:
         return [_matmul(min(block_m, 64), 64, 16, 4, 2), _matmul(min(block_m, 32), 64, 32, 4, 2)]
-    roomy = architecture in ("sm_80", "sm_90", "sm_100")
-    stages = {"sm_80": 3, "sm_90": 4, "sm_100": 4}.get(architecture, 2)
+    room, stages = _room(architecture), _stages(architecture)
+    roomy = room > 100
     if block_m < 64:
         return [_matmul(block_m, 32, 128 if roomy else 64, 4, stages), _matmul(block_m, 64, 64, 4, stages)]
     if bucket < 4:
         return [_matmul(64, 64, 64, 4, stages), _matmul(64, 32, 64, 4, stages)]
+    small = [_matmul(128, 64, 32, 4, 2), _matmul(64, 64, 32, 4, 2)]
     if not roomy:
-        return [_matmul(128, 64, 32, 4, 2), _matmul(64, 64, 32, 4, 2)]
-    wide = [] if architecture == "sm_80" else [_matmul(128, 256, 64, 8, 3)]
+        return [_matmul(128, 128, 32, 8, 3), *small] if room > 64 else small
+    if architecture.startswith("gfx"):
+        return [_matmul(128, 128, 64, 8, 2), *small]
+    wide = [_matmul(128, 256, 64, 8, 3)] if room > 200 else []
     return [_matmul(128, 128, 64, 8, 3), _matmul(128, 64, 64, 4, 3), *wide]
 
 
@@ -93,7 +116,7 @@ def _sddmm_tiled(architecture: str, element_size: int, bucket: int) -> list[Conf
     if element_size == 4:
         return [Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": 16}, 4, 2)]
     block_t = (16, 32, 64, 64, 64)[bucket]
-    if architecture not in ("sm_80", "sm_90", "sm_100"):
+    if _room(architecture) < 100:
         return [Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_T": min(32, block_t)}, 4, 2)]
     return [
         Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_T": block_t}, 8, 3),

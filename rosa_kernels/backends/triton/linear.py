@@ -249,8 +249,8 @@ def _launch(
     block_n: int | None = None,
 ) -> None:  # fmt: skip
     (T, K), N, R = x.shape, y.shape[1], 0 if B is None else B.shape[1]
-    has_S = bool(sparse) or dense_S is not None
-    config = _config(x, N, T, has_S, block_n)
+    wider = any(operand is not None and operand.dtype != x.dtype for operand in (A, B, dense_S))
+    config = _config(x, N, T, bool(sparse) or dense_S is not None, wider, block_n)
     if sparse == "blocks" and S.values.dtype != x.dtype:  # a pointer an element, each value split
         tile = {name: min(64, config[name]) for name in ("BLOCK_M", "BLOCK_N")}
         config = Config(tile | {"BLOCK_K": 32}, num_warps=4, num_stages=2)
@@ -273,11 +273,16 @@ def _strides(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else matrix.stride()
 
 
-def _config(x: Tensor, N: int, tokens: int, has_S: bool, block_n: int | None) -> Config:
-    """The configuration for so many tokens, with a smaller tile where registers or shared memory have to hold more."""
+def _config(x: Tensor, N: int, tokens: int, has_S: bool, wider: bool, block_n: int | None) -> Config:
+    """The configuration for so many tokens, with a smaller tile where registers or shared memory have to hold more.
+
+    wider: an operand of a dot is of a wider dtype than x, and is split into numbers of x's dtype.
+    """
     if N % 8 or x.shape[1] % 8:  # no wide loads: a pointer an element
         tokens = min(tokens, _SMALL_TILE)
     config = configs.choose(configs.LINEAR, x.device, x.dtype, tokens)
+    if wider and config["BLOCK_M"] > 64 and configs.dots_read_registers(hardware.architecture(x.device)):
+        config = Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=config.num_stages)
     if block_n is None and has_S:
         block_n = min(config["BLOCK_N"], 128)
     if block_n is None or block_n == config["BLOCK_N"]:
