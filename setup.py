@@ -53,8 +53,8 @@ CUDA_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden
 # Both runtimes work in the driver's primary context, so the kernels run on PyTorch's current device.
 CUDA_LINK_FLAGS = ["-shared", "--cudart=static"]
 OLDEST_CUDA, OLDEST_ARCHITECTURE = (11, 8), (8, 0)
-# For a machine that builds without a GPU. GPUs of 8.6 and 8.9 run the code for 8.0, those of 10.3 the code for 10.0. Other
-# GPUs compile the PTX when they load it, which takes 16 s for all kernels, so 12.0 has code of its own.
+# For a machine that builds without a GPU. GPUs of 8.6 and 8.9 run the code for 8.0, those of 10.3 the code for 10.0.
+# Other GPUs compile the PTX when they load it, which takes 16 s for all kernels, so 12.0 has code of its own.
 DEFAULT_ARCHITECTURES = ["8.0", "9.0", "10.0+PTX", "12.0"]
 
 # The kernels do not use Python's C API, so one binary serves every Python. A free-threaded Python before 3.15 takes no

@@ -245,7 +245,7 @@ class TestArchitectures:
         path = f"{checkout.tools}:{os.environ['PATH']}"
         done = checkout.setup("cuda", "build_ext", "--inplace", TORCH_CUDA_ARCH_LIST="", PATH=path)
         assert done.returncode == 0, done.stderr
-        (command,) = [line for line in log.read_text().splitlines() if "csrc/cuda/shrink.cu" in line]
+        (command,) = [line for line in log.read_text().splitlines() if " -c csrc/cuda/shrink.cu " in line]
         assert " ".join(re.findall(r"code=\[(\S+)\]", command)) == compiled
 
 

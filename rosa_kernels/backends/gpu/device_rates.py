@@ -32,8 +32,8 @@ class Rates(NamedTuple):
 
     In a CUDA graph both cost 1 us, but few calls are close enough for that to matter there.
     """
-    shared_memory: int = hardware.SHARED_MEMORY["interpreter"]
-    """Bytes that a block may have: the device's own, see hardware.shared_memory."""
+    shared_memory: int = hardware.shared_memory(torch.device("cpu"))
+    """Bytes that a block may have: the device's own, see hardware.shared_memory. The default is an H100's."""
 
 
 class DataSheet(NamedTuple):
