@@ -239,9 +239,14 @@ def test_faults_are_found(tmp_path):
 
 
 def table(kernels_of: dict[str, list[Kernel]]) -> str:
-    """A kernel a line, a GPU a column."""
+    """A GPU a line; then a kernel a line, a GPU a column."""
     release = re.search(r"release (\S+),", output_of(nvcc(), "--version"))[1]
-    lines = [
+    lines = ["| GPU | kernels | with local memory | largest static shared memory, KiB |", "|---" * 4 + "|"]
+    for chip, kernels in kernels_of.items():
+        spilt = sum(kernel.stack > 0 or kernel.spills > 0 for kernel in kernels)
+        lines.append(f"| {chip} | {len(kernels)} | {spilt} | {max(kernel.shared for kernel in kernels) / 1024:.0f} |")
+    lines += [
+        "",
         f"nvcc {release}. Registers / static shared / instructions, on tensor cores. "
         "fp16 is as bf16, or as fp32 beside it.",
         "",

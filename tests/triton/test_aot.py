@@ -29,7 +29,7 @@ from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.triton import configs
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW, UNSTRUCTURED
 from tiers import is_exhaustive
-from triton_aot import CHIPS, UNITS, Compiled, Specialised, compile_for, missing_tools, specialise
+from triton_aot import CHIPS, UNITS, KiB, Compiled, Specialised, compile_for, missing_tools, specialise
 from triton_launches import BF16, FP16, FP32, Case, Launch, recorded, with_most_parts
 
 if reason := missing_tools():
@@ -357,7 +357,10 @@ def test_a_dot_of_widened_operands_fails(chip, precision):
 
 
 def table(finished: list[tuple[Specialised, Compiled]]) -> str:
-    """A variant a line, a GPU a column; of several configurations the first that was compiled. fp16 is as bf16."""
+    """A GPU a line; then a variant a line, a GPU a column; of several configurations the first that was compiled.
+
+    fp16 is as bf16.
+    """
     chips = [chip for chip in CHIPS if any(kernel.chip == chip for kernel, _ in finished)]
     cells: dict[str, dict[str, str]] = {}
     for kernel, compiled in finished:
@@ -368,6 +371,16 @@ def table(finished: list[tuple[Specialised, Compiled]]) -> str:
         numbers = f"{compiled.registers} / {shared} / {instructions} / {compiled.local_bytes}"
         cells.setdefault(kernel.launch.variant, {}).setdefault(kernel.chip, f"{kernel.launch.tile}: {numbers}")
     lines = [
+        "| GPU | kernels | with local memory | most bytes of it | largest shared memory | of KiB |",
+        "|---" * 6 + "|",
+    ]
+    for chip in chips:
+        own = [compiled for kernel, compiled in finished if kernel.chip == chip]
+        local = [compiled.local_bytes for compiled in own if compiled.local_bytes]
+        sizes = f"{max(compiled.shared for compiled in own) / KiB:.0f} | {CHIPS[chip].shared_limit // KiB}"
+        lines.append(f"| {chip} | {len(own)} | {len(local)} | {max(local, default=0)} | {sizes} |")
+    lines += [
+        "",
         f"Triton {triton.__version__}. Tile, warps, stages: "
         "registers / shared / instructions, on tensor cores / bytes local",
         "",

@@ -110,7 +110,6 @@ def test_a_device_is_planned_for_by_its_own_figures(present, device, architectur
     rates = rates_of_the_gpu()
     assert hardware.architecture(GPU) == architecture
     assert rates.multiprocessors == hardware.multiprocessors(GPU) == device.multi_processor_count
-    assert hardware.memory_bandwidth(GPU) == pytest.approx(bandwidth * TB, rel=0.03)
     reached = RATES[architecture].bandwidth / DATA_SHEETS[architecture].bandwidth
     assert rates.bandwidth == pytest.approx(reached * bandwidth * TB, rel=0.03) and 0.7 < reached <= 0.91
     if tflops is not None:

@@ -39,12 +39,13 @@ _BANDWIDTHS = {
     "H100 NVL": 3.94e12,
     "H200": 4.8e12,
     "GB10": 0.273e12,
-    "MI300": 5.3e12,
+    "MI300A": 5.3e12,
     "MI325X": 6e12,
-    "MI350": 8e12,
-    "MI355X": 8e12,
 }
-"""Bytes/s of data sheets, by a part of the device's name, for devices whose memory's clock cannot be asked for."""
+"""Bytes/s of data sheets, by a part of the device's name, where PyTorch does not tell the memory's clock.
+
+Devices whose multiprocessors get as much each as on their architecture's own device need no line here.
+"""
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
