@@ -29,7 +29,7 @@ from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.triton import configs
 from rosa_kernels.pattern import BLOCK16, COLUMN, ROW, UNSTRUCTURED
 from tiers import is_exhaustive
-from triton_aot import CHIPS, UNITS, KiB, Compiled, Specialised, compile_for, missing_tools, specialise
+from triton_aot import CHIPS, UNITS, Compiled, KiB, Specialised, compile_for, missing_tools, specialise
 from triton_launches import BF16, FP16, FP32, Case, Launch, recorded, with_most_parts
 
 if reason := missing_tools():
