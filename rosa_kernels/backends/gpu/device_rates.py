@@ -71,10 +71,10 @@ DATA_SHEETS = {
     "sm_100": DataSheet("B200", 1.965e9, 8e12),
     "sm_103": DataSheet("B300", 1.92e9, 8e12),
     "sm_120": DataSheet("RTX PRO 6000 Blackwell", 2.617e9, 1.792e12),
-    "gfx90a": DataSheet("a half of an MI250X", 1.7e9, 1.638e12),
+    "gfx90a": DataSheet("MI250X, each of its two halves", 1.7e9, 1.638e12),
     "gfx942": DataSheet("MI300X", 2.1e9, 5.3e12),
     "gfx950": DataSheet("MI355X", 2.4e9, 8e12),
-    "other": DataSheet("a guess between an RX 7900 XTX and an RX 6900 XT", 2.4e9, 0.9e12),
+    "other": DataSheet("no device: a guess", 2.4e9, 0.9e12),
 }
 _GEFORCE_TENSOR_CORES = 0.5
 """What a GeForce card's tensor cores do of a professional card's work where they sum in fp32 (NVIDIA's white papers of
