@@ -94,8 +94,10 @@ def compiler(request, tmp_path_factory):
 
 @pytest.fixture
 def kernels(compiler, chip, name, dtype) -> list[Kernel]:
-    """All instantiations of a kernel for a dtype, its first argument; there must be some."""
-    found = [kernel for kernel in compiler(chip) if kernel.name == name and kernel.arguments[0] == DTYPES[dtype]]
+    """All instantiations of a kernel for a dtype, its first argument; or the kernel itself, if it has no arguments."""
+    found = [
+        kernel for kernel in compiler(chip) if kernel.name == name and kernel.arguments[:1] in ((), (DTYPES[dtype],))
+    ]
     assert found, f"{name} is not compiled for {dtype}"
     return found
 
@@ -139,7 +141,7 @@ def code_faults(kernel: Kernel) -> list[str]:
     if on_tensor_cores % expected if expected and on_tensor_cores else on_tensor_cores != expected:
         found.append(f"{on_tensor_cores} tensor-core instructions, not {expected} or a multiple of it")
     in_bf16 = kernel.count("HMMA", holding=".BF16")
-    if in_bf16 != (on_tensor_cores if kernel.arguments[0] == "__nv_bfloat16" else 0):
+    if in_bf16 != (on_tensor_cores if "__nv_bfloat16" in kernel.arguments[:1] else 0):
         found.append(f"{in_bf16} of {on_tensor_cores} tensor-core instructions multiply bf16")
     for opcode, fewest in (("LDG", WIDE_LOADS), ("STG", WIDE_STORES)):
         wide = kernel.count(opcode, holding=".128")

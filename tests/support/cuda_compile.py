@@ -57,8 +57,8 @@ def output_of(*command: str | Path, text: str | None = None) -> str:
 class Kernel:
     """An instantiation of a kernel, and what nvcc made of it.
 
-    arguments are its template's, as C++ writes them. shared, stack and spills count bytes. A block has at most
-    `threads`, and a multiprocessor is to hold `blocks`. opcodes counts each instruction of the code, modifiers
+    arguments are its template's, if it is one, as C++ writes them. shared, stack and spills count bytes. A block has at
+    most `threads`, and a multiprocessor is to hold `blocks`. opcodes counts each instruction of the code, modifiers
     included; it is None without nvdisasm.
     """
 
@@ -74,7 +74,7 @@ class Kernel:
 
     @property
     def title(self) -> str:
-        text = f"{self.name}<{', '.join(self.arguments)}>"
+        text = f"{self.name}<{', '.join(self.arguments)}>" if self.arguments else self.name
         for long, short in (
             ("__nv_bfloat16", "bf16"),
             ("__half", "fp16"),
@@ -103,11 +103,11 @@ def compiled(source: Path, chip: str, directory: Path) -> list[Kernel]:
     symbols = output_of("c++filt", text="\n".join(usage)).splitlines()
     kernels = []
     for (symbol, used), demangled in zip(usage.items(), symbols, strict=True):
-        name, arguments = re.match(r"void rosa::(\w+)<(.*?)>\(", demangled).groups()
+        name, arguments = re.match(r"(?:void )?rosa::(\w+)(?:<(.*?)>)?\(", demangled).groups()
         threads, blocks = launches[symbol]
         kernel = Kernel(
             name,
-            tuple(arguments.split(", ")),
+            tuple(arguments.split(", ")) if arguments else (),
             registers=_number(r"Used (\d+) registers", used),
             shared=_number(r"(\d+) bytes smem", used),
             stack=_number(r"(\d+) bytes stack", used),

@@ -263,7 +263,7 @@ def _spills(fault: str) -> bool:
 
 
 GAPS = {
-    "lora_grad turns z: it is fetched ahead into registers, or beside dH, which needs it in another layout, not at all": (
+    "lora_grad turns z: it is fetched ahead into registers, or not at all beside dH, which reads it as it is": (
         lambda launch, chip, compiled, fault: launch.name == "lora_grad" and "1 of 2 operands" in fault
     ),
     "rows of H and B are short, 32 bytes at rank 16: a thread copies fewer than 16 of them in each stage": (
