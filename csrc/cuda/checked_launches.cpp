@@ -141,6 +141,7 @@ void add_S(Epilogue& e, const Arguments& args, const Tensor& y, const OptionalTe
     e.row_terms = static_cast<int>(row_terms);
   }
   if (!packed_entries) return;
+  args.expect(!row_products, "row_products", "none beside packed_entries");
   e.packed_entries = args.packed_entries("packed_entries", *packed_entries, 0);
   args.expect(x.has_value() != x_transposed.has_value(), "x and x_transposed", "one of them beside packed_entries");
   if (x) {

@@ -397,7 +397,8 @@ __global__ void __launch_bounds__(EPILOGUE_WARPS<B_t, GATHER>* WARP, GATHER == G
     if constexpr (GATHER == Gather::shared) any |= add_sparse(part, e, x_transposed, EPILOGUE_TOKENS, feature, mine);
     if constexpr (GATHER == Gather::global)
       any |= add_sparse(part, e, x_transposed, e.x_transposed_stride, feature, mine);
-    if (e.row_products) any |= add_rows(part, e, token, feature);
+    if constexpr (GATHER == Gather::none)  // elsewhere it would take registers for nothing
+      if (e.row_products) any |= add_rows(part, e, token, feature);
     if (bias) add_bias(part, bias, e, feature);
     if (any) store_part(y, part, e, token, feature, mine);
   }

@@ -187,6 +187,7 @@ MISALIGNED = matrix(T * R + 1, 1).flatten()[1:].view(T, R)
         ("epilogue", {"x": matrix(T, K, FP32)}, "x: expected the dtype of y"),
         ("epilogue", {"row_products": matrix(T, 2)}, "row_products: expected float32"),
         ("epilogue", {"row_products": matrix(T + 1, 2, FP32)}, "row_products: expected 5 rows"),
+        ("epilogue", {"row_products": matrix(T, 2, FP32)}, "row_products: expected none beside packed_entries"),
         ("epilogue", {"in_features": 0}, "in_features: expected 1 to"),
         ("epilogue", {"in_features": 2 * K}, "x: expected 48 columns"),
         ("epilogue", {"multiprocessors": 0}, "multiprocessors: expected 1 to 65535"),
