@@ -19,6 +19,7 @@ from rosa_kernels.adapters import (
 from rosa_kernels.config import LoRAConfig, RoSAConfig
 from rosa_kernels.dispatch import available_backends, use_backend
 from rosa_kernels.functional import csr_add, lora_linear, rosa_delta, rosa_linear, sddmm, sparse_linear, spmm
+from rosa_kernels.graphs import graphed
 from rosa_kernels.pattern import CSRPattern
 from rosa_kernels.version import __version__
 
@@ -32,6 +33,7 @@ __all__ = [
     "csr_add",
     "disable_adapters",
     "from_peft",
+    "graphed",
     "load_adapters",
     "lora_linear",
     "merge_adapters",

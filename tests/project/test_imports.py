@@ -19,6 +19,7 @@ ROOMS = [
     ["functional"],
     ["nn"],
     ["adapters"],
+    ["graphs"],
     ["__init__", "__main__", "tune"],
 ]
 """Lowest first: files, and folders with all in them that has no room of its own."""

@@ -1,0 +1,556 @@
+"""rk.graphed on recorded calls (recorded_calls.py), which do on CPU tensors what a CUDA graph does on a GPU.
+
+Every step here trains the small classifier with dropout, and its losses, parameters, gradients and random numbers are
+those of eager calls bit for bit. What a replay would compute otherwise is refused.
+"""
+
+from collections import namedtuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rosa_kernels as rk
+from recorded_calls import RecordedCalls
+from rosa_kernels.graphs import graphed_step
+from rosa_kernels.graphs.participants import Participants
+from small_classifier import IDS, Classifier
+
+LABELS = torch.tensor([0, 1, 2, 0])
+CALLS = 8  # three warm-ups, the recording, and more replays
+CONFIGS = {
+    "lora": rk.LoRAConfig(r=2, lora_dropout=0.3, target_modules=["embedding", "ff.0", "query"]),
+    "rosa": rk.RoSAConfig(r=2, density=0.1, lora_dropout=0.3, mask="random", target_modules=["embedding", "ff.0"]),
+    "rows": rk.RoSAConfig(r=0, density=0.2, structure="row", mask="random", target_modules=["ff.0", "ff.2"]),
+}
+BY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+Loss = namedtuple("Loss", "loss logits")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(graphed_step, "Recorder", RecordedCalls)
+
+
+def make_model(config=CONFIGS["rosa"], masks=True):
+    torch.manual_seed(0)
+    model = rk.add_adapters(Classifier(), config)
+    if masks and isinstance(config, rk.RoSAConfig):
+        rk.select_masks(model)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.add_(0.3 * torch.randn_like(parameter))  # where lora_B is zero, dropout changes nothing
+    return model
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adamw(model, lr=0.02):
+    return torch.optim.AdamW(trainable(model), lr=torch.tensor(lr), fused=True, capturable=True)
+
+
+def sgd(model):
+    return torch.optim.SGD(trainable(model), lr=0.05, momentum=0.9)
+
+
+class Training:
+    """A model, its optimizer and a step; `zero` says where the step clears gradients."""
+
+    def __init__(self, config=CONFIGS["rosa"], make_optimizer=adamw, zero="before", masks=True):
+        self.model = make_model(config, masks)
+        self.optimizer = make_optimizer(self.model)
+        self.zero = zero
+
+    def step(self, ids, labels):
+        if self.zero in ("before", "before, in place"):
+            self.optimizer.zero_grad(set_to_none=self.zero == "before")
+        loss = F.cross_entropy(self.model(ids), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable(self.model), 1.0)
+        self.optimizer.step()
+        if self.zero == "after":
+            self.optimizer.zero_grad()
+        return loss
+
+    def graphed(self):
+        return rk.graphed(self.step, IDS, LABELS)
+
+    def recorded(self):
+        """The step after its recording."""
+        run = self.graphed()
+        for _ in range(CALLS):
+            run(IDS, LABELS)
+        return run
+
+
+def batches(calls=CALLS):
+    return [((IDS + number) % 20, (LABELS + number) % 3) for number in range(calls)]
+
+
+def outcome(training, run, after_each=lambda: None):
+    """What a training has come to: losses, parameters, gradients, and where the random numbers are."""
+    torch.manual_seed(1)
+    losses = []
+    for batch in batches():
+        losses.append(run(*batch).detach())
+        after_each()
+    parameters = [parameter.detach() for parameter in trainable(training.model)]
+    gradients = [parameter.grad for parameter in trainable(training.model)]
+    return torch.stack(losses), *parameters, *gradients, torch.get_rng_state()
+
+
+def assert_same_bits(got, expected):
+    assert len(got) == len(expected)
+    for mine, other in zip(got, expected):
+        assert (mine is None and other is None) or torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("zero", ["before", "before, in place", "after"])
+@pytest.mark.parametrize("make_optimizer", [adamw, sgd])
+@BY_CONFIG
+def test_a_graphed_training_has_the_bits_of_an_eager_one(recorded, config, make_optimizer, zero):
+    eager, replayed = (Training(config, make_optimizer, zero) for _ in range(2))
+    expected = outcome(eager, eager.step)
+    assert_same_bits(outcome(replayed, replayed.graphed()), expected)
+    assert len(set(expected[0].tolist())) == CALLS
+
+
+def test_a_scheduler_acts_on_replays_by_a_tensor(recorded):
+    results = []
+    for graphed in (False, True):
+        training = Training()
+        scheduler = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: 1 / (1 + step))
+        run = training.graphed() if graphed else training.step
+        results.append(outcome(training, run, after_each=scheduler.step))
+    assert_same_bits(*results)
+    assert not torch.equal(results[0][0], outcome(training := Training(), training.step)[0]), "it does act"
+
+
+def test_each_replay_draws_its_masks_anew(recorded):
+    training = Training(make_optimizer=lambda model: adamw(model, lr=0.0))
+    run = training.recorded()
+    losses = {run(IDS, LABELS).item() for _ in range(5)}
+    assert len(losses) == 5
+
+
+def test_a_graph_that_repeats_its_random_numbers_is_refused(monkeypatch):
+    class Repeating(RecordedCalls):
+        def replay(self):
+            before = torch.get_rng_state()
+            super().replay()
+            torch.set_rng_state(before)
+
+    monkeypatch.setattr(graphed_step, "Recorder", Repeating)
+    with pytest.raises(RuntimeError, match="same random numbers"):
+        Training().recorded()
+
+
+def test_results_are_tensors_of_their_own(recorded):
+    training = Training()
+
+    def step(ids, labels):
+        logits = training.model(ids)
+        loss = F.cross_entropy(logits, labels)
+        return {"both": Loss(loss, [logits, None])}
+
+    run = rk.graphed(step, IDS, LABELS)
+    results = [run(*batch)["both"] for batch in batches()]
+    for result in results:
+        assert type(result) is Loss and result.logits[1] is None and not result.loss.requires_grad
+        assert torch.equal(result.loss, F.cross_entropy(result.logits[0], batches()[results.index(result)][1]))
+    assert len({result.loss.item() for result in results}) == CALLS
+
+
+def test_two_graphs_take_turns_over_one_model(recorded):
+    """For batches of two shapes: the gradients are those of the latest call, whichever graph it was."""
+    results = []
+    for graphed in (False, True):
+        training = Training()
+        short = (IDS[:, :5], LABELS)
+        runs = [training.step] * 2
+        if graphed:
+            runs = [rk.graphed(training.step, *short), training.graphed()]
+        both = lambda ids, labels, runs=runs: runs[0](ids[:, :5], labels) + runs[1](ids, labels)
+        results.append(outcome(training, both))
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_cleared_and_applied_outside(recorded, set_to_none):
+    """Only forward and backward are recorded, with the gradients of two batches added up."""
+
+    def train(graphed):
+        training = Training()
+
+        def backward(ids, labels):
+            loss = F.cross_entropy(training.model(ids), labels)
+            loss.backward()
+            return loss
+
+        run = rk.graphed(backward, IDS, LABELS) if graphed else backward
+        torch.manual_seed(1)
+        for number, batch in enumerate(batches()):
+            run(*batch)
+            if set_to_none or number % 2:
+                training.optimizer.step()
+                training.optimizer.zero_grad(set_to_none=set_to_none)
+        return [parameter.detach() for parameter in trainable(training.model)]
+
+    assert_same_bits(train(True), train(False))
+
+
+def test_gradients_that_are_cleared_in_another_way_than_before_are_refused(recorded):
+    training = Training(zero="never")
+    run = training.recorded()
+    training.optimizer.zero_grad(set_to_none=True)
+    with pytest.raises(RuntimeError, match="was another tensor when step was recorded"):
+        run(IDS, LABELS)
+
+
+def test_clearing_gradients_between_calls_is_harmless_where_the_step_clears_them_too(recorded):
+    def clear(training):
+        return lambda: training.optimizer.zero_grad()
+
+    eager, replayed = Training(), Training()
+    expected = outcome(eager, eager.step, clear(eager))
+    assert_same_bits(outcome(replayed, replayed.graphed(), clear(replayed)), expected)
+
+
+def test_an_update_by_the_gradient_of_the_call_before_is_refused(recorded):
+    training = Training()
+
+    def step(ids, labels):
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        F.cross_entropy(training.model(ids), labels).backward()
+
+    run = rk.graphed(step, IDS, LABELS)
+    run(IDS, LABELS)
+    with pytest.raises(ValueError, match="gradient of the call before"):
+        run(IDS, LABELS)
+
+
+def test_autocast_inside_the_step(recorded):
+    def cast(training):
+        def step(ids, labels):
+            with torch.autocast("cpu", torch.bfloat16):
+                return training.step(ids, labels)
+
+        return step
+
+    eager, replayed = Training(), Training()
+    expected = outcome(eager, cast(eager))
+    assert_same_bits(outcome(replayed, rk.graphed(cast(replayed), IDS, LABELS)), expected)
+
+
+def test_autocast_around_the_graph_is_refused(recorded):
+    run = Training().graphed()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="put it inside step"):
+        run(IDS, LABELS)
+
+
+def test_a_gradient_scaler_with_a_fused_optimizer(recorded):
+    def train(graphed):
+        training, scaler = Training(), torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+
+        def step(ids, labels):
+            training.optimizer.zero_grad()
+            loss = F.cross_entropy(training.model(ids), labels)
+            scaler.scale(loss).backward()
+            scaler.step(training.optimizer)
+            scaler.update()
+            return loss
+
+        run = rk.graphed(step, IDS, LABELS) if graphed else step
+        return (*outcome(training, run), scaler._scale)
+
+    assert_same_bits(train(True), train(False))
+
+
+LAYER = "blocks.0.ff.0"
+
+
+def _swap_data(training):
+    parameter = training.model.get_submodule(LAYER).lora_B["default"]
+    parameter.data = parameter.data.clone()
+
+
+def _other_pattern(training):
+    layer = training.model.get_submodule(LAYER)
+    shape, entries = layer.weight_shape, layer.sparse_pattern().nnz
+    layer.place_pattern(rk.CSRPattern.random(shape, entries / (shape[0] * shape[1]), seed=5))
+
+
+def _load_optimizer(training):
+    training.optimizer.load_state_dict(training.optimizer.state_dict())
+
+
+def _more_parameters(training):
+    training.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def _replace_layer(training):
+    training.model.blocks[0].ff[1] = nn.ReLU()
+
+
+def _set(path, name, value):
+    return lambda training: setattr(training.model.get_submodule(path), name, value)
+
+
+CHANGES = {
+    "another pattern": (_other_pattern, "ff.0.patterns.default.crow_indices is another one"),
+    "merged": (lambda training: rk.merge_adapters(training.model), "unmerged_weight is another one"),
+    "evaluation mode": (lambda training: training.model.eval(), "training was True and is False"),
+    "disabled": (_set(LAYER, "adapter_enabled", False), "adapter_enabled was True and is False"),
+    "scaling": (_set(LAYER, "scaling", 3.0), "scaling was 8.0 and is 3.0"),
+    "dropout": (_set(LAYER, "lora_dropout", 0.1), "lora_dropout was 0.3 and is 0.1"),
+    "new storage": (_swap_data, "lora_B.default is another one or lies elsewhere"),
+    "unfrozen": (lambda training: training.model.norm.requires_grad_(True), "norm.weight is another one"),
+    "replaced module": (_replace_layer, "ff.1 is another one"),
+    "weight decay": (
+        lambda t: t.optimizer.param_groups[0].update(weight_decay=0.5),
+        "weight_decay was 0.01 and is 0.5",
+    ),
+    "optimizer state": (_load_optimizer, "AdamW.state is another one"),
+    "parameter group": (_more_parameters, "AdamW has 2 entries beside param_groups.0. and had 1"),
+}
+
+
+@pytest.mark.parametrize("change, words", CHANGES.values(), ids=CHANGES)
+def test_what_a_replay_would_not_see_is_refused(recorded, change, words):
+    training = Training()
+    run = training.recorded()
+    change(training)
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    with pytest.raises(RuntimeError, match=words):
+        run(IDS, LABELS)
+    assert all(map(torch.equal, before, training.model.parameters())), "nothing has run"
+
+
+def test_masks_that_are_chosen_after_the_recording_need_a_new_graph(recorded):
+    """A graph of RoSA's warm-up, and after select_masks another one."""
+
+    def train(graphed):
+        training = Training(masks=False)
+        losses = []
+        torch.manual_seed(1)
+        for _ in range(2):
+            run = training.graphed() if graphed else training.step
+            losses += [run(*batch) for batch in batches()]
+            if not training.model.get_submodule(LAYER).masks_selected:
+                training.optimizer.zero_grad()
+                rk.select_masks(training.model)
+                if graphed:
+                    with pytest.raises(RuntimeError, match="since the call before, .* Call rk.graphed again"):
+                        run(IDS, LABELS)
+        return losses
+
+    assert_same_bits(train(True), train(False))
+
+
+def test_other_surroundings_are_refused(recorded):
+    run = Training().recorded()
+    for surroundings, words in (
+        (torch.no_grad(), "is_grad_enabled"),
+        (rk.use_backend("reference"), "use_backend was 'auto' and is 'reference'"),
+    ):
+        with surroundings, pytest.raises(RuntimeError, match=words):
+            run(IDS, LABELS)
+    run(IDS, LABELS)
+
+
+def test_a_model_that_is_as_it_was_replays_on(recorded):
+    training = Training()
+    run = training.recorded()
+    training.model.eval()
+    training.model.train()
+    training.optimizer.param_groups[0]["weight_decay"] = float("0.01")  # an equal number in another object
+    assert run(IDS, LABELS).isfinite()
+
+
+def with_float_lr(model):
+    return torch.optim.AdamW(trainable(model), lr=0.02, fused=True, capturable=True)
+
+
+def test_a_learning_rate_that_python_changes_is_refused_at_the_next_call(recorded):
+    training = Training(make_optimizer=with_float_lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: 1 / (1 + step))
+    run = training.graphed()
+    run(IDS, LABELS)
+    scheduler.step()
+    with pytest.raises(RuntimeError, match=r"lr was 0.02 and is 0.01.*may be a tensor"):
+        run(IDS, LABELS)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer that counts in Python, as Adam did before it was capturable."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["step"] = self.state[parameter].get("step", 0) + 1
+        return super().step(closure)
+
+
+def _after_step(training, act):
+    def step(ids, labels):
+        loss = training.step(ids, labels)
+        act(training)
+        return loss
+
+    return step
+
+
+def _scheduled(training):
+    scheduler = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: 1 / (1 + step))
+    return _after_step(training, lambda training: scheduler.step())
+
+
+def _reading_the_loss(training):
+    def step(ids, labels):
+        loss = training.step(ids, labels)
+        if loss.item() > 100:
+            raise FloatingPointError
+        return loss
+
+    return step
+
+
+def _own_count(training):
+    training.model.calls = 0
+    return _after_step(training, lambda training: setattr(training.model, "calls", training.model.calls + 1))
+
+
+STEPS = {
+    "a loss that Python reads": (adamw, _reading_the_loss, RuntimeError, "waits for the GPU"),
+    "a scheduler of a tensor": (adamw, _scheduled, ValueError, r"it writes AdamW.param_groups\[0\].lr"),
+    "a scheduler of a number": (with_float_lr, _scheduled, ValueError, "lr was"),
+    "an optimizer that counts in Python": (
+        lambda model: Counting(trainable(model), lr=0.1), lambda training: training.step, ValueError, "'step'. was",
+    ),
+    "an optimizer that counts on the CPU": (
+        lambda model: torch.optim.AdamW(trainable(model), lr=0.1), lambda training: training.step,
+        ValueError, "give it capturable=True",
+    ),
+    "a module that counts in Python": (adamw, _own_count, ValueError, "Classifier.calls was"),
+    "a parameter with a new storage": (adamw, lambda t: _after_step(t, _swap_data), ValueError, "lies elsewhere"),
+    "a number": (adamw, lambda training: lambda *batch: 3.0, TypeError, "expected to return tensors, got float"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make_optimizer, make_step, error, words", STEPS.values(), ids=STEPS)
+def test_a_step_that_no_replay_repeats_is_refused(recorded, make_optimizer, make_step, error, words):
+    training = Training(make_optimizer=make_optimizer)
+    run = rk.graphed(make_step(training), IDS, LABELS)
+    with pytest.raises(error, match=words):
+        for _ in range(CALLS):
+            run(IDS, LABELS)
+
+
+def test_a_recording_that_fails_leaves_the_gradients(monkeypatch):
+    class Failing(RecordedCalls):
+        def record(self, call):
+            super().record(call)
+            raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(graphed_step, "Recorder", Failing)
+    training = Training()
+    run = training.graphed()
+    for _ in range(graphed_step.WARM_UPS):
+        run(IDS, LABELS)
+    before = [parameter.grad for parameter in trainable(training.model)]
+    with pytest.raises(RuntimeError, match="capture failed"):
+        run(IDS, LABELS)
+    assert all(parameter.grad is gradient for parameter, gradient in zip(trainable(training.model), before))
+
+
+def test_a_module_on_another_device_is_refused(recorded):
+    training = Training()
+    training.model.register_buffer("elsewhere", torch.zeros(1, device="meta"))
+    with pytest.raises(ValueError, match="Classifier.elsewhere lies on meta"):
+        training.graphed()(IDS, LABELS)
+
+
+def test_data_parallel_models_are_refused(recorded, monkeypatch):
+    training = Training()
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Classifier)
+    with pytest.raises(ValueError, match="Classifier is wrapped in DDP or FSDP"):
+        training.graphed()(IDS, LABELS)
+
+
+@pytest.mark.parametrize("inputs, error, words", [
+    ((IDS,), ValueError, "expected 2 as the examples, got 1"),
+    ((IDS[:2], LABELS[:2]), ValueError, r"inputs\[0\]: expected torch.int64 of shape \(4, 10\) .* got .*\(2, 10\)"),
+    ((IDS, LABELS.int()), ValueError, r"inputs\[1\]: expected torch.int64 .* got torch.int32"),
+    ((IDS.tolist(), LABELS), TypeError, r"inputs\[0\]: expected a tensor, got list"),
+])  # fmt: skip
+def test_inputs_unlike_the_examples_are_refused(recorded, inputs, error, words):
+    run = Training().graphed()
+    with pytest.raises(error, match=words):
+        run(*inputs)
+
+
+@pytest.mark.parametrize("examples, error, words", [
+    ((3.0,), TypeError, r"example_inputs\[0\]: expected a tensor, got float"),
+    ((torch.ones(2).to_sparse(),), TypeError, "plain dense tensor"),
+    ((torch.ones(2, requires_grad=True),), ValueError, "requires no gradient"),
+    ((torch.ones(2), torch.ones(2, device="meta")), ValueError, r"example_inputs\[1\]: expected on cpu, got meta"),
+])  # fmt: skip
+def test_examples_that_do_not_serve_are_refused(recorded, examples, error, words):
+    with pytest.raises(error, match=words):
+        rk.graphed(lambda *inputs: None, *examples)
+
+
+def test_a_step_must_be_callable(recorded):
+    with pytest.raises(TypeError, match="step: expected a callable, got Tensor"):
+        rk.graphed(IDS, IDS)
+
+
+def test_a_cpu_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="a CUDA or ROCm GPU, and cpu is none; call step itself there"):
+        rk.graphed(lambda ids: None, IDS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="PyTorch finds none here"):
+        rk.graphed(lambda: None)
+
+
+def test_the_stand_in_reads_what_a_graph_reads(recorded, monkeypatch):
+    """Without the check, a replay after another pattern goes on with the old one: the fault that the check is for."""
+    training = Training(make_optimizer=lambda model: torch.optim.SGD(trainable(model), lr=0.0))
+    training.model.requires_grad_(False)
+    logits = rk.graphed(lambda ids: training.model.eval()(ids), IDS)
+    values = training.model.get_submodule(LAYER).sparse_values
+    values.fill_(1.0)
+    old = [logits(IDS) for _ in range(CALLS)][-1]
+    assert torch.equal(old, training.model(IDS))
+    _other_pattern(training)
+    values.fill_(1.0)
+    monkeypatch.setattr(graphed_step.GraphedStep, "_check_unchanged", lambda self: None)
+    assert torch.equal(logits(IDS), old) and not torch.equal(training.model(IDS), old)
+
+
+@pytest.mark.exhaustive
+def test_a_compiled_model_is_noticed_whole_and_stays_one_program():
+    """The hooks that notice who takes part break no program, and the second call already runs without them."""
+    torch._dynamo.reset()
+    model, participants, programs = Classifier(), Participants(torch.device("cpu")), []
+
+    def compiler(program, inputs):
+        programs.append(program)
+        return program
+
+    compiled = torch.compile(model, backend=compiler)
+    with participants.noticing():
+        compiled(IDS)
+    weights = [place.container["weight"] for place in participants.places() if place.name == "weight"]
+    assert any(weight is model.head.weight for weight in weights)
+    assert len(programs) == 1
+    compiled(IDS)
+    before = len(programs)
+    compiled(IDS)
+    assert len(programs) == before == 2
