@@ -60,15 +60,16 @@ def adapter_config(adapter: str, sizes: AdapterSizes) -> rk.LoRAConfig:
 
 def mask_selection(
     model: ReviewClassifier, adapter: str, sizes: AdapterSizes, reviews: EncodedReviews, settings: TrainingSettings
-) -> Callable[[int], None]:
-    """Make the function that train calls before each step: it chooses the masks once the warm-up is over.
+) -> Callable[[int], bool]:
+    """Make the function that train calls before each step: it chooses the masks once the warm-up is over, and says so.
 
     Without a low-rank part there is nothing to warm up but the head, so the masks are chosen before the first step.
     """
     selecting_step = {"rosa": sizes.warmup_steps, "sparse": 0, "row": 0}.get(adapter)
 
-    def before_step(step: int) -> None:
+    def before_step(step: int) -> bool:
         if step == selecting_step:
             rk.select_masks(model, reviews.batches(settings.batch_size, (settings.seed, MASK_ROUND)), review_loss)
+        return step == selecting_step
 
     return before_step

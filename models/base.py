@@ -13,6 +13,7 @@ import torch
 
 import data
 import reviews
+import step_graphs
 import training
 import transformer
 from data import EncodedReviews, train_tokenizer
@@ -39,7 +40,9 @@ class BaseRecipe:
             "config": self.config.to_dict(),
             "settings": asdict(self.settings),
             "threads": torch.get_num_threads(),
-            "code": [Path(module.__file__).read_text() for module in (reviews, data, transformer, training)],
+            "code": [
+                Path(module.__file__).read_text() for module in (reviews, data, transformer, training, step_graphs)
+            ],
             "versions": [torch.__version__, tokenizers.__version__],
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

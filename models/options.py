@@ -33,6 +33,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--base-train needs --train and --test")
     if options.train is None and options.classes != 2:
         parser.error("the embedded sample has 2 classes; --classes needs --train and --test")
+    if options.cuda_graph and options.device.type != "cuda":
+        parser.error(
+            f"--cuda-graph records the work of a CUDA or ROCm GPU, and --device is {options.device}; add --device cuda"
+        )
     options.preset = options.preset or ("sample" if options.train is None else "amazon")
     for name, value in PRESETS[options.preset].items():
         if name != "about" and getattr(options, name) is None:
@@ -138,6 +142,11 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the linear layers' arithmetic")
     group.add_argument("--backend", default="auto", metavar="NAME", help="see python -m rosa_kernels; default auto")
     group.add_argument("--device", type=torch.device, default="cpu", metavar="NAME", help="default cpu")
+    group.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="on a GPU: replay the training steps as CUDA graphs, one for each padded length of a batch",
+    )
     threads = torch.get_num_threads()
     group.add_argument("--threads", type=_at_least(1), default=threads, metavar="N", help=f"default here: {threads}")
     group.add_argument(

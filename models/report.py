@@ -45,6 +45,7 @@ def make_report(
         "test_reviews": int(confusion.sum()),
         "validation_accuracy": run.validation_accuracy if run else base["validation_accuracy"],
         "best_epoch": run.best_epoch if run else base["best_epoch"],
+        "graphed_steps": run.graphed_steps if run else base["graphed_steps"],
         "trainable_parameters": parameters["trainable"],
         "total_parameters": parameters["total"],
         "seconds": seconds,

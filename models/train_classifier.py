@@ -97,7 +97,14 @@ def adapter_settings(options: argparse.Namespace) -> TrainingSettings:
 
 def _settings(options: argparse.Namespace, epochs: int, lr: float, sparse_lr: float) -> TrainingSettings:
     return TrainingSettings(
-        epochs, options.batch_size, lr, sparse_lr, options.weight_decay, options.dtype, options.seed
+        epochs,
+        options.batch_size,
+        lr,
+        sparse_lr,
+        options.weight_decay,
+        options.dtype,
+        options.seed,
+        options.cuda_graph,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Batch, EncodedReviews
+from step_graphs import StepGraphs
 
 WARM_UP_SHARE = 0.05  # the learning rate rises during this share of all steps, then falls linearly to 0
 GRADIENT_NORM = 1.0  # a longer gradient is cut to this length
@@ -28,6 +29,7 @@ class TrainingSettings:
     weight_decay: float
     dtype: str  # "fp32", or "bf16": autocast computes linear layers in bfloat16, and parameters stay float32
     seed: int
+    cuda_graph: bool = False  # replay the steps as CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrainingRun:
     validation_accuracy: float  # what the best epoch reached
     seconds: float
     reviews_per_second: float  # in training steps, validation left out
+    graphed_steps: int  # that many of the steps were replays of CUDA graphs
 
 
 def review_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -82,16 +85,20 @@ def train(
     validation: EncodedReviews,
     settings: TrainingSettings,
     title: str,
-    before_step: Callable[[int], None] = lambda step: None,
+    before_step: Callable[[int], bool] = lambda step: False,
 ) -> TrainingRun:
     """Train the parameters that require gradients. The model ends with those of its best epoch on `validation`.
 
     The best epoch has the highest accuracy; among equals it is the first. before_step is called with each step's
-    number, from 0. Progress goes to stderr: a bar on a terminal, and a line an epoch elsewhere.
+    number, from 0, and returns whether it has changed the model. Progress goes to stderr: a bar on a terminal, and a
+    line an epoch elsewhere.
     """
+    device = next(model.parameters()).device
     steps = settings.epochs * -(-len(training) // settings.batch_size)
     optimizer = make_optimizer(model, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, steps))
+    run_step = training_step(model, optimizer, settings.dtype)
+    graphs = StepGraphs(run_step, settings.batch_size, model.config.max_tokens) if settings.cuda_graph else None
     best = BestEpoch(model)
     step, training_seconds, began = 0, 0.0, time.perf_counter()
     with progress_bar(title, settings.epochs * len(training)) as bar:
@@ -99,8 +106,10 @@ def train(
             model.train()
             epoch_began, loss_sum = time.perf_counter(), 0.0
             for batch in training.batches(settings.batch_size, shuffle_seed=(settings.seed, epoch)):
-                before_step(step)
-                loss = training_step(model, batch, optimizer, settings.dtype)
+                batch = batch.to(device)
+                if before_step(step) and graphs:
+                    graphs.forget()
+                loss = finite(graphs(batch) if graphs else run_step(*batch))
                 scheduler.step()
                 step += 1
                 loss_sum += loss * len(batch.labels)
@@ -117,23 +126,42 @@ def train(
             )
     best.restore()
     seconds = time.perf_counter() - began
-    return TrainingRun(best.epoch, best.score, seconds, settings.epochs * len(training) / training_seconds)
+    reviews_per_second = settings.epochs * len(training) / training_seconds
+    return TrainingRun(best.epoch, best.score, seconds, reviews_per_second, graphs.replays if graphs else 0)
 
 
-def training_step(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, dtype: str) -> float:
-    with autocast(model, dtype):
-        loss = review_loss(model, batch.to(next(model.parameters()).device))
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], GRADIENT_NORM)
-    optimizer.step()
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(f"the loss became {loss.item()}; a lower --lr or --base-lr may help")
-    return loss.item()
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, dtype: str) -> Callable[..., Tensor]:
+    """Make the function that trains on a batch's tensors, on the model's device, and returns the loss.
+
+    It never waits for a GPU, so a CUDA graph can be made of it.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def step(*batch: Tensor) -> Tensor:
+        with autocast(model, dtype):
+            loss = review_loss(model, Batch(*batch))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def finite(loss: Tensor) -> float:
+    """Read the loss. The training stops where it is no number."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss became {value}; a lower --lr or --base-lr may help")
+    return value
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """Make AdamW for what trains. Sparse values have their own learning rate, and only matrices have weight decay."""
+    """Make AdamW for what trains. Sparse values have their own learning rate, and only matrices have weight decay.
+
+    For a CUDA graph the learning rates are tensors, which the scheduler fills and each replay reads.
+    """
     sparse, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -144,7 +172,11 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.
         {"params": matrices, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
         {"params": vectors, "lr": settings.learning_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    groups = [group for group in groups if group["params"]]
+    if settings.cuda_graph:
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
+    return torch.optim.AdamW(groups, fused=True, capturable=settings.cuda_graph)
 
 
 def learning_rate_share(step: int, steps: int) -> float:

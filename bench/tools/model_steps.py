@@ -28,7 +28,7 @@ from options import parse_options
 from rosa_kernels.adapters.inject import adapter_layers
 from rosa_kernels.nn import AdapterLayer, RoSAEmbedding
 from train_classifier import adapter_settings, adapter_sizes, model_config
-from training import make_optimizer, review_loss, training_step
+from training import finite, make_optimizer, review_loss, training_step
 from transformer import ReviewClassifier
 
 try:
@@ -87,13 +87,13 @@ class TrainStep:
 
     def __init__(self, model: nn.Module, mode: str, shape: ModelShape, gradients: Callable, backend: str = "auto"):
         self.model, self.batch, self.gradients, self.backend = model.train(), shape.batch(), gradients, backend
-        self.optimizer = make_optimizer(model, adapter_settings(shape.options()))
-        self.dtype = "bf16" if mode == "autocast" else "fp32"
+        optimizer = make_optimizer(model, adapter_settings(shape.options()))
+        self.step = training_step(model, optimizer, "bf16" if mode == "autocast" else "fp32")
 
     def __call__(self) -> tuple[Tensor, ...]:
         torch.manual_seed(SEED)  # every model drops the same tokens and features
         with rk.use_backend(self.backend):
-            loss = training_step(self.model, self.batch, self.optimizer, self.dtype)
+            loss = finite(self.step(*self.batch))
         head, *adapter = self.gradients()
         return torch.tensor(loss), *(gradient / head.norm() for gradient in (head, *adapter))
 

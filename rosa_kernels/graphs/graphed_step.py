@@ -50,7 +50,7 @@ def graphed(step: Callable[..., Any], *example_inputs: Tensor) -> "GraphedStep":
 
 
 class GraphedStep:
-    """What graphed returns."""
+    """What graphed returns. Attribute ``replays``: how many of its calls were replays."""
 
     def __init__(self, step: Callable[..., Any], example_inputs: tuple[Tensor, ...]):
         if not callable(step):
@@ -72,6 +72,7 @@ class GraphedStep:
         self._participants = Participants(self._device)
         self._warm_ups = 0
         self._recorded = False
+        self.replays = 0
 
     def __call__(self, *inputs: Tensor) -> Any:
         self._check_inputs(inputs)
@@ -174,6 +175,7 @@ class GraphedStep:
     def _replay(self) -> Any:
         before = None if self._checked_draws else self._recorder.generator_state()
         self._recorder.replay()
+        self.replays += 1
         self._gradients.publish()
         if before is not None:
             if self._draws and torch.equal(before, self._recorder.generator_state()):
