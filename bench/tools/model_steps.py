@@ -87,13 +87,13 @@ class TrainStep:
 
     def __init__(self, model: nn.Module, mode: str, shape: ModelShape, gradients: Callable, backend: str = "auto"):
         self.model, self.batch, self.gradients, self.backend = model.train(), shape.batch(), gradients, backend
-        optimizer = make_optimizer(model, adapter_settings(shape.options()))
-        self.step = training_step(model, optimizer, "bf16" if mode == "autocast" else "fp32")
+        self.optimizer = make_optimizer(model, adapter_settings(shape.options()))
+        self.dtype = "bf16" if mode == "autocast" else "fp32"
 
     def __call__(self) -> tuple[Tensor, ...]:
         torch.manual_seed(SEED)  # every model drops the same tokens and features
         with rk.use_backend(self.backend):
-            loss = finite(self.step(*self.batch))
+            loss = finite(training_step(self.model, self.optimizer, self.dtype)(*self.batch))
         head, *adapter = self.gradients()
         return torch.tensor(loss), *(gradient / head.norm() for gradient in (head, *adapter))
 
