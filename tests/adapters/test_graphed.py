@@ -4,17 +4,20 @@ Every step here trains the small classifier with dropout, and its losses, parame
 those of eager calls bit for bit. What a replay would compute otherwise is refused.
 """
 
+import threading
 from collections import namedtuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import rosa_kernels as rk
 from recorded_calls import RecordedCalls
 from rosa_kernels.graphs import graphed_step
-from rosa_kernels.graphs.participants import Participants
+from rosa_kernels.graphs.participants import Participants, Place
+from rosa_kernels.graphs.snapshot import Snapshot
 from small_classifier import IDS, Classifier
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -288,6 +291,11 @@ def _load_optimizer(training):
     training.optimizer.load_state_dict(training.optimizer.state_dict())
 
 
+def _replace_state(training):
+    state = training.optimizer.state[trainable(training.model)[0]]
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
 def _more_parameters(training):
     training.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
@@ -314,6 +322,11 @@ CHANGES = {
         lambda t: t.optimizer.param_groups[0].update(weight_decay=0.5),
         "weight_decay was 0.01 and is 0.5",
     ),
+    "betas": (
+        lambda t: t.optimizer.param_groups[0].update(betas=(0.5, 0.9)),
+        r"param_groups\[0\].betas is another one",
+    ),
+    "one state": (_replace_state, "'exp_avg'. is another one"),
     "optimizer state": (_load_optimizer, "AdamW.state is another one"),
     "parameter group": (_more_parameters, "AdamW has 2 entries beside param_groups.0. and had 1"),
 }
@@ -532,6 +545,71 @@ def test_the_stand_in_reads_what_a_graph_reads(recorded, monkeypatch):
     values.fill_(1.0)
     monkeypatch.setattr(graphed_step.GraphedStep, "_check_unchanged", lambda self: None)
     assert torch.equal(logits(IDS), old) and not torch.equal(training.model(IDS), old)
+
+
+class Functional(nn.Module):
+    """A layer that holds its pattern itself, straight on rk.sparse_linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.pattern = rk.CSRPattern.random((8, 6), 0.25, seed=0)
+        self.register_buffer("weight", torch.randn(8, 6))
+        self.values = nn.Parameter(torch.randn(self.pattern.nnz))
+
+    def forward(self, x):
+        return rk.sparse_linear(x, self.weight, None, self.values, self.pattern)
+
+
+def test_a_pattern_that_a_module_holds_itself(recorded):
+    layer = Functional()
+    run = rk.graphed(lambda x: layer(x), torch.randn(3, 6))
+    for _ in range(CALLS):
+        x = torch.randn(3, 6)
+        assert torch.equal(run(x), layer(x))
+    layer.pattern = rk.CSRPattern.random((8, 6), 0.25, seed=1)
+    with pytest.raises(RuntimeError, match="Functional.pattern is another one"):
+        run(x)
+
+
+def test_modules_of_other_threads_take_no_part(recorded):
+    participants = Participants(torch.device("cpu"))
+    with participants.noticing():
+        thread = threading.Thread(target=Functional(), args=(torch.randn(3, 6),))
+        thread.start()
+        thread.join()
+    assert participants.places() == []
+
+
+def test_memory_that_a_replay_reads_is_not_given_to_others():
+    """A replay that is refused reads nothing, but a graph may still run when Python has let go of a tensor."""
+    parameter = nn.Parameter(torch.zeros(64))
+    snapshot = Snapshot([Place("layer", "weight", {"weight": parameter}, "weight")], "cpu")
+    address = parameter.data_ptr()
+    parameter.data = torch.ones(64)
+    others = [torch.ones(64) for _ in range(1000)]
+    assert all(other.data_ptr() != address for other in others)
+    assert snapshot.difference() == "layer.weight is another one or lies elsewhere"
+
+
+def test_the_tensors_inside_a_subclass_are_watched():
+    inside = torch.zeros(4), torch.ones(4)
+    tensors = {"weight": TwoTensor(*inside)}
+    snapshot = Snapshot([Place("layer", "weight", tensors, "weight")], "cpu")
+    tensors["weight"] = TwoTensor(*inside)
+    assert snapshot.difference() is None
+    tensors["weight"] = TwoTensor(inside[0], inside[1].clone())
+    assert snapshot.difference() == "layer.weight is another one or lies elsewhere"
+
+
+def test_what_is_gone_or_new_is_named():
+    tensors = {"weight": torch.zeros(1), "bias": torch.zeros(1)}
+    snapshot = Snapshot([Place("layer", name, tensors, name) for name in tensors], "cpu")
+    bias = tensors.pop("bias")
+    assert snapshot.difference() == "layer.bias is gone"
+    tensors["bias"] = bias
+    assert snapshot.difference() is None
+    tensors["scale"] = bias
+    assert snapshot.difference() == "layer has 3 entries beside bias and had 2"
 
 
 @pytest.mark.exhaustive
