@@ -113,7 +113,7 @@ class GraphedStep:
                     results = self._run_without_waiting() if last else self._step(*self._inputs)
         self._draws = not torch.equal(generator_before, self._recorder.generator_state())
         self._warm_ups += 1
-        self._snapshot = Snapshot(self._participants.places(), self._device.type)
+        self._snapshot = Snapshot(self._participants.places(), self._participants.containers(), self._device.type)
         return _each(_own, results)
 
     def _run_without_waiting(self) -> Any:

@@ -25,7 +25,6 @@ class Place(NamedTuple):
     name: str
     container: Any  # a dict or a list
     key: Any
-    is_attribute: bool = False  # of a module, which has others that decide nothing
 
 
 class Participants:
@@ -96,19 +95,32 @@ class Participants:
                 found += [Place(owner, name, container, name) for name in container]
             attributes = module.__dict__
             watched = [name for name, value in attributes.items() if type(value) in _WATCHED]
-            found += [Place(owner, name, attributes, name, is_attribute=True) for name in watched]
+            found += [Place(owner, name, attributes, name) for name in watched]
         found += self.optimizer_settings()
         for optimizer in self._optimizers.values():
             owner = type(optimizer).__name__
-            found += [
-                Place(owner, name, vars(optimizer), name, is_attribute=True) for name in ("state", "param_groups")
-            ]
+            found += [Place(owner, name, vars(optimizer), name) for name in ("state", "param_groups")]
             found += [Place(owner, f"state[{n}]", optimizer.state, p) for n, p in enumerate(optimizer.state)]
             for number, group in enumerate(optimizer.param_groups):
                 found.append(Place(owner, f"param_groups[{number}]", optimizer.param_groups, number))
                 found += [Place(owner, f"params[{n}]", group["params"], n) for n in range(len(group["params"]))]
             for state in optimizer.state.values():
                 found += [Place(owner, f"state[...][{name!r}]", state, name) for name in state]
+        return found
+
+    def containers(self) -> list[tuple[str, Any]]:
+        """(owner, dict or list) of all that hold such places, empty ones too, and must not get new ones.
+
+        A module's attributes are not among them: what was not there has decided nothing.
+        """
+        found: list[tuple[str, Any]] = []
+        for owner, module in self._modules.values():
+            found += [(owner, module._parameters), (owner, module._buffers), (owner, module._modules)]
+        for optimizer in self._optimizers.values():
+            owner = type(optimizer).__name__
+            found += [(f"{owner}.state", optimizer.state), (f"{owner}.param_groups", optimizer.param_groups)]
+            found += [(f"{owner}.param_groups", group["params"]) for group in optimizer.param_groups]
+            found += [(f"{owner}.state[...]", state) for state in optimizer.state.values()]
         return found
 
     def optimizer_settings(self) -> list[Place]:

@@ -16,9 +16,12 @@ from rosa_kernels.pattern import CSRPattern
 
 
 class Snapshot:
-    """What lies at these places now. It keeps the tensors' memory, which a graph itself does not."""
+    """What lies at these places now, and how many entries the containers have, which are (owner, dict or list).
 
-    def __init__(self, places: list[Place], device_type: str):
+    It keeps the tensors' memory, which a graph itself does not.
+    """
+
+    def __init__(self, places: list[Place], containers: list[tuple[str, Any]], device_type: str):
         self._places, self._device_type = places, device_type
         self._containers, self._keys = [place.container for place in places], [place.key for place in places]
         self._values: list[Any] = list(map(getitem, self._containers, self._keys))
@@ -26,14 +29,12 @@ class Snapshot:
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
         self._memory = [tensor.detach() for tensor in self._tensors]
         self._addresses, self._require_grad = _addresses(self._tensors), _require_grad(self._tensors)
-        # A module's attributes may grow: what nobody watched did not decide anything.
-        growing = {id(place.container): place for place in places if not place.is_attribute}
-        self._growing = list(growing.values())
+        self._growing = containers
         self._sizes = self._sizes_now()
         self._surroundings = _surroundings(device_type)
 
     def _sizes_now(self) -> list[int]:
-        return [len(place.container) for place in self._growing]
+        return [len(container) for _, container in self._growing]
 
     def difference(self) -> str | None:
         """The first thing that is no longer as it was, in words, or None. Every replay asks, so it takes few calls."""
@@ -64,9 +65,9 @@ class Snapshot:
                 plain = type(old) in SETTINGS and type(new) in SETTINGS
                 how = f"was {old!r} and is {new!r}" if plain else "is another one or lies elsewhere"
                 return f"{place.owner}.{place.name} {how}"
-        for place, size, now in zip(self._growing, self._sizes, self._sizes_now()):
+        for (owner, _), size, now in zip(self._growing, self._sizes, self._sizes_now()):
             if now != size:
-                return f"{place.owner} has {now} entries beside {place.name} and had {size}"
+                return f"{owner} has {now} entries and had {size}"
         surroundings = _surroundings(self._device_type)
         for name, before in self._surroundings.items():
             if surroundings[name] != before:

@@ -213,6 +213,22 @@ def test_gradients_that_are_cleared_in_another_way_than_before_are_refused(recor
         run(IDS, LABELS)
 
 
+def test_parameters_of_no_module_are_watched_too(recorded):
+    weight = nn.Parameter(torch.randn(5))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def step(x):
+        (weight * x).sum().backward()
+        optimizer.step()
+
+    run = rk.graphed(step, torch.randn(5))
+    for _ in range(CALLS):
+        run(torch.randn(5))
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r".grad of a parameter of shape \(5,\) was another tensor"):
+        run(torch.randn(5))
+
+
 def test_clearing_gradients_between_calls_is_harmless_where_the_step_clears_them_too(recorded):
     def clear(training):
         return lambda: training.optimizer.zero_grad()
@@ -328,7 +344,7 @@ CHANGES = {
     ),
     "one state": (_replace_state, "'exp_avg'. is another one"),
     "optimizer state": (_load_optimizer, "AdamW.state is another one"),
-    "parameter group": (_more_parameters, "AdamW has 2 entries beside param_groups.0. and had 1"),
+    "parameter group": (_more_parameters, "AdamW.param_groups has 2 entries and had 1"),
 }
 
 
@@ -407,6 +423,19 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
+class LateState(torch.optim.SGD):
+    """It makes a state in the call that is recorded, and each replay would begin with that again."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps > graphed_step.WARM_UPS:
+            parameter = self.param_groups[0]["params"][0]
+            self.state[parameter]["average"] = torch.zeros_like(parameter)
+        return super().step(closure)
+
+
 def _after_step(training, act):
     def step(ids, labels):
         loss = training.step(ids, labels)
@@ -446,6 +475,10 @@ STEPS = {
     "an optimizer that counts on the CPU": (
         lambda model: torch.optim.AdamW(trainable(model), lr=0.1), lambda training: training.step,
         ValueError, "give it capturable=True",
+    ),
+    "an optimizer whose state comes late": (
+        lambda model: LateState(trainable(model), lr=0.1), lambda training: training.step, ValueError,
+        "LateState.state has 1 entries and had 0",
     ),
     "a module that counts in Python": (adamw, _own_count, ValueError, "Classifier.calls was"),
     "a parameter with a new storage": (adamw, lambda t: _after_step(t, _swap_data), ValueError, "lies elsewhere"),
@@ -583,7 +616,7 @@ def test_modules_of_other_threads_take_no_part(recorded):
 def test_memory_that_a_replay_reads_is_not_given_to_others():
     """A replay that is refused reads nothing, but a graph may still run when Python has let go of a tensor."""
     parameter = nn.Parameter(torch.zeros(64))
-    snapshot = Snapshot([Place("layer", "weight", {"weight": parameter}, "weight")], "cpu")
+    snapshot = Snapshot([Place("layer", "weight", {"weight": parameter}, "weight")], [], "cpu")
     address = parameter.data_ptr()
     parameter.data = torch.ones(64)
     others = [torch.ones(64) for _ in range(1000)]
@@ -594,7 +627,7 @@ def test_memory_that_a_replay_reads_is_not_given_to_others():
 def test_the_tensors_inside_a_subclass_are_watched():
     inside = torch.zeros(4), torch.ones(4)
     tensors = {"weight": TwoTensor(*inside)}
-    snapshot = Snapshot([Place("layer", "weight", tensors, "weight")], "cpu")
+    snapshot = Snapshot([Place("layer", "weight", tensors, "weight")], [], "cpu")
     tensors["weight"] = TwoTensor(*inside)
     assert snapshot.difference() is None
     tensors["weight"] = TwoTensor(inside[0], inside[1].clone())
@@ -603,13 +636,13 @@ def test_the_tensors_inside_a_subclass_are_watched():
 
 def test_what_is_gone_or_new_is_named():
     tensors = {"weight": torch.zeros(1), "bias": torch.zeros(1)}
-    snapshot = Snapshot([Place("layer", name, tensors, name) for name in tensors], "cpu")
+    snapshot = Snapshot([Place("layer", name, tensors, name) for name in tensors], [("layer", tensors)], "cpu")
     bias = tensors.pop("bias")
     assert snapshot.difference() == "layer.bias is gone"
     tensors["bias"] = bias
     assert snapshot.difference() is None
     tensors["scale"] = bias
-    assert snapshot.difference() == "layer has 3 entries beside bias and had 2"
+    assert snapshot.difference() == "layer has 3 entries and had 2"
 
 
 @pytest.mark.exhaustive
