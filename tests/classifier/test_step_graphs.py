@@ -16,8 +16,8 @@ from training import TrainingSettings, train
 from transformer import ClassifierConfig, ReviewClassifier
 
 WORDS = "dull slow weak bright quick strong thing film"
-EPOCHS, BATCH, REVIEWS = 2, 8, 85  # ten full batches and a short one in each epoch
-SELECTING_STEP = 5
+EPOCHS, BATCH, REVIEWS = 3, 8, 85  # ten full batches and a short one in each epoch
+SELECTING_STEP = 13
 
 
 class Eager:
@@ -61,15 +61,20 @@ def training(monkeypatch, graph):
 
 
 def test_replays_train_as_the_steps_themselves(monkeypatch):
-    graph = rk.graphed
+    graph, replays = rk.graphed, []
+
+    class Counted(RecordedCalls):
+        def replay(self):
+            replays.append(self)
+            super().replay()
+
     eager, parameters, random_numbers = training(monkeypatch, Eager)
-    monkeypatch.setattr(graphed_step, "Recorder", RecordedCalls)
+    monkeypatch.setattr(graphed_step, "Recorder", Counted)
     run, same_parameters, same_random_numbers = training(monkeypatch, graph)
     assert all(map(torch.equal, same_parameters, parameters)) and torch.equal(same_random_numbers, random_numbers)
     assert run.validation_accuracy == eager.validation_accuracy and eager.graphed_steps == 0
-    full_batches = EPOCHS * (REVIEWS // BATCH)
-    # Three of each of two shapes warm up, before the masks and after; not every shape comes often enough before.
-    assert full_batches - 4 * graphed_step.WARM_UPS <= run.graphed_steps <= full_batches - 3 * graphed_step.WARM_UPS
+    # Of each of two shapes three steps warm up, before the masks are chosen and after.
+    assert run.graphed_steps == len(replays) == EPOCHS * (REVIEWS // BATCH) - 2 * 2 * graphed_step.WARM_UPS
 
 
 def test_padding_changes_no_logit_beyond_rounding():
