@@ -6,7 +6,7 @@ import torch
 
 import rosa_kernels
 from rosa_kernels import direct_call, dispatch
-from rosa_kernels.backends import cpu, cuda
+from rosa_kernels.backends import cpu, cuda, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,6 +42,9 @@ def main() -> None:
     if direct_call.missing_names:
         names = ", ".join(f"torch.{name}" for name in direct_call.missing_names)
         print(f"  every call goes through PyTorch's dispatcher, 10 us more: this PyTorch has no {names}")
+    if (names := triton.missing_names()) and triton.unavailable_reason() is None:
+        names = ", ".join(f"triton.{name}" for name in names)
+        print(f"  every launch goes through Triton's Python, 30 us more: this Triton has no {names}")
     print('\nwith backend "auto"')
     print(service_table())
 

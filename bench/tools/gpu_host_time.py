@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,6 +49,12 @@ except ImportError:
 _FOLDER = "ROSA_KERNELS_GPU_HOST"
 """The environment variable that names the folder of the stand-ins, in the process that measures."""
 _ALLOCATES = ("aten::empty", "aten::new_empty")
+
+
+class Counters(NamedTuple):
+    launches: stand_ins.Counter
+    gemms: stand_ins.Counter
+    """Those that the CUDA backend takes from the C shim, which no mode sees."""
 
 
 class ATenCalls(TorchDispatchMode):
@@ -115,7 +122,7 @@ def lines(case: Case) -> dict[str, dict[str, Callable]]:
             forwards["module"]["peft"] = peft_module(case, layer)
     made = {}
     for what, candidates in forwards.items():
-        for kind in ("", "forward"):
+        for kind in ("", "forward") if case.has_step else ("forward",):
             calls = {
                 name: torch.no_grad()(forward) if kind else gradients(forward, leaves, layer.dy)
                 for name, (forward, leaves) in candidates.items()
@@ -158,26 +165,27 @@ def measured(candidates: dict[str, Callable], rounds: int, calls: int) -> dict[s
     return {name: statistics.quantiles(samples, n=10)[0] * 1e6 for name, samples in seconds.items()}
 
 
-def counted(call: Callable, launches: stand_ins.LaunchCounter) -> dict[str, int]:
+def counted(call: Callable, counters: Counters) -> dict[str, int]:
     """In a call that goes past the dispatcher, as it does when nothing counts."""
     needs_dispatcher = direct_call.needs_dispatcher
     direct_call.needs_dispatcher = lambda args: False
     try:
-        before = launches()
+        launches, gemms = counters.launches(), counters.gemms()
         with ATenCalls() as aten:
             call()
-        return {"launches": launches() - before, "aten_calls": len(aten.names)}
+        gemms = counters.gemms() - gemms
+        return {"launches": counters.launches() - launches, "aten_calls": len(aten.names) + gemms}
     finally:
         direct_call.needs_dispatcher = needs_dispatcher
 
 
-def steps_of(case: Case, launches: stand_ins.LaunchCounter, rounds: int, calls: int) -> list[dict]:
+def steps_of(case: Case, counters: Counters, rounds: int, calls: int) -> list[dict]:
     steps = []
     plan = Plan(case)
     with rk.use_backend(case.backend), plan.forced():
         for name, candidates in lines(case).items():
             candidates["ours"]()
-            counts = counted(candidates["ours"], launches)
+            counts = counted(candidates["ours"], counters)
             check_results(case, name, candidates, counts["launches"])
             us = measured(candidates, rounds, calls)
             step = {"name": name, "ours_us": us["ours"], "by_hand_us": us["by_hand"]}
@@ -262,12 +270,13 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
         sys.exit(f"gpu_host_time: no case has {' or '.join(map(repr, options.only))} in its name")
     cuda_library = builds.build_cuda_backend(folder) if any(case.backend == "cuda" for case in chosen) else None
     stand_ins.install(cuda_library)
-    launches = stand_ins.LaunchCounter(folder / "libcuda.so.1", cuda_library)
+    launches = stand_ins.Counter("kernel_launches", folder / "libcuda.so.1", cuda_library)
+    counters = Counters(launches, stand_ins.Counter("gemm_calls", cuda_library))
     if peft is None:
         print("PEFT's modules are left out: peft is not installed")
     steps = []
     for case in chosen:
-        steps += steps_of(case, launches, *((10, 2) if options.quick else (200, 10)))
+        steps += steps_of(case, counters, *((10, 2) if options.quick else (200, 10)))
     print(table(steps))
     if options.json:
         options.json.write_text(

@@ -62,7 +62,8 @@ VALID = {
         **NO_DROPOUT, "parts": lambda: torch.zeros(2, K, R),
     },
     "epilogue": {
-        "y": lambda: matrix(T, N), "accumulate": lambda: True, "bias": lambda: torch.ones(N, dtype=BF16), "H": lambda: matrix(T, R), "B": lambda: matrix(N, 3),
+        "y": lambda: matrix(T, N), "accumulate": lambda: True, "bias": lambda: torch.ones(N, dtype=BF16),
+        "H": lambda: matrix(T, R), "B": lambda: matrix(N, 3),
         "scaling": lambda: 1.0, **NO_DROPOUT, "crow": crow_indices,
         "packed_entries": lambda: torch.zeros(NNZ + cuda_kernels.ENTRY_PADDING, dtype=torch.int64),
         "x": lambda: matrix(T, K), "x_transposed": lambda: None, "row_products": lambda: None,

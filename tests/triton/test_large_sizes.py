@@ -8,12 +8,12 @@ import os
 
 import pytest
 import torch
+from rosa_kernels.backends.gpu.operands import Sparse
 
 import large_tensors
 from large_tensors import copy_at_stride, zeros
 from oracle import dense
 from rosa_kernels.backends import triton as backend
-from rosa_kernels.backends.gpu.operands import Sparse
 from rosa_kernels.backends.gpu.sizes import MOST_LENGTH, MOST_RANK
 from rosa_kernels.backends.triton import launcher, linear, lora, split_k, transpose
 from rosa_kernels.backends.triton.configs import Config
@@ -293,4 +293,4 @@ def test_a_grid_that_no_gpu_has_is_refused():
     x = torch.zeros(4, 4)
     for grid in ((2**31,), (1, 65536), (1, 1, 65536)):
         with pytest.raises(ValueError, match=f"sum_kernel: expected a grid of at most .* got .*{max(grid)}"):
-            launcher._launch(split_k.sum_kernel, grid, (x, x, 16, 1), split_k._CONFIG, {}, None)
+            launcher.launch(split_k.sum_kernel, grid, (x, x), (16, 1), (), split_k._CONFIG)

@@ -38,6 +38,8 @@ class Case:
     dropout_p: float = 0.0
     has_base: bool = True
     has_module: bool = True
+    has_step: bool = True
+    """False where the algorithm of y keeps no H for a backward."""
 
     @property
     def name(self) -> str:
@@ -102,13 +104,15 @@ class TinyLayer:
 
 def _triton_cases() -> list[Case]:
     by_kernel, by_library = TritonLinear("kernel", "before"), TritonLinear("library", "library")
+    inside = TritonLinear("kernel", "inside")
     cases = [
         Case("lora", "bf16", "triton", y=by_library, dx=by_library),
         Case("lora", "bf16-fp32", "triton"),
         Case("lora", "fp32", "triton"),
         Case("lora", "bf16", "triton", "dropout", dropout_p=0.1),
         Case("lora", "bf16", "triton", tokens=FEW),
-        Case("lora", "bf16", "triton", "H in the kernel", tokens=FEW, y=TritonLinear("kernel", "inside"),
+        Case("lora", "bf16", "triton", "H in the kernel", tokens=FEW, y=inside, has_step=False),
+        Case("lora", "bf16", "triton", "base in the kernel", tokens=FEW, y=TritonLinear("kernel", "before"),
              dx=TritonLinear("kernel", "known")),
         Case("lora", "bf16", "triton", "H by its kernel", y=by_kernel, dx=TritonLinear("library", "known")),
         Case("rosa", "bf16", "triton"),

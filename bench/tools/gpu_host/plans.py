@@ -36,15 +36,20 @@ class Plan:
         with contextlib.ExitStack() as stack:
             for name, stand_in in stand_ins.items():
                 stack.enter_context(mock.patch.object(heuristics, name, stand_in))
+            stack.enter_context(mock.patch.object(hardware, "splits_of", self._splits(hardware.splits_of)))
             if self.case.backend == "triton":
-                stack.enter_context(mock.patch.object(hardware, "splits_of", self._splits(hardware.splits_of)))
-                stack.enter_context(self._parts_of_dH())
+                from rosa_kernels.backends.triton import lora
+
+                tiles = lambda length, block: max(2, cdiv(length, block))  # each has its part of dH
+                stack.enter_context(mock.patch.object(lora, "cdiv", tiles))
             yield self
         _forget_what_is_cached()
 
     def check_asked(self) -> None:
         """A backend that took its algorithms from elsewhere was measured with others than the case's."""
-        wanted = {"y", "dx", *(["dvalues"] if self.case.has_sparse else [])}
+        wanted = {"y"}
+        if self.case.has_step:
+            wanted |= {"dx", *(["dvalues"] if self.case.has_sparse else [])}
         if self.decided.keys() != wanted:
             raise RuntimeError(
                 f"{self.case.name}: the heuristics were asked for {sorted(self.decided)}, not {sorted(wanted)}"
@@ -95,12 +100,14 @@ class Plan:
     def _splits(self, splits_of):
         """How many splits a kernel's sum has at the real size. Which kernel, the function says that asks."""
         tokens, nnz = self.case.tokens, self.case.nnz
+        tokens_of_H, features_of_a_gradient = (64, 128) if self.case.backend == "triton" else (16, 64)
         real = {  # length, tiles
-            "shrink": (FEATURES, cdiv(tokens, 64)),
-            "lora_grad": (tokens, FEATURES // 128),
+            "shrink": (FEATURES, cdiv(tokens, tokens_of_H)),
+            "lora_grad": (tokens, FEATURES // features_of_a_gradient),
             "sddmm_tiled": (tokens, (FEATURES // 128) ** 2),
             "sddmm_blocks": (tokens, FEATURES // 16 * FEATURES // 64),
             "sddmm_entries": (tokens, cdiv(nnz, 64)),
+            "sddmm": (tokens, cdiv(nnz, 64)),
         }
 
         @functools.cache
@@ -113,13 +120,6 @@ class Plan:
             return real_splits(sys._getframe(1).f_code.co_name, block, device, at_most), 1
 
         return stand_in
-
-    @staticmethod
-    def _parts_of_dH():
-        """Several tiles of dy's features, each with its part of dH."""
-        from rosa_kernels.backends.triton import lora
-
-        return mock.patch.object(lora, "cdiv", lambda a, b: max(2, cdiv(a, b)))
 
 
 def _forget_what_is_cached() -> None:

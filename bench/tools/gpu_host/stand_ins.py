@@ -20,7 +20,6 @@ from rosa_kernels.backends.gpu import hardware
 from rosa_kernels.backends.triton import split_bf16_gemm
 
 ARCHITECTURE, MULTIPROCESSORS = "sm_90", 132
-H100 = torch.device("cpu")
 _initialised = threading.local()
 
 
@@ -75,20 +74,21 @@ def _install_triton_driver() -> None:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
+    from rosa_kernels.backends.triton import launcher
+
     active = CudaDriver()
     active.get_device_capability = lambda device=None: (9, 0)
     active.get_current_device = current_device
     active.get_current_stream = operator.index  # a C function of the device that returns a number
     driver.set_active(active)
+    launcher._current_device = lambda: -1  # as a CPU tensor's get_device() says
 
 
-class LaunchCounter:
-    """Kernels of this package that were launched, by Triton or by the CUDA backend."""
+class Counter:
+    """The sum of a counter in several libraries."""
 
-    def __init__(self, *libraries: Path | None):
-        self._counts = [
-            ctypes.c_long.in_dll(ctypes.CDLL(str(library)), "kernel_launches") for library in libraries if library
-        ]
+    def __init__(self, name: str, *libraries: Path | None):
+        self._counts = [ctypes.c_long.in_dll(ctypes.CDLL(str(library)), name) for library in libraries if library]
 
     def __call__(self) -> int:
         return sum(count.value for count in self._counts)

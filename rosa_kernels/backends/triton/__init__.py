@@ -12,6 +12,7 @@ try:
 except ModuleNotFoundError:
     triton = None
 else:
+    from rosa_kernels.backends.triton import compiled_call
     from rosa_kernels.backends.triton.ops import (
         KEEPS_H,
         LORA_OPS,
@@ -29,6 +30,7 @@ __all__ = [
     "LORA_OPS",
     "csr_add",
     "lora_step_by_library",
+    "missing_names",
     "refusal",
     "rosa_linear",
     "rosa_linear_backward",
@@ -45,6 +47,11 @@ def unavailable_reason() -> str | None:
     if not torch.cuda.is_available() and not _emulated():
         return "no CUDA or ROCm device; TRITON_INTERPRET=1 lets it run on CPU tensors, slowly, when asked for by name"
     return None
+
+
+def missing_names() -> tuple[str, ...]:
+    """What this Triton lacks of the names by which the package launches its kernels at once."""
+    return () if triton is None else compiled_call.missing_names
 
 
 def _emulated() -> bool:

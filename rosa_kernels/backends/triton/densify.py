@@ -57,8 +57,8 @@ def densify(out: Tensor, weight: Tensor | None, S: Sparse) -> Tensor:
         weight = None
     strides = (0, 0) if weight is None else weight.stride()
     launcher.launch(
-        densify_kernel, (out_features,), out, weight, S.values, S.crow, S.col, in_features, *strides, in_features,
-        ZERO=zero, config=_CONFIG,
+        densify_kernel, (out_features,), (out, weight, S.values, S.crow, S.col), (in_features, *strides, in_features),
+        (zero,), _CONFIG,
     )  # fmt: skip
     return out
 

@@ -258,14 +258,13 @@ def _launch(
     bias = None if bias is None else bias.contiguous()
     launcher.launch(
         linear_kernel, (cdiv(T, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),),
-        y, x, x_transposed, weight, bias, H, A, B, dropout.seed, dense_S, *in_csr_form,
-        T, N, K, R, scaling, dropout.keep_scale, int32_threshold(dropout.threshold),
-        y.stride(0), *x.stride(), _strides(x_transposed)[1], _strides(H)[0],
-        *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S),
-        DROPOUT=drop_at, SPARSE=sparse, ACCUMULATE=accumulate,
-        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x),
-        BLOCK_R=_block_r(R, H, B, x.dtype), BLOCK_E=_block_e(config, x.element_size()), GROUP_M=_GROUP_M,
-        config=config,
+        (y, x, x_transposed, weight, bias, H, A, B, dropout.seed, dense_S, *in_csr_form),
+        (T, N, K, R, scaling, dropout.keep_scale, int32_threshold(dropout.threshold),
+         y.stride(0), *x.stride(), _strides(x_transposed)[1], _strides(H)[0],
+         *_strides(weight), *_strides(A), *_strides(B), *_strides(dense_S)),
+        (drop_at, sparse, accumulate, K % config["BLOCK_K"] == 0, hardware.precision(x),
+         _block_r(R, H, B, x.dtype), _block_e(config, x.element_size()), _GROUP_M),
+        config,
     )  # fmt: skip
 
 

@@ -119,9 +119,9 @@ def shrink(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: Dropout = NO_DROPO
     parts = parts_for(H, splits)
     launcher.launch(
         shrink_kernel, (tiles[0], splits, tiles[1]),
-        parts, x, A, dropout.seed, T, K, R, H.shape[1], blocks, dropout.keep_scale, int32_threshold(dropout.threshold),
-        *x.stride(), *A.stride(),
-        EVEN_K=K % config["BLOCK_K"] == 0, PRECISION=hardware.precision(x), BLOCK_R=block_r(R), config=config,
+        (parts, x, A, dropout.seed),
+        (T, K, R, H.shape[1], blocks, dropout.keep_scale, int32_threshold(dropout.threshold), *x.stride(), *A.stride()),
+        (K % config["BLOCK_K"] == 0, hardware.precision(x), block_r(R)), config,
     )  # fmt: skip
     add_parts(H, parts)
     return H
@@ -148,11 +148,10 @@ def lora_grad(
     stride_bf, stride_br = (0, 0) if B is None else B.stride()
     launcher.launch(
         lora_grad_kernel, (tiles[0], splits, tiles[1]),
-        parts, dH_parts, z, H, B, dropout.seed, T, F, R, H.shape[1], blocks,
-        scaling * dropout.keep_scale, int32_threshold(dropout.threshold),
-        *z.stride(), stride_bf, stride_br, *((R, 1) if features_first else (1, F)),
-        WIDE=like.dtype.itemsize > z.dtype.itemsize, PRECISION=hardware.precision(z), BLOCK_R=block_r(R),
-        config=config,
+        (parts, dH_parts, z, H, B, dropout.seed),
+        (T, F, R, H.shape[1], blocks, scaling * dropout.keep_scale, int32_threshold(dropout.threshold),
+         *z.stride(), stride_bf, stride_br, *((R, 1) if features_first else (1, F))),
+        (like.dtype.itemsize > z.dtype.itemsize, hardware.precision(z), block_r(R)), config,
     )  # fmt: skip
     add_parts(out, parts)
     if dH is not None:

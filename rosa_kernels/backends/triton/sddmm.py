@@ -33,7 +33,7 @@ from rosa_kernels.pattern import ROW
 
 _ENTRIES = Config({"BLOCK_T": 32, "BLOCK_E": 64}, num_warps=4, num_stages=2)
 _GATHER = Config({"BLOCK": 128}, num_warps=4, num_stages=1)
-_GROUP_M = 8
+_GROUP_M, _BLOCK_E = 8, 4
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def gather_entries_kernel(out, dW, crow, col, stride_wn, stride_wk, BLOCK: tl.co
 def gather_entries(dW: Tensor, crow: Tensor, col: Tensor, dtype: torch.dtype) -> Tensor:
     """(nnz,) the pattern's entries of dW."""
     out = torch.empty(col.shape, dtype=dtype, device=dW.device)
-    launcher.launch(gather_entries_kernel, (dW.shape[0],), out, dW, crow, col, *dW.stride(), config=_GATHER)
+    launcher.launch(gather_entries_kernel, (dW.shape[0],), (out, dW, crow, col), dW.stride(), (), _GATHER)
     return out
 
 
@@ -176,8 +176,8 @@ def sddmm_tiled(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.d
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_tiled_kernel, (tiles, splits),
-        parts, dy, x, crow, col, T, N, K, nnz, blocks, K.bit_length(), *dy.stride(), *x.stride(),
-        PRECISION=hardware.precision(x), BLOCK_E=4, GROUP_M=_GROUP_M, config=config,
+        (parts, dy, x, crow, col), (T, N, K, nnz, blocks, K.bit_length(), *dy.stride(), *x.stride()),
+        (hardware.precision(x), _BLOCK_E, _GROUP_M), config,
     )  # fmt: skip
     add_parts(out, parts)
     return out
@@ -192,8 +192,7 @@ def sddmm_blocks(dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, dtype: torch.
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_blocks_kernel, (tiles, splits),
-        parts, dy, x, crow, col, T, N, nnz, blocks, *dy.stride(), *x.stride(),
-        PRECISION=hardware.precision(x), config=config,
+        (parts, dy, x, crow, col), (T, N, nnz, blocks, *dy.stride(), *x.stride()), (hardware.precision(x),), config,
     )  # fmt: skip
     add_parts(out, parts)
     return out
@@ -209,8 +208,8 @@ def sddmm_entries(
     parts = parts_for(out, splits)
     launcher.launch(
         sddmm_entries_kernel, (tiles, splits),
-        parts, dy, x, crow, col, T, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride(),
-        TRANSPOSED=transposed, config=_ENTRIES,
+        (parts, dy, x, crow, col), (T, N, nnz, blocks, N.bit_length(), *dy.stride(), *x.stride()),
+        (transposed,), _ENTRIES,
     )  # fmt: skip
     add_parts(out, parts)
     return out

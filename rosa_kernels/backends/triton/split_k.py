@@ -32,4 +32,4 @@ def add_parts(out: Tensor, parts: Tensor) -> None:
     if parts is out:
         return
     grid = (cdiv(out.numel(), _CONFIG["BLOCK"]),)
-    launcher.launch(sum_kernel, grid, out, parts, out.numel(), parts.shape[0], config=_CONFIG)
+    launcher.launch(sum_kernel, grid, (out, parts), (out.numel(), parts.shape[0]), (), _CONFIG)

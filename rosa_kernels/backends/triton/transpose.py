@@ -74,7 +74,7 @@ def transpose(x: Tensor) -> Tensor:
     padded = cdiv(T, TOKEN_PADDING) * TOKEN_PADDING
     transposed = torch.empty(features, padded, dtype=x.dtype, device=x.device)
     grid = (padded // _TRANSPOSE["BLOCK_T"] * cdiv(features, _TRANSPOSE["BLOCK_F"]),)
-    launcher.launch(transpose_kernel, grid, transposed, x, T, padded, features, *x.stride(), config=_TRANSPOSE)
+    launcher.launch(transpose_kernel, grid, (transposed, x), (T, padded, features, *x.stride()), (), _TRANSPOSE)
     return transposed.T[:T]
 
 
@@ -84,7 +84,7 @@ def gather_columns(x: Tensor, columns: Tensor) -> Tensor:
     width = cdiv(count, ALIGNMENT) * ALIGNMENT
     gathered = torch.empty(T, width, dtype=x.dtype, device=x.device)
     grid = (cdiv(T, _FEW["BLOCK_T"]) * cdiv(width, _FEW["BLOCK_P"]),)
-    launcher.launch(gather_columns_kernel, grid, gathered, x, columns, T, count, width, *x.stride(), config=_FEW)
+    launcher.launch(gather_columns_kernel, grid, (gathered, x, columns), (T, count, width, *x.stride()), (), _FEW)
     return gathered
 
 
@@ -99,6 +99,6 @@ def add_at_rows(out: Tensor, product: Tensor, crow: Tensor, row_length: int) -> 
     (T, rows), count = out.shape, product.shape[1]
     grid = (cdiv(T, _FEW["BLOCK_T"]) * cdiv(count, _FEW["BLOCK_P"]),)
     launcher.launch(
-        add_at_rows_kernel, grid, out, product, crow, T, count, rows, row_length, rows.bit_length(), out.stride(0),
-        product.stride(0), config=_FEW,
+        add_at_rows_kernel, grid, (out, product, crow),
+        (T, count, rows, row_length, rows.bit_length(), out.stride(0), product.stride(0)), (), _FEW,
     )  # fmt: skip
