@@ -211,11 +211,14 @@ def multiply(T, weight):
     ],
     ids=["transpose", "sum", "linear"],
 )
-def test_500_token_counts_make_a_handful_of_slow_launches(launches, call, most):
+def test_500_token_counts_make_a_handful_of_slow_launches(launches, monkeypatch, call, most):
     for T in range(1, 501):
         call(T)
     assert len(launches) == 500
     assert launches.slow == len({id(launch.compiled) for launch in launches}) == most
+    monkeypatch.setattr(compiled_call, "specialised", None)  # a launch of known numbers asks for nothing
+    call(499)
+    assert len(launches) == 501
 
 
 NUMBERS = (
