@@ -8,16 +8,17 @@ import os
 
 import pytest
 import torch
-from rosa_kernels.backends.gpu.operands import Sparse
 
 import large_tensors
 from large_tensors import copy_at_stride, zeros
 from oracle import dense
 from rosa_kernels.backends import triton as backend
 from rosa_kernels.backends.gpu.sizes import MOST_LENGTH, MOST_RANK
+from rosa_kernels.backends.kept_H import padded_rank
 from rosa_kernels.backends.triton import launcher, linear, lora, split_k, transpose
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.densify import densify
+from rosa_kernels.backends.triton.operands import Sparse
 from rosa_kernels.backends.triton.sddmm import KERNELS, gather_entries
 from rosa_kernels.pattern import CSRPattern
 
@@ -90,11 +91,11 @@ class TestFarStrides:
     def test_shrink_and_lora_grad(self, far):
         K = 300  # more than a step for each of eight splits
         x, A, B = numbers(T, K, far=far), numbers(R, K, far=far), numbers(K, R, far=far)
-        check(split_k.summed(lora.shrink(x, A))[0], x.double() @ A.double().T)
-        H = numbers(1, T, R).float()
-        grad, dH_parts = lora.lora_grad(x, H, numbers(K, R), 1.0, features_first=True, B=B)
-        check(grad, x.double().T @ H[0].double())
-        check(split_k.summed(dH_parts)[0], x.double() @ B.double())
+        check(lora.shrink(x, A, FP32)[:, :R], x.double() @ A.double().T)
+        H = numbers(T, padded_rank(R)).float()
+        grad, dH = lora.lora_grad(x, H, numbers(K, R), 1.0, features_first=True, B=B)
+        check(grad, x.double().T @ H[:, :R].double())
+        check(dH[:, :R], x.double() @ B.double())
 
     @FAR_APART
     @pytest.mark.parametrize("algorithm", ["tiled", "entries", "entries_transposed"])
@@ -189,21 +190,22 @@ class TestLastPrograms:
     def test_H(self):
         x, A = zeros(2**27 + 2**12, 8, dtype=BF16), numbers(16, 8)
         x[-16:] = numbers(16, 8)
-        H = lora.shrink(x, A)
-        check(H[0, -16:], x[-16:].double() @ A.double().T)
-        H = zeros(2, *H.shape[1:], dtype=FP32)  # in parts
-        H[:, -16:] = numbers(2, 16, 16)
+        H = lora.shrink(x, A, FP32)
+        check(H[-16:], x[-16:].double() @ A.double().T)
+        H = zeros(*H.shape, dtype=FP32)
+        H[-16:] = numbers(16, 16)
         B, y = numbers(16, 16), zeros(x.shape[0], 16, dtype=BF16)
-        linear._launch(y, x, H_parts=H, B=B)
-        check(y[-16:], H[:, -16:].sum(0).double() @ B.double().T)
+        linear._launch(y, x, H=H, B=B)
+        check(y[-16:], H[-16:].double() @ B.double().T)
 
-    def test_parts_of_dH(self):
-        z, H, B = zeros(64, 2**26 + 2**12, dtype=BF16), numbers(1, 64, 16).float(), zeros(2**26 + 2**12, 16, dtype=BF16)
+    def test_parts_of_dH(self, monkeypatch):
+        z, H, B = zeros(64, 2**26 + 2**12, dtype=BF16), numbers(64, 16).float(), zeros(2**26 + 2**12, 16, dtype=BF16)
         z[:, -32:], B[-32:] = numbers(64, 32), numbers(32, 16)
-        like = zeros(*B.shape, dtype=BF16)
-        grad, dH_parts = lora.lora_grad(z, H, like, 1.0, features_first=True, B=B)
-        check(grad[-32:], z[:, -32:].double().T @ H[0].double())
-        check(dH_parts[-1], z[:, -32:].double() @ B[-32:].double())
+        like, added = zeros(*B.shape, dtype=BF16), []
+        monkeypatch.setattr(lora, "add_parts", lambda out, parts: added.append(parts))  # half a million parts of dH
+        grad, _ = lora.lora_grad(z, H, like, 1.0, features_first=True, B=B)
+        check(grad[-32:], z[:, -32:].double().T @ H.double())
+        check(added[1][-1], z[:, -32:].double() @ B[-32:].double())
 
     def test_sums_of_parts(self):
         parts = zeros(2, 2**31 + 2**12, dtype=FP32)

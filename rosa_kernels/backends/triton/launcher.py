@@ -53,7 +53,7 @@ def launch(
     if x > MOST_PROGRAMS[0] or y > MOST_PROGRAMS[1] or z > MOST_PROGRAMS[2]:
         raise ValueError(f"{kernel.__name__}: expected a grid of at most {MOST_PROGRAMS} programs, got {grid}")
     if EMULATED:
-        kernel[grid](*tensors, *numbers, **_compile_time(kernel, constants, config))
+        kernel[grid](*tensors, *numbers, **_compile_time(kernel, len(tensors) + len(numbers), constants, config))
         return
     device = tensors[0].get_device()
     if device != _current_device():
@@ -86,10 +86,9 @@ def launch(
         call.launch(x, y, z, call.stream_of(device), *call.middle, arguments)
 
 
-def _compile_time(kernel, constants: tuple, config) -> dict[str, object]:
-    """The kernel's compile-time arguments by name."""
-    names = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
-    rest = (name for name in names if name not in config.blocks)
+def _compile_time(kernel, before: int, constants: tuple, config) -> dict[str, object]:
+    """The kernel's compile-time arguments by name. `before` counts the others, which come first."""
+    rest = (name for name in kernel.arg_names[before:] if name not in config.blocks)
     return dict(zip(rest, constants, strict=True)) | config.blocks
 
 
@@ -128,7 +127,7 @@ def _call_alike(kind: tuple) -> CompiledCall | None:
 
 def _first_launch(kernel, grid, tensors, numbers, constants, config, kind) -> None:
     """Triton's own, which compiles the kernel where it has not yet."""
-    compile_time = _compile_time(kernel, constants, config)
+    compile_time = _compile_time(kernel, len(tensors) + len(numbers), constants, config)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     compiled = kernel[grid](*tensors, *numbers, **compile_time, **options)
     if compiled_call.missing_names or torch.version.hip or compiled is None:  # on AMD's a tensor's size is compiled in
