@@ -166,7 +166,7 @@ def test_the_launchers_compile(tmp_path):
     output_of(
         nvcc(),
         *FLAGS,
-        "-Xcompiler=-Wall,-Werror",
+        "-Xcompiler=-Wall,-Werror,-fvisibility=hidden",
         *definitions,
         "-isystem",
         include,
