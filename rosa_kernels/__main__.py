@@ -42,8 +42,8 @@ def main() -> None:
     if direct_call.missing_names:
         names = ", ".join(f"torch.{name}" for name in direct_call.missing_names)
         print(f"  every call goes through PyTorch's dispatcher, 10 us more: this PyTorch has no {names}")
-    if (names := triton.missing_names()) and triton.unavailable_reason() is None:
-        names = ", ".join(f"triton.{name}" for name in names)
+    if triton.missing_names() and triton.unavailable_reason() is None:
+        names = ", ".join(f"triton.{name}" for name in triton.missing_names())
         print(f"  every launch goes through Triton's Python, 30 us more: this Triton has no {names}")
     print('\nwith backend "auto"')
     print(service_table())

@@ -11,7 +11,8 @@ compute. "launches" counts this package's kernels, and "ATen" PyTorch's ops, wit
 
 Tiny CPU tensors stand for CUDA tensors, and the algorithms are those that an H100 would take at real sizes
 (gpu_host/plans.py). Triton's own launcher runs over a libcuda that does nothing, and the CUDA backend's C++ around
-kernels that do nothing. So the results of lines with launches are not numbers. Left out for all alike are the driver's
+kernels that do nothing. So the results of lines with launches are not numbers. The C++ converts 16-bit operands of an
+fp32 product, which it need not on a GPU: two calls more for rows on "cuda". Left out for all alike are the driver's
 launch, PyTorch's look-up of the stream, its GPU allocator, and the thread in which a GPU's backward runs.
 
 One thread, candidates in turn within each round; a figure is the tenth percentile of the rounds, in us.

@@ -189,6 +189,23 @@ def test_a_direct_launch_takes_the_tensors_and_the_stream_of_its_call(launches):
     assert launches.slow == 1
 
 
+def test_a_launch_is_made_on_the_device_of_its_tensors(launches, monkeypatch):
+    current, entered = [5], []
+
+    @contextlib.contextmanager
+    def device(index):
+        entered.append(index)
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(launcher, "_current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for _ in range(2):
+        launch_transpose(torch.zeros(80, 64, dtype=BF16))
+    assert entered == [-1, -1] and current == [5] and len(launches) == 2
+
+
 def test_a_direct_launch_is_the_c_function_itself(launches):
     """Where Triton calls it otherwise, launches still work and are slower: then compiled_call.py has to learn that."""
     launch_transpose(torch.zeros(80, 64, dtype=BF16))
