@@ -7,7 +7,8 @@
 Each line is one case (gpu_host/cases.py): the whole step, forward and backward, of the function of rosa_kernels.
 "forward" is the forward without gradients, "module" the layer of rosa_kernels.nn. Beside it stand the fastest
 hand-written PyTorch (gpu_host/by_hand.py) and, for LoRA's modules, PEFT's. Their results are compared where both
-compute. "launches" counts this package's kernels, and "ATen" PyTorch's ops, without views and allocations.
+compute. "launches" counts this package's kernels, and "ATen" PyTorch's ops, without views and allocations. The
+GEMMs of LoRA's own op a pass, which lies in the binary of the CPU kernels, are not among them.
 
 Tiny CPU tensors stand for CUDA tensors, and the algorithms are those that an H100 would take at real sizes
 (gpu_host/plans.py). Triton's own launcher runs over a libcuda that does nothing, and the CUDA backend's C++ around

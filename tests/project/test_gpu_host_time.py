@@ -55,7 +55,7 @@ needs_compilers = pytest.mark.skipif(gpu_host_time.missing() is not None, reason
 @needs_compilers
 @pytest.mark.exhaustive  # compiling the backend takes half a minute
 def test_dry_run_of_the_cuda_backend(tmp_path):
-    check(dry_run(tmp_path, ON_CUDA), ON_CUDA, launches=3, aten_calls=0)
+    check(dry_run(tmp_path, ON_CUDA), ON_CUDA, launches=3, aten_calls=5)
 
 
 @needs_compilers
