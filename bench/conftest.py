@@ -125,9 +125,9 @@ def _why_no_gpu_races(config) -> str | None:
     return None
 
 
-def serving_backend(device: str, dtype: torch.dtype) -> str:
-    """The name of the backend that serves tensors of this dtype on the device now."""
-    module = dispatch.backend_for(torch.empty(0, dtype=dtype, device=device))
+def serving_backend(device: str, dtype: torch.dtype, x_shape: tuple[int, ...] = (0, 1)) -> str:
+    """The name of the backend that serves an x of this dtype and shape on the device now."""
+    module = dispatch.backend_for(torch.empty(1, dtype=dtype, device=device).expand(x_shape))
     return next(name for name, candidate in dispatch.BACKENDS.items() if candidate is module)
 
 
@@ -140,9 +140,9 @@ def earlier_ratios(request):
 def run_and_judge(request, benchmark, earlier_ratios):
     """run_and_judge(race, ...) sets race.verdict, and returns the backend that served ours."""
 
-    def run(race, device, dtype, seconds):
+    def run(race, device, dtype, seconds, x_shape=(0, 1)):
         race.run(benchmark, seconds)
-        backend = serving_backend(device, dtype)
+        backend = serving_backend(device, dtype, x_shape)
         before = earlier_ratios.get(request.node.name)
         unjudged = _why_unjudged(request.config, backend)
         race.verdict = f"{unjudged}: not judged" if unjudged else race.judge(before)
@@ -194,7 +194,8 @@ def gpu_race(request, run_and_judge):
         candidates = {name: timer.prepare(function) for name, function in candidates.items()}
         operation = request.node.originalname.removeprefix("test_gpu_")
         result = Race(f"{operation}[{case}]", candidates, allowance=allowance, unjudged=unjudged, timer=timer)
-        backend = run_and_judge(result, case.device, case.layer_dtype, timer.race_seconds)
+        x_shape = case.shape.tokens, case.shape.in_features
+        backend = run_and_judge(result, case.device, case.layer_dtype, timer.race_seconds, x_shape)
         request.config.stash[_GPU_RESULTS].append(
             gpu_results.Result(operation, case, result, backend, timer.l2, left_out)
         )

@@ -12,7 +12,7 @@ import torch
 from rosa_kernels.backends import cpu, cuda, reference, triton
 
 BACKENDS = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
-"""Their order is the one in which "auto" asks them; reference, the last, serves everything."""
+"""Their order is the one in which "auto" asks them, but for small calls; reference, the last, serves everything."""
 
 _ENVIRONMENT = "ROSA_KERNELS_BACKEND"
 
@@ -34,7 +34,8 @@ _open_blocks: list[tuple[object, str]] = []
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the ``with`` on a backend: "reference", "cpu", "triton", "cuda" or "auto".
 
-    "auto", the default, takes the first of cpu, triton, cuda and reference that serves x's device and dtype. A backend
+    "auto", the default, takes the first of cpu, triton, cuda and reference that serves x's device and dtype. It takes
+    cuda before triton where a call is so small that the host limits it: by x's size, never by timing. A backend
     asked for by name never hands a call on: where it cannot serve one, that call raises RuntimeError with the reason.
     The choice holds for this thread, or this asyncio task, and for the backward of what runs here. Outside any ``with``
     it is that of the environment variable ROSA_KERNELS_BACKEND. torch.compile ends its graph at a ``with`` that is
@@ -81,9 +82,12 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return module.unavailable_reason() or module.refusal(device, dtype)
 
 
-def automatic_choice(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that "auto" gives tensors of this device and dtype: the first that serves them natively."""
-    for name in BACKENDS:
+def automatic_choice(device: torch.device, dtype: torch.dtype, host_bound: bool = False) -> str:
+    """The backend that "auto" gives tensors of this device and dtype: the first that serves them natively.
+
+    host_bound: cuda is asked before triton, as a call is so small that the host limits it.
+    """
+    for name in ("cuda", *BACKENDS) if host_bound else BACKENDS:
         interpreted = name == "triton" and device.type == "cpu"
         if refusal(name, device, dtype) is None and not interpreted:
             return name
@@ -93,19 +97,31 @@ def automatic_choice(device: torch.device, dtype: torch.dtype) -> str:
 def backend_for(tensor: torch.Tensor) -> ModuleType:
     """The backend module that serves ops on this tensor (x, dy or weight: they share device and dtype)."""
     # This is chosen(), written out, because every eager call comes here.
-    key = choice.get() or (_default if not _open_blocks else _chosen_in_this_thread()), tensor.device, tensor.dtype
+    name = choice.get() or (_default if not _open_blocks else _chosen_in_this_thread())
+    key = name, tensor.device, tensor.dtype, tensor.is_cuda and is_host_bound(tensor)
     module = _served.get(key)
     if module is None:
         module = _served[key] = _find_backend(*key)
     return module
 
 
-_served: dict[tuple[str, torch.device, torch.dtype], ModuleType] = {}
+HOST_BOUND_PRODUCTS = 2**32
+"""Multiply-adds of x by a square weight, below which the host takes longer to launch a step of Triton's kernels than a
+GPU to compute it: 12 us of a GEMM on an H100 against 80 us and more of its host (bench/tools/gpu_host_time.py)."""
 
 
-def _find_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+def is_host_bound(tensor: torch.Tensor) -> bool:
+    """Whether a call with this x (..., features) is limited by the host. csrc/cuda takes fewer calls from Python."""
+    features = tensor.shape[-1] if tensor.dim() else 1
+    return tensor.numel() * features < HOST_BOUND_PRODUCTS
+
+
+_served: dict[tuple[str, torch.device, torch.dtype, bool], ModuleType] = {}
+
+
+def _find_backend(name: str, device: torch.device, dtype: torch.dtype, host_bound: bool) -> ModuleType:
     if name == "auto":
-        return BACKENDS[automatic_choice(device, dtype)]
+        return BACKENDS[automatic_choice(device, dtype, host_bound)]
     reason = refusal(name, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} was asked for and cannot serve {dtype} on {device}: {reason}")

@@ -12,6 +12,7 @@ apart    S scattered into zeros and multiplied on its own
 dense    S scattered into a copy of W. In 16 bits the copy rounds away values that are small beside W, so that it is not
          judged in a layer. The dense dW of sddmm loses nothing.
 rows     whole rows of S by three small GEMMs
+triton   ours on that backend, and so for cuda: whether "auto" takes the faster of the two
 """
 
 import torch
@@ -23,6 +24,7 @@ from gpu_timing import MODES
 from hand_written import CSR, Dense, DenseApart, NoSparse, Rows, forward, lora_as_peft, spmm
 from layer_steps import lora_step, rosa_step
 from layers import Shape
+from rosa_kernels import dispatch
 
 MANY_TOKENS = [Shape(768, 768, 4096), Shape(3072, 768, 4096), Shape(4096, 4096, 2048), Shape(4096, 4096, 8192)]
 FEW_TOKENS = [Shape(4096, 4096, tokens) for tokens in (1, 16, 64)]
@@ -129,6 +131,23 @@ def test_gpu_row_step(gpu_race, case):
         rosa_step(layer, rows=Rows(layer.rows, case.shape.in_features), dense=Dense(layer.pattern)),
         unjudged=unless_exact(case, "dense"),
     )
+
+
+@over(MANY_TOKENS + FEW_TOKENS, dtypes=["bf16", "bf16-fp32"], densities=(*NO_S, *DENSITIES))
+def test_gpu_backends(gpu_race, case):
+    layer = case.layer()
+    steps = lora_step(layer) if case.density is None else rosa_step(layer)
+
+    def on(backend):
+        def step():
+            with rk.use_backend(backend):
+                return steps["ours"]()
+
+        return step
+
+    device = torch.device(case.device)
+    served = (name for name in ("triton", "cuda") if dispatch.refusal(name, device, case.layer_dtype) is None)
+    gpu_race({"frozen": steps["frozen"], "ours": steps["ours"], **{name: on(name) for name in served}})
 
 
 @over(MANY_TOKENS, densities=DENSITIES)

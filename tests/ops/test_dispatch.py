@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -207,6 +209,28 @@ class TestCuda:
         assert "not on cpu" in dispatch.refusal("cuda", CPU, torch.float32)
         monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
         assert dispatch.automatic_choice(GPU, torch.float32) == "triton"
+        assert dispatch.automatic_choice(GPU, torch.float32, host_bound=True) == "cuda"
+        assert dispatch.automatic_choice(GPU, torch.float64, host_bound=True) == "reference"
+        monkeypatch.setattr(cuda, "unavailable_reason", lambda: "not built")
+        assert dispatch.automatic_choice(GPU, torch.float32, host_bound=True) == "triton"
+
+    def test_auto_gives_it_small_calls_beside_triton(self, h100, monkeypatch):
+        """By x's size: few tokens of many features, many tokens of few features."""
+        monkeypatch.setattr(triton, "unavailable_reason", lambda: None)
+        monkeypatch.setattr(dispatch, "_served", {})
+
+        class OnGPU(NamedTuple):
+            shape: torch.Size
+            device: torch.device = GPU
+            dtype: torch.dtype = torch.bfloat16
+            is_cuda: bool = True
+            dim: Callable = lambda: 2
+
+            def numel(self):
+                return self.shape.numel()
+
+        for shape, serves in (((255, 4096), cuda), ((256, 4096), triton), ((4096, 768), cuda), ((8192, 768), triton)):
+            assert dispatch.backend_for(OnGPU(torch.Size(shape))) is serves
 
     def test_gpus_older_than_ampere_go_to_the_reference(self, h100, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

@@ -376,7 +376,7 @@ class TestWithoutAPrivateName:
 
     def test_the_command_says_so(self, name, monkeypatch, capsys):
         monkeypatch.setattr(backend, "unavailable_reason", lambda: None)
-        monkeypatch.setattr("rosa_kernels.dispatch.automatic_choice", lambda device, dtype: "triton")
+        monkeypatch.setattr("rosa_kernels.dispatch.automatic_choice", lambda device, dtype, host_bound=False: "triton")
         with a_triton_without(name):
             main()
         assert f"this Triton has no triton.{name}\n" in capsys.readouterr().out
