@@ -136,7 +136,7 @@ def test_gpu_row_step(gpu_race, case):
 @over(MANY_TOKENS + FEW_TOKENS, dtypes=["bf16", "bf16-fp32"], densities=(*NO_S, *DENSITIES))
 def test_gpu_backends(gpu_race, case):
     layer = case.layer()
-    steps = lora_step(layer) if case.density is None else rosa_step(layer)
+    steps = lora_step(layer) if case.density is None else rosa_step(layer, apart=DenseApart(layer.pattern))
 
     def on(backend):
         def step():
@@ -147,7 +147,7 @@ def test_gpu_backends(gpu_race, case):
 
     device = torch.device(case.device)
     served = (name for name in ("triton", "cuda") if dispatch.refusal(name, device, case.layer_dtype) is None)
-    gpu_race({"frozen": steps["frozen"], "ours": steps["ours"], **{name: on(name) for name in served}})
+    gpu_race(steps | {name: on(name) for name in served})
 
 
 @over(MANY_TOKENS, densities=DENSITIES)
