@@ -98,7 +98,8 @@ class RoSALinearFunction(Function):
         args = (
             dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed, needs, H
         )  # fmt: skip
-        if backend is not None and not torch.is_grad_enabled() and not direct_call.needs_dispatcher(args):
+        tensors = dy, x, weight, lora_A, lora_B, values, crow, col, H
+        if backend is not None and not torch.is_grad_enabled() and not direct_call.needs_dispatcher(tensors):
             return *backend.rosa_linear_backward(*args), None
         gradients = _backward(ctx, "rosa_linear_backward", *args)
         return *(gradient if need else None for gradient, need in zip(gradients, needs)), None

@@ -89,7 +89,7 @@ def check_by_algorithm(monkeypatch, backend: str, heuristics, algorithms, case: 
         torch.manual_seed(SEED)
         check("y", linear(case, inputs, inputs.tensors()), expected, inputs.x)
     check_call(backend, case, inputs, delta_rounded)
-    assert chosen[0] == algorithm and len(chosen) >= 3
+    assert chosen[0] == algorithm and len(chosen) >= 2
 
 
 def check_cheapest_is_chosen(heuristics, algorithms, rates) -> None:

@@ -1,13 +1,14 @@
 """The ops of the CUDA backend. Each chooses its algorithms here, and runs in one call of csrc/cuda/composed_ops.cpp."""
 
+import functools
+import math
+
 import torch
 
 from rosa_kernels.backends.cuda import heuristics
 from rosa_kernels.backends.gpu import device_rates, hardware, library_ops
-from rosa_kernels.backends.gpu.calls import linear_call, sddmm_call
-from rosa_kernels.backends.gpu.cost_model import LinearCall
+from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall
 from rosa_kernels.backends.gpu.sizes import check_sizes
-from rosa_kernels.backends.shapes import tokens_of
 from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.pattern import transposed_structure
 
@@ -37,13 +38,13 @@ def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structu
     if lora and library_ops.forward_by_library(heuristics.choose_linear, x, lora_A, lora_B, keep_H):
         return LORA_OPS[0](x, weight, bias, lora_A, lora_B, scaling, keep_H)
     out_features = crow.shape[0] - 1 if lora_B is None else lora_B.shape[0]
-    drop_at = "" if seed is None else "x"
-    call = linear_call(
-        x, tokens_of(x), out_features, x.shape[-1], weight, lora_A, lora_B, values, structure, drop_at, False, keep_H
-    )
+    algorithm = _linear_algorithm(
+        heuristics.choose_linear, x.dtype, x.shape, out_features, weight is not None,
+        *_adapters(lora_A, lora_B, values), structure, "" if seed is None else "x", False, keep_H, _tf32(x), x.device,
+    )  # fmt: skip
     return _kernels.linear.default(
         x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, seed, *_dropout(dropout_p, seed),
-        *_linear_algorithm(call, x), keep_H, hardware.multiprocessors(x.device), _CHECKED,
+        *algorithm, keep_H, hardware.multiprocessors(x.device), _CHECKED,
     )  # fmt: skip
 
 
@@ -57,28 +58,32 @@ def rosa_linear_backward(
     dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, dropout_p, seed,
     needs, H=None,
 ):  # fmt: skip
-    need_dx, _, _, need_dA, _, need_dvalues = needs
-    tokens, in_features, out_features = tokens_of(x), x.shape[-1], dy.shape[-1]
+    need_dx, need_dweight, need_dbias, need_dA, need_dB, need_dvalues = needs
     algorithm, sddmm_algorithm = (0, 0, 0), 0
     if need_dx:
-        drop_at = "" if seed is None else "out"
-        call = linear_call(
-            dy, tokens, in_features, out_features, weight, lora_A, lora_B, values, transposed_structure(structure),
-            drop_at, need_dA,
+        algorithm = _linear_algorithm(
+            heuristics.choose_linear, x.dtype, dy.shape, x.shape[-1], weight is not None,
+            *_adapters(lora_A, lora_B, values), transposed_structure(structure), "" if seed is None else "out", need_dA,
+            False, _tf32(x), x.device,
         )  # fmt: skip
-        algorithm = _linear_algorithm(call, x)
     if need_dvalues:
-        sddmm_algorithm = _sddmm_algorithm(x, tokens, out_features, in_features, col, structure, values.dtype)
+        sddmm_algorithm = _sddmm_algorithm(
+            heuristics.choose_sddmm, x.dtype, x.shape, dy.shape[-1], values.shape[0], structure, values.dtype, _tf32(x),
+            x.device,
+        )  # fmt: skip
+    wanted = need_dx + 2 * need_dweight + 4 * need_dbias + 8 * need_dA + 16 * need_dB + 32 * need_dvalues
     gradients = _kernels.linear_backward.default(
         dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, seed,
-        *_dropout(dropout_p, seed), H, sum(need << bit for bit, need in enumerate(needs)), *algorithm, sddmm_algorithm,
-        hardware.multiprocessors(x.device), _CHECKED,
+        *_dropout(dropout_p, seed), H, wanted, *algorithm, sddmm_algorithm, hardware.multiprocessors(x.device),
+        _CHECKED,
     )  # fmt: skip
     return list(gradients)
 
 
 def sddmm(dy, x, crow, col, structure):
-    algorithm = _sddmm_algorithm(x, tokens_of(x), dy.shape[-1], x.shape[-1], col, structure, x.dtype)
+    algorithm = _sddmm_algorithm(
+        heuristics.choose_sddmm, x.dtype, x.shape, dy.shape[-1], col.shape[0], structure, x.dtype, _tf32(x), x.device
+    )
     return _kernels.whole_sddmm.default(
         dy, x, crow, col, structure, algorithm, hardware.multiprocessors(x.device), _CHECKED
     )
@@ -89,19 +94,52 @@ def csr_add(weight, values, crow, col):
     return _kernels.csr_add.default(weight, values, crow, col, _CHECKED)
 
 
-def _linear_algorithm(call: LinearCall, x: torch.Tensor) -> tuple[int, int, int]:
-    """The numbers of csrc/cuda/linear.h for the cheapest algorithm."""
-    check_sizes(call.T, call.in_features, call.out_features, call.r)
-    algorithm = heuristics.choose_linear(call, device_rates.rates(x.device, hardware.architecture(x.device)))
+def _adapters(lora_A, lora_B, values) -> tuple:
+    """What an algorithm depends on of these: A's shape, and dtypes; S's number of entries."""
+    of_A, dtype_of_B = (None, None), None
+    if lora_A is not None:
+        of_A, dtype_of_B = (lora_A.shape[0], lora_A.dtype), lora_B.dtype
+    of_S = (0, None) if values is None else (values.shape[0], values.dtype)
+    return *of_A, dtype_of_B, *of_S
+
+
+def _tf32(x) -> bool:
+    return x.dtype == torch.float32 and hardware.precision(x) == "tf32"
+
+
+@device_rates.forgotten_with_tables
+@functools.lru_cache(maxsize=4096)
+def _linear_algorithm(
+    choose, dtype, x_shape, out_features, has_weight, r, A_dtype, B_dtype, nnz, values_dtype, structure, dropout,
+    H_known, keeps_H, tf32, device,
+) -> tuple[int, int, int]:  # fmt: skip
+    """The numbers of csrc/cuda/linear.h for the cheapest algorithm, counted once for many calls of a kind.
+
+    `choose` is heuristics.choose_linear, as a part of the kind.
+    """
+    *leading, in_features = x_shape
+    check_sizes(math.prod(leading), in_features, out_features, r or 0)
+    call = LinearCall(
+        math.prod(leading), out_features, in_features, r or 0, nnz, structure if nnz else 0, dtype.itemsize, tf32,
+        has_weight, dropout if r else "", r is not None and not A_dtype == B_dtype == dtype,
+        nnz > 0 and values_dtype != dtype, H_known and r is not None, dtype == torch.float16, keeps_H,
+    )  # fmt: skip
+    algorithm = choose(call, device_rates.rates(device, hardware.architecture(device)))
     return _BASES[algorithm.base], _LOW_RANKS[algorithm.low_rank], _SPARSES[algorithm.sparse]
 
 
-def _sddmm_algorithm(x, tokens, out_features, in_features, col, structure, dtype) -> int:
-    """The number of csrc/cuda/gradients.h for the cheapest algorithm."""
-    check_sizes(tokens, in_features, out_features)
-    call = sddmm_call(x, tokens, out_features, in_features, col.shape[0], structure, dtype)
-    rates = device_rates.rates(x.device, hardware.architecture(x.device))
-    return _SDDMMS[heuristics.choose_sddmm(call, rates)]
+@device_rates.forgotten_with_tables
+@functools.lru_cache(maxsize=4096)
+def _sddmm_algorithm(
+    choose, dtype, x_shape, out_features, nnz, structure, values_dtype, tf32, device
+) -> int:  # fmt: skip
+    """The number of csrc/cuda/gradients.h for the cheapest algorithm. `choose` is heuristics.choose_sddmm."""
+    *leading, in_features = x_shape
+    check_sizes(math.prod(leading), in_features, out_features)
+    call = SDDMMCall(
+        math.prod(leading), out_features, in_features, nnz, structure, dtype.itemsize, tf32, values_dtype != dtype
+    )
+    return _SDDMMS[choose(call, device_rates.rates(device, hardware.architecture(device)))]
 
 
 _BASES = {"": 0, "library": 1, "merged": 2}

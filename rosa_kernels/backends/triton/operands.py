@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rosa_kernels.backends.gpu import cost_model
-from rosa_kernels.backends.gpu.calls import linear_call
+from rosa_kernels.backends.triton.calls import linear_call
 from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.pattern import transposed_structure
 

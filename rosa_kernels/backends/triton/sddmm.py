@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rosa_kernels.backends.gpu import device_rates, hardware
-from rosa_kernels.backends.gpu.calls import sddmm_call
 from rosa_kernels.backends.shapes import cdiv
 from rosa_kernels.backends.triton import configs, heuristics, launcher
+from rosa_kernels.backends.triton.calls import sddmm_call
 from rosa_kernels.backends.triton.configs import Config
 from rosa_kernels.backends.triton.device_functions import (
     dot,
