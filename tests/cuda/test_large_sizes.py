@@ -154,7 +154,7 @@ class TestLastBlocks:
         B[-32:], y[:, -32:] = numbers(32, R, dtype=dtype), numbers(1, 32, dtype=dtype)
         exact = y[:, -32:].double() + H[:, :R].double() @ B[-32:].double().T
         torch.ops.rosa_kernels_cuda.epilogue(
-            y, True, H, B, 1.0, None, 0, 1.0, None, None, None, None, None, K, multiprocessors=65535
+            y, True, None, H, B, 1.0, None, 0, 1.0, None, None, None, None, None, 1, K, multiprocessors=65535
         )
         check(y[:, -32:], exact)
 
