@@ -85,20 +85,20 @@ class RoSALinearFunction(Function):
             x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed,
         )  # fmt: skip
         y, H = result if keeps_H else (result, None)
-        ctx.save_for_backward(x, weight if needs[0] else None, lora_A, lora_B, values, crow, col, H)
+        ctx.save_for_backward(x, weight if needs[0] else None, lora_A, lora_B, values, crow, col, seed, H)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, values, crow, col, H = ctx.saved_tensors
-        backend, scaling, pattern, dropout_p, seed = ctx.settings
+        x, weight, lora_A, lora_B, values, crow, col, seed, H = ctx.saved_tensors
+        backend, scaling, pattern, dropout_p, _ = ctx.settings
         needs, by_columns, structure = ctx.needs, (None, None, None), UNSTRUCTURED
         if pattern is not None:
             by_columns, structure = pattern.transpose(), pattern.structure
         args = (
             dy, x, weight, lora_A, lora_B, scaling, values, crow, col, *by_columns, structure, dropout_p, seed, needs, H
         )  # fmt: skip
-        tensors = dy, x, weight, lora_A, lora_B, values, crow, col, H
+        tensors = dy, x, weight, lora_A, lora_B, values, crow, col, seed, H
         if backend is not None and not torch.is_grad_enabled() and not direct_call.needs_dispatcher(tensors):
             return *backend.rosa_linear_backward(*args), None
         gradients = _backward(ctx, "rosa_linear_backward", *args)
@@ -111,8 +111,9 @@ class LoRAFunction(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, lora, lora_backward):
-        y, H = lora(x, weight, bias, lora_A, lora_B, scaling, True)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, H)
+        need_x, _, _, _, need_B, *_ = ctx.needs_input_grad
+        y, H = lora(x, weight, bias, lora_A, lora_B, scaling, need_B)
+        ctx.save_for_backward(x, weight if need_x else None, lora_A, lora_B, H)
         ctx.scaling, ctx.lora_backward, ctx.choice = scaling, lora_backward, dispatch.chosen()
         return y
 

@@ -23,7 +23,7 @@ _LINEAR_ARGUMENTS = (
 )
 _SCHEMAS = {
     "rosa_linear": f"({_LINEAR_ARGUMENTS}, {_BY_COLUMNS}) -> Tensor",
-    # The forward that keeps H = x̂ Aᵀ for the backward, as H_like says: (y, H).
+    # The forward that keeps H = x̂ Aᵀ for the backward, as backends/kept_H.py says: (y, H).
     "rosa_linear_with_H": f"({_LINEAR_ARGUMENTS}) -> (Tensor, Tensor)",
     # needs says which of dx, dweight, dbias, dlora_A, dlora_B and dvalues to compute. For each of the others a backend
     # returns None, and the op an empty tensor. Without H the backward makes it.

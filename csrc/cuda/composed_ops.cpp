@@ -10,7 +10,8 @@ namespace {
 
 // A and B as the kernels take them: both in x's dtype, or both in fp32.
 void put_adapters(Layer& layer, const OptionalTensor& A, const OptionalTensor& B, ScalarType dtype) {
-  if (!A || !B) return;
+  STD_TORCH_CHECK(A.has_value() == B.has_value(), "rosa_kernels_cuda: lora_A and lora_B: expected both or neither");
+  if (!A) return;
   const bool alike = A->scalar_type() == dtype && B->scalar_type() == dtype;
   layer.A = alike ? *A : converted(*A, ScalarType::Float);
   layer.B = alike ? *B : converted(*B, ScalarType::Float);
@@ -52,6 +53,9 @@ Layer transposed(const Layer& layer, const OptionalTensor& ccol, const OptionalT
   Layer made{transposed(layer.weight), std::nullopt, transposed(layer.B), transposed(layer.A), layer.scaling, {}};
   if (layer.S) {
     STD_TORCH_CHECK(ccol && row && permutation, "rosa_kernels_cuda: ccol, row and permutation: expected beside values");
+    STD_TORCH_CHECK(ccol->numel() == layer.S->columns + 1 && row->numel() == layer.S->nnz() &&
+                        permutation->numel() == layer.S->nnz(),
+                    "rosa_kernels_cuda: ccol, row and permutation: expected in_features + 1, nnz and nnz indices");
     const Structure structure = layer.S->structure;
     made.S = SparseMatrix{layer.S->values,
                           *ccol,
@@ -95,6 +99,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor x, const OptionalTensor weight, c
   put_adapters(layer, lora_A, lora_B, x.scalar_type());
   LinearProblem problem{x2, out_features, layer, {}, {seed, threshold, keep_scale}, {}, nullptr, multiprocessors};
   const Tensor y = rosa::linear(problem, LinearAlgorithm::of(base, low_rank, sparse));
+  STD_TORCH_CHECK(!keep_H || layer.A, "rosa_kernels_cuda: keep_H: expected false, as lora_A is None");
   if (keep_H && !problem.H) problem.H = make_H(x2, *layer.A, problem.drop_x, multiprocessors);
   return {x.dim() == 2 ? y : reshaped(y, sizes_with_features(x, out_features)), keep_H ? *problem.H : Tensor()};
 }
@@ -113,9 +118,18 @@ Gradients linear_backward(const Tensor dy, const Tensor x, const OptionalTensor 
   const LinearAlgorithm of_dx = LinearAlgorithm::of(base, low_rank, sparse);
   Layer layer{weight, {}, {}, {}, scaling, sparse_of(values, crow, col, structure, x2.size(1))};
   put_adapters(layer, lora_A, lora_B, x.scalar_type());
-  STD_TORCH_CHECK((lora_A && lora_B) || !(need(Gradient::A) || need(Gradient::B) || of_dx.uses_H()),
-                  "rosa_kernels_cuda: lora_A and lora_B: expected beside their gradients");
-  STD_TORCH_CHECK(values || !need(Gradient::values), "rosa_kernels_cuda: values: expected beside their gradient");
+  const bool of_adapters = need(Gradient::A) || need(Gradient::B) || H || (need(Gradient::x) && of_dx.uses_H());
+  STD_TORCH_CHECK(!of_adapters || (layer.A && layer.B),
+                  "rosa_kernels_cuda: lora_A and lora_B: expected beside H and their gradients");
+  STD_TORCH_CHECK(dy2.size(0) == x2.size(0), "rosa_kernels_cuda: dy: expected as many tokens as x");
+  if (layer.A && layer.B) {
+    const Tensor &A = *layer.A, &B = *layer.B;
+    STD_TORCH_CHECK(
+        A.dim() == 2 && B.dim() == 2 && A.size(1) == x2.size(1) && B.size(0) == dy2.size(1) && A.size(0) == B.size(1),
+        "rosa_kernels_cuda: lora_A and lora_B: expected (r, in_features) and (out_features, r)");
+  }
+  STD_TORCH_CHECK((values && crow && col) || !need(Gradient::values),
+                  "rosa_kernels_cuda: values, crow and col: expected beside their gradient");
   if (H) expect_H(*H, x2, *layer.A);
   Tensor dx, dweight, dbias, dA, dB, dvalues;
   OptionalTensor dH;

@@ -1,6 +1,6 @@
-// The numbers that the kernels share with Python, which allocates what they write and divides their sums among blocks.
-// rosa_kernels/backends/cuda/bindings.py has each of them under the same name; tests/cuda/test_constants.py reads both
-// sides, so that every constant here is one line: constexpr int NAME = number;
+// The numbers that the kernels share with whoever makes room for what they write and divides their sums among blocks:
+// kernel_calls.cpp, and tests/support/cuda_kernels.py, which has each of them under the same name.
+// tests/cuda/test_constants.py reads both sides, so that every constant here is one line: constexpr int NAME = number;
 #pragma once
 #include "gpu/rank.h"
 

@@ -37,7 +37,14 @@ Tensor grad_of_B(const Tensor& dy, const Tensor& H, const Layer& layer, int64_t 
 Tensor sddmm(const Tensor& dy, const Tensor& x, const Tensor& crow, const Tensor& col, const OptionalTensor& rows,
              Structure structure, SddmmAlgorithm algorithm, ScalarType dtype, int64_t multiprocessors) {
   const int64_t nnz = col.numel();
+  STD_TORCH_CHECK(dy.size(0) == x.size(0), "rosa_kernels_cuda: dy: expected as many tokens as x");
+  STD_TORCH_CHECK(crow.numel() == dy.size(1) + 1, "rosa_kernels_cuda: crow: expected out_features + 1 indices");
   if (nnz == 0) return empty(x, {0}, dtype);
+  STD_TORCH_CHECK(x.size(1) > 0 && dy.size(1) > 0,
+                  "rosa_kernels_cuda: col: expected no entries of a matrix without any");
+  const int64_t whole = structure == Structure::row ? x.size(1) : structure == Structure::column ? dy.size(1) : 1;
+  STD_TORCH_CHECK(nnz % whole == 0 && (structure != Structure::unstructured || algorithm != SddmmAlgorithm::packed),
+                  "rosa_kernels_cuda: structure: expected whole rows or columns");
   if (algorithm == SddmmAlgorithm::entries_transposed)
     return entries_of_product(dy, x, crow, col, dtype, multiprocessors);
   if (algorithm == SddmmAlgorithm::library)

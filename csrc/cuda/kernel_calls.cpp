@@ -62,6 +62,8 @@ Tensor transposed_copy(const Tensor& x) {
 }
 
 Tensor gathered_columns(const Tensor& x, const Tensor& columns, int64_t count, int64_t repeats) {
+  STD_TORCH_CHECK(count <= columns.numel(), "rosa_kernels_cuda: expected at least ", count, " indices of columns, got ",
+                  columns.numel());
   return gathered(x, count, repeats, view(columns, {count}, {1}), std::nullopt, 0);
 }
 

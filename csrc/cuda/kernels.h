@@ -1,6 +1,6 @@
 // What the CUDA kernels compute. Each operation is a struct of its operands and a function that launches its kernels on
-// a stream of the current device. Torch's types end in bindings.cpp. A launch that CUDA refuses comes back as its
-// error.
+// a stream of the current device. Torch's types end in checked_launches.cpp. A launch that CUDA refuses comes back as
+// its error.
 //
 // Sizes: tokens is T in the documentation (in C++ T is a dtype), nnz counts the entries of S, r is the rank, and R is r
 // rounded up to RANK_STEP. features are in_features where x is multiplied and out_features where dy is. For dx the
@@ -45,7 +45,7 @@ struct alignas(8) PackedEntry {
   int32_t col;
   float value;
 };
-static_assert(sizeof(PackedEntry) == PACKED_ENTRY_BYTES, "as Python allocates them");
+static_assert(sizeof(PackedEntry) == PACKED_ENTRY_BYTES, "as kernel_calls.cpp allocates them");
 
 // out (features, padded_tokens) = xᵀ, and zeros beyond the tokens. padded_tokens is a multiple of TOKEN_PADDING and
 // out's stride. out and x have one dtype.

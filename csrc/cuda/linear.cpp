@@ -123,6 +123,36 @@ void add_columns(Sum& y, const LinearProblem& p) {
   y.add_fp32_product(converted(gathered, ScalarType::Float), transposed(wide));
 }
 
+bool is_matrix(const OptionalTensor& t, int64_t rows, int64_t columns) {
+  return t && t->dim() == 2 && t->size(0) == rows && t->size(1) == columns;
+}
+
+// Whatever an algorithm reads of a problem must be there, and fit.
+void expect_fits(const LinearProblem& p, const LinearAlgorithm& algorithm) {
+  const int64_t K = p.x.size(1), N = p.out_features;
+  const Layer& layer = p.layer;
+  const auto expect = [](bool fits, const char* what) { STD_TORCH_CHECK(fits, "rosa_kernels_cuda: ", what); };
+  expect(!layer.weight || is_matrix(layer.weight, N, K), "weight: expected (out_features, in_features)");
+  expect(!layer.bias || (layer.bias->dim() == 1 && layer.bias->numel() == N), "bias: expected (out_features,)");
+  expect(layer.A.has_value() == layer.B.has_value(), "lora_A and lora_B: expected both or neither");
+  if (layer.A) {
+    const int64_t r = layer.A->dim() == 2 ? layer.A->size(0) : 0;
+    expect(r > 0 && is_matrix(layer.A, r, K) && is_matrix(layer.B, N, r),
+           "lora_A and lora_B: expected (r, in_features) and (out_features, r)");
+  }
+  expect(!layer.S || (layer.S->rows == N && layer.S->columns == K), "crow: expected out_features + 1 indices");
+  expect(algorithm.base == Base::none || layer.weight, "base: expected no base, as weight is None");
+  expect(algorithm.base != Base::merged || ((layer.A || layer.S) && p.x.scalar_type() == ScalarType::Float),
+         "base: expected something to merge, in float32");
+  expect(algorithm.low_rank == LowRank::none || layer.A, "low_rank: expected none, as lora_A is None");
+  expect(algorithm.sparse == Sparse::none || layer.S, "sparse: expected none, as S has no entries");
+  expect(algorithm.low_rank != LowRank::delta || algorithm.sparse == Sparse::delta,
+         "low_rank: expected sparse beside it");
+  expect(algorithm.sparse != Sparse::rows || layer.S->structure == Structure::row, "sparse: expected whole rows");
+  expect(algorithm.sparse != Sparse::columns || layer.S->structure == Structure::column,
+         "sparse: expected whole columns");
+}
+
 template <typename Enum>
 Enum checked_number(const char* name, int64_t number, Enum last) {
   STD_TORCH_CHECK(0 <= number && number <= static_cast<int64_t>(last), "rosa_kernels_cuda: ", name, ": expected 0 to ",
@@ -143,6 +173,7 @@ Tensor make_H(const Tensor& x, const Tensor& A, const CallDropout& dropout, int6
 }
 
 Tensor linear(LinearProblem& p, const LinearAlgorithm& algorithm) {
+  expect_fits(p, algorithm);
   const Layer& layer = p.untransposed ? *p.untransposed : p.layer;
   const auto of_product = [&](const Tensor& matrix) { return p.untransposed ? matrix : transposed(matrix); };
   Sum y(p);

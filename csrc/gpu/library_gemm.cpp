@@ -39,11 +39,11 @@ const Gemms& gemms_of(const Tensor& t) {
 bool has_cuda_gemms() { return cuda_gemms().mm_out != nullptr; }
 
 void gemm(Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(gemms_of(out).mm_out(out.get(), a.get(), b.get()));
+  check_shim(gemms_of(out).mm_out(out.get(), a.get(), b.get()));
 }
 
 void gemm(Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b, double beta, double alpha) {
-  TORCH_ERROR_CODE_CHECK(gemms_of(out).addmm_out(out.get(), c.get(), a.get(), b.get(), beta, alpha));
+  check_shim(gemms_of(out).addmm_out(out.get(), c.get(), a.get(), b.get(), beta, alpha));
 }
 
 Tensor fp32_product(const Tensor& a, const Tensor& b) {
@@ -54,7 +54,7 @@ Tensor fp32_product(const Tensor& a, const Tensor& b) {
   }
   StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                           torch::stable::detail::from(ScalarType::Float)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack, TORCH_ABI_VERSION));
+  check_shim(torch_call_dispatcher("aten::mm", "dtype", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -9,8 +9,12 @@
 
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <utility>
 #include <vector>
+
+// PyTorch's words on the last error of its C shim, from 2.13 on; an older PyTorch prints them.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace rosa {
 
@@ -18,23 +22,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Throws with PyTorch's words where a function of its C shim failed.
+inline void check_shim(AOTITorchError error) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  const auto words = &torch_exception_get_what_without_backtrace;
+  throw std::runtime_error(words ? words() : "rosa_kernels: a call of PyTorch failed, which has printed the reason");
+}
+
 namespace detail {
 
 inline Tensor view(const Tensor& t, size_t dimensions, const int64_t* sizes, const int64_t* strides, int64_t offset) {
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(dimensions), sizes, strides, offset, &made));
+  check_shim(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(dimensions), sizes, strides, offset, &made));
   return Tensor(made);
 }
 
 inline Tensor empty(const Tensor& like, size_t dimensions, const int64_t* sizes, const int64_t* strides,
                     ScalarType dtype) {
   int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  check_shim(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides, code, device_type,
-                                                  like.get_device_index(), &made));
+  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides, code, device_type,
+                                      like.get_device_index(), &made));
   return Tensor(made);
 }
 
@@ -56,6 +66,8 @@ inline Tensor view(const Tensor& t, std::initializer_list<int64_t> sizes, std::i
 inline Tensor transposed(const Tensor& t) { return view(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}); }
 
 inline Tensor first_columns(const Tensor& t, int64_t columns) {
+  STD_TORCH_CHECK(columns <= t.size(1), "rosa_kernels: expected a matrix of at least ", columns, " columns, got ",
+                  t.size(1));
   return columns == t.size(1) ? t : view(t, {t.size(0), columns}, {t.stride(0), t.stride(1)});
 }
 
@@ -114,7 +126,9 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
 
 // The same matrix with neighbours in a row next to each other in memory, copied where they are not.
 inline Tensor unit_stride(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : contiguous(t, t.scalar_type());
+  if (t.size(1) <= 1 || t.stride(1) == 1) return t;
+  if (t.numel() == 0) return empty_matrix(t, t.size(0), t.size(1));  // contiguous whatever its strides
+  return contiguous(t, t.scalar_type());
 }
 
 }  // namespace rosa

@@ -256,9 +256,53 @@ def test_composed_ops_run_what_fits(op, arguments):
         ("linear_backward", {"ccol": None}, "ccol, row and permutation: expected beside values"),
         ("linear_backward", {"sddmm": 3}, "sddmm_algorithm: expected 0 to 2, got 3"),
         ("linear_backward", {"dy": matrix(T, N + 1)}, ""),
-        ("linear_backward", {"lora_A": None}, "lora_A and lora_B: expected beside their gradients"),
+        ("linear_backward", {"lora_A": None}, "lora_A and lora_B: expected both or neither"),
+        ("linear_backward", {"lora_A": None, "lora_B": None, "needs": 0}, "lora_A and lora_B: expected beside H"),
+        ("linear_backward", {"weight": None, "needs": 1}, "base: expected no base, as weight is None"),
+        (
+            "linear_backward",
+            {"lora_B": matrix(N, 1 << 12), "H": None},
+            "lora_A and lora_B: expected",
+        ),
+        ("linear_backward", {"dy": matrix(T + 1, N), "needs": 2}, "dy: expected as many tokens as x"),
+        ("linear_backward", {"col": None, "values": None, "needs": 32}, "values, crow and col: expected beside"),
+        ("linear_backward", {"row": indices(3)}, "ccol, row and permutation: expected in_features"),
+        ("linear", {"lora_A": None, "lora_B": None}, "low_rank: expected none, as lora_A is None"),
+        ("linear", {"lora_A": None, "low_rank": 0}, "lora_A and lora_B: expected both or neither"),
+        ("linear", {"lora_B": matrix(N, 1 << 12), "low_rank": 2}, "lora_A and lora_B: expected"),
+        ("linear", {"lora_B": matrix(N, 3)[None]}, ""),
+        ("linear", {"weight": None}, "base: expected no base, as weight is None"),
+        ("linear", {"base": 2}, "base: expected something to merge, in float32"),
+        ("linear", {"values": None}, "sparse: expected none, as S has no entries"),
+        ("linear", {"sparse": 4}, "sparse: expected whole rows"),
+        ("linear", {"sparse": 5}, "sparse: expected whole columns"),
+        ("linear", {"low_rank": 3}, "low_rank: expected sparse beside it"),
+        (
+            "linear",
+            {"lora_A": None, "lora_B": None, "low_rank": 0, "sparse": 0, "values": None},
+            "keep_H: expected false, as lora_A is None",
+        ),
     ],
 )
 def test_composed_ops_refuse_what_does_not_fit(op, changed, message):
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
         composed(LINEAR if op == "linear" else BACKWARD, op, **changed)
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"dy": matrix(T, 0), "crow": indices(1), "structure": 2, "sddmm": 0}, "no entries of a matrix without any"),
+        ({"crow": indices(N)}, "crow: expected out_features"),
+        ({"dy": matrix(T + 1, N)}, "dy: expected as many tokens as x"),
+        ({"sddmm": 0}, "structure: expected whole rows or columns"),
+        ({"indices_checked": False}, "which checks the indices"),
+    ],
+)
+def test_whole_sddmm_refuses_what_does_not_fit(changed, message):
+    arguments = {
+        "dy": matrix(T, N), "x": matrix(T, K), "crow": crow_indices(), "col": col_indices(), "structure": 0, "sddmm": 1,
+        "multiprocessors": 8, "indices_checked": True,
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match=message):
+        kernels.whole_sddmm(**arguments | changed)

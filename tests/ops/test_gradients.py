@@ -154,8 +154,8 @@ def test_backward_reads_nothing_but_what_autograd_saved(backend, device, tokens)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @SIZES
 def test_saves_little_beside_its_inputs(backend, dtype, device, tokens, dropout_p):
-    """No copy of x in another layout or dtype, no materialised mask: at most H in fp32, whose 4
-    columns a GPU pads to 16."""
+    """No copy of x in another layout or dtype, no materialised mask: at most H in fp32, whose columns
+    a GPU pads to 16, and a seed."""
     inputs = make_inputs(LinearCase((tokens,), 330, 200, 4, lora_dtype=torch.float32), dtype, device)
     leaves = inputs.leaves()
     pattern = inputs.pattern
@@ -171,7 +171,39 @@ def test_saves_little_beside_its_inputs(backend, dtype, device, tokens, dropout_
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         rosa(leaves, pattern, dropout_p=dropout_p)
-    assert new_bytes <= tokens * 16 * 4
+    assert new_bytes <= tokens * 16 * 4 + 8
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+def test_no_tokens_and_the_gradient_of_a_sum(backend, device, leading):
+    """As an expert without tokens gets: dy is one number, expanded to nothing."""
+    inputs = make_inputs(LinearCase(leading, 64, 48, 4, lora_dtype=torch.float32), torch.bfloat16, device)
+    leaves = inputs.leaves()
+    rosa(leaves, inputs.pattern, dropout_p=0.3).sum().backward()
+    for name in ("lora_A", "lora_B", "values"):
+        assert leaves[name].grad.shape == leaves[name].shape and not leaves[name].grad.any(), name
+    assert leaves["x"].grad.shape == leaves["x"].shape
+
+
+@SIZES
+def test_one_mask_where_a_checkpoint_draws_another_seed(backend, device, tokens):
+    """preserve_rng_state=False: the recomputed forward drops other elements, and all gradients are of that mask."""
+    inputs = make_inputs(LinearCase((tokens,), 64, 48, 4, None), torch.float32, device)
+    leaves = inputs.leaves()
+    x, W, A, B = (leaves[name] for name in ("x", "weight", "lora_A", "lora_B"))
+
+    def layer(x):
+        return rk.lora_linear(x, W, None, A, B, 2.0, dropout_p=0.5)
+
+    y = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+    dy = torch.randn_like(y)
+    dx, dA, dB = (gradient.double() for gradient in torch.autograd.grad(y, (x, A, B), dy))
+    dH = 2.0 * dy.double() @ B.double()
+    dropped = dx - dy.double() @ W.double()  # 2 (dH A) where kept, 0 elsewhere
+    kept = (dropped / (dH @ A.double())).round()
+    x_hat = x.double() * kept
+    torch.testing.assert_close(dA, dH.T @ x_hat, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(dB, 2.0 * dy.double().T @ (x_hat @ A.double().T), rtol=1e-3, atol=1e-3)
 
 
 @SIZES

@@ -13,7 +13,7 @@ from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.pattern import transposed_structure
 
 KEEPS_H = True
-LORA_OPS = library_ops.lora_ops()
+LORA_OPS = library_ops.LORA_OPS
 _CHECKED = True
 """indices_checked of the ops that go by a pattern's indices: they were checked when the pattern was made."""
 _kernels = torch.ops.rosa_kernels_cuda
@@ -42,9 +42,9 @@ def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structu
         heuristics.choose_linear, x.dtype, x.shape, out_features, weight is not None,
         *_adapters(lora_A, lora_B, values), structure, "" if seed is None else "x", False, keep_H, _tf32(x), x.device,
     )  # fmt: skip
-    return _kernels.linear.default(
-        x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, seed, *_dropout(dropout_p, seed),
-        *algorithm, keep_H, hardware.multiprocessors(x.device), _CHECKED,
+    return _run(
+        _kernels.linear, x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, seed,
+        *_dropout(dropout_p, seed), *algorithm, keep_H, hardware.multiprocessors(x.device), _CHECKED,
     )  # fmt: skip
 
 
@@ -72,10 +72,10 @@ def rosa_linear_backward(
             x.device,
         )  # fmt: skip
     wanted = need_dx + 2 * need_dweight + 4 * need_dbias + 8 * need_dA + 16 * need_dB + 32 * need_dvalues
-    gradients = _kernels.linear_backward.default(
-        dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation, structure, seed,
-        *_dropout(dropout_p, seed), H, wanted, *algorithm, sddmm_algorithm, hardware.multiprocessors(x.device),
-        _CHECKED,
+    gradients = _run(
+        _kernels.linear_backward, dy, x, weight, lora_A, lora_B, scaling, values, crow, col, ccol, row, permutation,
+        structure, seed, *_dropout(dropout_p, seed), H, wanted, *algorithm, sddmm_algorithm,
+        hardware.multiprocessors(x.device), _CHECKED,
     )  # fmt: skip
     return list(gradients)
 
@@ -84,14 +84,21 @@ def sddmm(dy, x, crow, col, structure):
     algorithm = _sddmm_algorithm(
         heuristics.choose_sddmm, x.dtype, x.shape, dy.shape[-1], col.shape[0], structure, x.dtype, _tf32(x), x.device
     )
-    return _kernels.whole_sddmm.default(
-        dy, x, crow, col, structure, algorithm, hardware.multiprocessors(x.device), _CHECKED
+    return _run(
+        _kernels.whole_sddmm, dy, x, crow, col, structure, algorithm, hardware.multiprocessors(x.device), _CHECKED
     )
 
 
 def csr_add(weight, values, crow, col):
     check_sizes(0, weight.shape[1], weight.shape[0])
-    return _kernels.csr_add.default(weight, values, crow, col, _CHECKED)
+    return _run(_kernels.csr_add, weight, values, crow, col, _CHECKED)
+
+
+def _run(op, *args):
+    try:
+        return op.default(*args)
+    except RuntimeError as error:
+        raise library_ops.as_pytorch_raises(error) from None
 
 
 def _adapters(lora_A, lora_B, values) -> tuple:

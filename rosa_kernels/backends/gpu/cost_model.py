@@ -57,7 +57,8 @@ class LinearCall(NamedTuple):
 
 def may_merge(call: LinearCall) -> bool:
     """Whether W + scaling · B A + S, made for the call, is exact enough."""
-    return call.has_base and call.element_size == 4 and not call.tf32 and not call.dropout
+    has_adapter = call.r > 0 or call.nnz > 0
+    return call.has_base and has_adapter and call.element_size == 4 and not call.tf32 and not call.dropout
 
 
 def may_round_delta(call: LinearCall) -> bool:

@@ -25,9 +25,39 @@ def serves(device_type: str) -> bool:
     return binary.has_library_ops() and (device_type == "cpu" or _ops.serves_cuda())
 
 
-def lora_ops() -> tuple[Callable, Callable] | None:
-    """lora and lora_backward, or None where they are not built."""
-    return (_ops.lora.default, _ops.lora_backward.default) if binary.has_library_ops() else None
+def lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, keep_H: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y, H, or None where it is not kept)."""
+    try:
+        return _lora(x, weight, bias, lora_A, lora_B, scaling, keep_H)
+    except RuntimeError as error:
+        raise as_pytorch_raises(error) from None
+
+
+def lora_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, H: Tensor | None, scaling: float,
+    needs: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dx, dA, dB); bits 0, 1 and 2 of needs say which."""
+    try:
+        return _lora_backward(dy, x, weight, lora_A, lora_B, H, scaling, needs)
+    except RuntimeError as error:
+        raise as_pytorch_raises(error) from None
+
+
+LORA_OPS = None
+"""lora and lora_backward, where they are built."""
+if binary.has_library_ops():
+    _lora, _lora_backward = _ops.lora.default, _ops.lora_backward.default
+    LORA_OPS = lora, lora_backward
+
+
+def as_pytorch_raises(error: RuntimeError) -> RuntimeError:
+    """An error of the C shim, which knows one type alone, in the type that programs look for."""
+    if "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        return torch.OutOfMemoryError(str(error))
+    return error
 
 
 def forward_by_library(choose: Callable, x: Tensor, lora_A: Tensor, lora_B: Tensor, keeps_H: bool) -> bool:
@@ -35,14 +65,6 @@ def forward_by_library(choose: Callable, x: Tensor, lora_A: Tensor, lora_B: Tens
     return _is_cheapest(
         choose, x.dtype, lora_A.dtype, lora_B.dtype, x.shape, lora_B.shape[0], lora_A.shape[0], _tf32(x), False,
         keeps_H, x.device,
-    )  # fmt: skip
-
-
-def dx_by_library(choose: Callable, dy: Tensor, lora_A: Tensor, lora_B: Tensor, H_known: bool) -> bool:
-    """The same for dx; H_known: dH is made in any case."""
-    return _is_cheapest(
-        choose, dy.dtype, lora_A.dtype, lora_B.dtype, dy.shape, lora_A.shape[1], lora_A.shape[0], _tf32(dy), H_known,
-        False, dy.device,
     )  # fmt: skip
 
 

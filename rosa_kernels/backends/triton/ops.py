@@ -14,7 +14,7 @@ from rosa_kernels.backends.triton.sddmm import sddmm as _sddmm
 from rosa_kernels.pattern import ROW
 
 KEEPS_H = True
-LORA_OPS = library_ops.lora_ops()
+LORA_OPS = library_ops.LORA_OPS
 
 
 def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
