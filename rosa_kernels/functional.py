@@ -187,12 +187,14 @@ def _rosa_linear(
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
-        or (lora_A is not None and (lora_A.requires_grad or lora_B.requires_grad))
+        or (lora_A is not None and lora_A.requires_grad)
+        or (lora_B is not None and lora_B.requires_grad)
         or (values is not None and values.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
         if (
-            pattern is seed is None
+            pattern is None
+            and seed is None
             and backend.LORA_OPS is not None
             and weight is not None
             and not weight.requires_grad
