@@ -192,19 +192,23 @@ def _rosa_linear(
         or (values is not None and values.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        if (
-            pattern is None
-            and seed is None
-            and backend.LORA_OPS is not None
-            and weight is not None
-            and not weight.requires_grad
-            and (bias is None or not bias.requires_grad)
-            and backend.lora_step_by_library(x, lora_A, lora_B)
-        ):
+        lora_alone = pattern is None and seed is None and lora_A is not None
+        if lora_alone and _is_lora_step(backend, x, weight, bias, lora_A, lora_B):
             return apply_lora(x, weight, bias, lora_A, lora_B, scaling, *backend.LORA_OPS)
         settings = LinearSettings(backend, scaling, pattern, dropout_p, seed)
         return apply_linear(x, weight, bias, lora_A, lora_B, values, settings)
     return backend.rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed)
+
+
+def _is_lora_step(backend: Any, x: Tensor, weight: Any, bias: Any, lora_A: Any, lora_B: Any) -> bool:
+    """Whether LoRAFunction computes the call and its gradients: W and b are frozen, and library GEMMs are cheapest."""
+    return (
+        backend.LORA_OPS is not None
+        and weight is not None
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and backend.lora_step_by_library(x, lora_A, lora_B)
+    )
 
 
 def _must_leave_autocast(x: Tensor) -> bool:
