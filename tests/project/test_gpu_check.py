@@ -114,6 +114,7 @@ def test_one_failing_part_of_the_gpu_tests_fails_their_step(check):
     assert "test_x FAILED" in (check.out / "log.txt").read_text()
 
 
+@pytest.mark.exhaustive
 def test_a_step_that_hangs_is_ended_with_all_that_it_started(check):
     began = time.monotonic()
     check.write_python(f'*"-m gpu"*) sleep 60 & echo $! >>"{check.folder}/sleeping"; wait ;;')

@@ -58,6 +58,7 @@ def test_dry_run_of_the_cuda_backend(tmp_path):
     check(dry_run(tmp_path, ON_CUDA), ON_CUDA, launches=3, aten_calls=5)
 
 
+@pytest.mark.exhaustive
 @needs_compilers
 def test_dry_run_of_triton(tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
