@@ -52,7 +52,7 @@ def test_they_reach_large_sizes_and_refuse_what_does_not_fit():
 @pytest.mark.exhaustive
 @needs("plain")
 def test_they_do_so_whatever_order_threads_and_blocks_take():
-    run("plain", OPS, every=5, fewest=400, order="reversed")
+    run("plain", OPS, every=11, fewest=150, order="reversed")
 
 
 @pytest.mark.exhaustive
