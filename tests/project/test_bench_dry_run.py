@@ -13,7 +13,6 @@ import torch
 from paths import REPOSITORY
 
 BENCH = REPOSITORY / "bench"
-OPERATIONS = {"lora_forward", "rosa_forward", "lora_step", "rosa_step", "row_step", "spmm", "sddmm", "csr_add"}
 LORA = {"frozen", "ours", "addmm", "peft"}
 CANDIDATES = {  # of a race, except csr, which torch.sparse may refuse
     "lora_forward": LORA,
@@ -24,7 +23,9 @@ CANDIDATES = {  # of a race, except csr, which torch.sparse may refuse
     "spmm": {"frozen", "ours", "apart"},
     "sddmm": {"frozen", "ours", "dense"},
     "csr_add": {"frozen", "ours", "index_add"},
+    "backends": {"frozen", "ours", "hand"},
 }
+OPERATIONS = set(CANDIDATES)
 WITH_CSR = {"rosa_forward", "rosa_step", "spmm", "sddmm"}
 
 
