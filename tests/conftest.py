@@ -62,6 +62,11 @@ def pytest_addoption(parser):
         help="run every test (some 25 minutes on two cores), not the selection of support/tiers.py (3 to 4 minutes)",
     )
     parser.addoption(
+        "--beyond-default",
+        action="store_true",
+        help="run what a run without options has left to --exhaustive",
+    )
+    parser.addoption(
         "--part", metavar="K/N", help="run every N-th test only, from the K-th on (K from 0): N processes share a run"
     )
     parser.addoption("--fuzz", metavar="N", type=int, help="ops/test_fuzz.py: N cases of the differential fuzzer")
@@ -89,6 +94,8 @@ def pytest_collection_modifyitems(config, items):
     if not tiers.is_exhaustive(config):
         taken, fitting = tiers.default_tier(taken), len(taken)
         config.stash[LEFT_TO_EXHAUSTIVE] = fitting - len(taken)
+    elif config.getoption("--beyond-default"):
+        taken = tiers.beyond_default(taken)
     if part := config.getoption("part"):
         first, parts = map(int, part.split("/"))
         taken = taken[first::parts]

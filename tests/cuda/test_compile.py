@@ -19,6 +19,8 @@ from tiers import is_exhaustive
 if reason := cuda_compile.missing_tools():
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.cases_by_tier
+
 DTYPES = {"bf16": "__nv_bfloat16", "fp16": "__half", "fp32": "float"}
 KERNELS = sorted(
     name

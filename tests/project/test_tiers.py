@@ -20,14 +20,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 class Item:
     """What tiers.py reads of an item of pytest."""
 
-    def __init__(self, test: str, marked: bool = False, **parameters):
+    def __init__(self, test: str, marked: str | None = None, fixturenames: tuple = (), **parameters):
         names = (value.id if isinstance(value, LinearCase) else str(value) for value in parameters.values())
         self.nodeid = f"{test}[{'-'.join(names)}]"
         self.callspec = SimpleNamespace(params=parameters)
-        self.marked = marked
+        self.marked, self.fixturenames = marked, fixturenames
 
     def get_closest_marker(self, name):
-        return name if name == "exhaustive" and self.marked else None
+        return name if name == self.marked else None
 
 
 def linear_items() -> list:
@@ -55,8 +55,28 @@ def test_no_test_loses_all_of_its_parameters():
 
 
 def test_what_is_marked_exhaustive_is_left_out():
-    marked, plain = Item("slow", marked=True), Item("fast")
+    marked, plain = Item("slow", marked="exhaustive"), Item("fast")
     assert tiers.default_tier([marked, plain]) == [plain]
+
+
+def test_both_tiers_together_are_everything():
+    twice = [Item("does more there", fixturenames=("exhaustive",)), Item("other cases there", marked="cases_by_tier")]
+    items = [*linear_items(), Item("slow", marked="exhaustive"), *twice]
+    default, beyond = tiers.default_tier(items), tiers.beyond_default(items)
+    assert set(default) | set(beyond) == set(items)
+    assert [item for item in default if item in beyond] == twice
+
+
+def collected(*options) -> set[str]:
+    command = [sys.executable, "-m", "pytest", "tests", *options, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+@pytest.mark.exhaustive
+def test_no_test_of_this_suite_is_in_neither():
+    assert collected("--exhaustive") <= collected() | collected("--beyond-default")
 
 
 def test_the_order_of_collection_decides_nothing():

@@ -1,4 +1,5 @@
 """The two tiers of the suite: `pytest tests` runs a selection in minutes, `pytest tests --exhaustive` runs everything.
+`pytest tests --beyond-default` runs what the first has left to the second.
 
 A test leaves the default tier for one of two reasons. Its own mark says so (`pytest.mark.exhaustive`, on a test or on
 one of its parameters), because it is slow and something faster touches the same code. Or its parameters bring nothing
@@ -15,7 +16,8 @@ from cases import LinearCase, SparseCase
 
 def is_exhaustive(config) -> bool:
     """A test that is named by its node id runs as a whole, too: whoever names it wants to see it."""
-    return config.getoption("--exhaustive") or any("::" in argument for argument in config.args)
+    options = config.getoption("--exhaustive"), config.getoption("--beyond-default")
+    return any(options) or any("::" in argument for argument in config.args)
 
 
 def default_tier(items: list) -> list:
@@ -29,6 +31,16 @@ def default_tier(items: list) -> list:
             taken.add(item)
             seen_of_test |= values
     return [item for item in items if item in taken]
+
+
+def beyond_default(items: list) -> list:
+    """What the default tier leaves out, and tests that do more in the exhaustive tier or have other cases there."""
+    default = set(default_tier(items))
+
+    def differs(item) -> bool:
+        return "exhaustive" in item.fixturenames or item.get_closest_marker("cases_by_tier") is not None
+
+    return [item for item in items if item not in default or differs(item)]
 
 
 def _values(item) -> set[tuple]:

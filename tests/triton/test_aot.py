@@ -35,6 +35,8 @@ from triton_launches import BF16, FP16, FP32, Case, Launch, recorded, with_most_
 if reason := missing_tools():
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.cases_by_tier
+
 WHOLE = ("sm_80", "sm_90", "sm_100", "gfx942")
 """One GPU for each kind of tensor core."""
 LISTS_OF = {"sm_86": "sm_120", "sm_89": "sm_120", "sm_103": "sm_100", "gfx90a": "gfx942", "other": "gfx942"}
