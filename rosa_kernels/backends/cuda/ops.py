@@ -8,6 +8,7 @@ import torch
 from rosa_kernels.backends.cuda import heuristics
 from rosa_kernels.backends.gpu import device_rates, hardware, library_ops
 from rosa_kernels.backends.gpu.cost_model import LinearCall, SDDMMCall
+from rosa_kernels.backends.gpu.linear_ops import linear_ops
 from rosa_kernels.backends.gpu.sizes import check_sizes
 from rosa_kernels.dropout import drop_threshold, keep_scale
 from rosa_kernels.pattern import transposed_structure
@@ -17,20 +18,6 @@ LORA_OPS = library_ops.LORA_OPS
 _CHECKED = True
 """indices_checked of the ops that go by a pattern's indices: they were checked when the pattern was made."""
 _kernels = torch.ops.rosa_kernels_cuda
-
-
-def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    y, _ = _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, False)
-    return y
-
-
-def rosa_linear_with_H(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    return _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, True)
-
-
-def spmm(x, values, crow, col, structure):
-    y, _ = _linear(x, None, None, None, None, 1.0, values, crow, col, structure, 0.0, None, False)
-    return y
 
 
 def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, keep_H):
@@ -48,10 +35,7 @@ def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structu
     )  # fmt: skip
 
 
-def lora_step_by_library(x, lora_A, lora_B) -> bool:
-    """Whether LORA_OPS serve y and all gradients of W and b frozen, as the cheapest way."""
-    by_library = heuristics.low_rank_gradients_by_library
-    return library_ops.step_by_library(heuristics.choose_linear, by_library, x, lora_A, lora_B)
+rosa_linear, rosa_linear_with_H, spmm, lora_step_by_library = linear_ops(_linear, heuristics)
 
 
 def rosa_linear_backward(

@@ -3,6 +3,7 @@
 import torch
 
 from rosa_kernels.backends.gpu import library_ops
+from rosa_kernels.backends.gpu.linear_ops import linear_ops
 from rosa_kernels.backends.gpu.sizes import check_sizes
 from rosa_kernels.backends.shapes import as_matrix
 from rosa_kernels.backends.triton import heuristics
@@ -15,20 +16,6 @@ from rosa_kernels.pattern import ROW
 
 KEEPS_H = True
 LORA_OPS = library_ops.LORA_OPS
-
-
-def rosa_linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    y, _ = _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, False)
-    return y
-
-
-def rosa_linear_with_H(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed):
-    return _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, True)
-
-
-def spmm(x, values, crow, col, structure):
-    y, _ = _linear(x, None, None, None, None, 1.0, values, crow, col, structure, 0.0, None, False)
-    return y
 
 
 def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structure, dropout_p, seed, keeps_H):
@@ -46,10 +33,7 @@ def _linear(x, weight, bias, lora_A, lora_B, scaling, values, crow, col, structu
     return y if x is x2 else y.view(*x.shape[:-1], out_features), H
 
 
-def lora_step_by_library(x, lora_A, lora_B) -> bool:
-    """Whether LORA_OPS serve y and all gradients of W and b frozen, as the cheapest way."""
-    by_library = heuristics.low_rank_gradients_by_library
-    return library_ops.step_by_library(heuristics.choose_linear, by_library, x, lora_A, lora_B)
+rosa_linear, rosa_linear_with_H, spmm, lora_step_by_library = linear_ops(_linear, heuristics)
 
 
 def rosa_linear_backward(
