@@ -68,8 +68,8 @@ class Sum {
   bool started_ = false;
 };
 
-// Columns of values that x's columns are multiplied by, in x's dtype. Beside a low-rank part, wider values are rounded
-// as H is. An S alone is taken as terms that lose nothing.
+// Whether wider values of S are rounded to x's dtype: beside a low-rank part, as H is rounded. An S alone is taken as
+// terms that lose nothing.
 bool rounds_values(const LinearProblem& p) {
   return p.layer.B.has_value() && p.x.scalar_type() == ScalarType::BFloat16;
 }
